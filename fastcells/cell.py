@@ -1,0 +1,122 @@
+"""`@cell`: a recurrent cell is one pure function of its gates' pre-activations and its state."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from .expression import Node, leaf, overload
+
+
+@overload
+class Recurrent:
+    """`u.g`: the recurrent product U_g h + b'_g where used as a value; `u.g(v)`: the product of another vector, U_g v + b'_g."""
+
+    __array_ufunc__ = None  # NumPy arrays leave arithmetic with it to this class
+
+    def __init__(self, product: Callable[[Any], Any], hidden: Any) -> None:
+        self._product, self._hidden, self._value = product, hidden, None
+
+    @property
+    def __fastcells_value__(self) -> Any:
+        if self._value is None:  # not computed where the cell only uses u.g(v)
+            self._value = self._product(self._hidden)
+        return self._value
+
+    def __call__(self, vector: Any) -> Any:
+        return self._product(getattr(vector, "__fastcells_value__", vector))
+
+
+class Cell:
+    """A recurrent cell, callable as the function that it was declared from. Made by the decorator `cell`.
+
+    Attributes: `name`, `gates` (order of the blocks in weight_ih and weight_hh) and `states` (the first one, the hidden
+    state, is the layer's output and enters the recurrent products).
+    """
+
+    def __init__(self, function: Callable, name: str, gates: Sequence[str], states: Sequence[str]) -> None:
+        self.function, self.name, self.gates, self.states = function, name, tuple(gates), tuple(states)
+        self.__doc__ = function.__doc__
+        self.__wrapped__ = function
+
+    def __repr__(self) -> str:
+        return f"<cell {self.name}: gates {' '.join(self.gates)}; states {' '.join(self.states)}>"
+
+    def __reduce__(self):
+        return self.function.__module__ and _lookup, (self.function.__module__, self.function.__qualname__)
+
+    def __call__(self, x: Any, u: Any, s: Any) -> Any:
+        """The declared function itself: new state(s) from `x`, `u` and `s`, each with one attribute per gate or state."""
+        return self.function(x, u, s)
+
+    def step(self, x: Mapping[str, Any], product: Callable[[str, Any], Any], states: Mapping[str, Any]) -> tuple:
+        """One time step on values of any one kind.
+
+        x: pre-activations W_g x + b_g by gate; product(g, v) gives U_g v + b'_g; states by name.
+        Returns the new states in the order of `self.states`.
+        """
+        hidden = states[self.states[0]]
+        u = {g: Recurrent(lambda v, g=g: product(g, v), hidden) for g in self.gates}
+        result = self.function(SimpleNamespace(**x), SimpleNamespace(**u), SimpleNamespace(**states))
+        result = result if isinstance(result, tuple) else (result,)
+        if len(result) != len(self.states):
+            raise TypeError(
+                f"cell {self.name}: expected {len(self.states)} returned state(s) ({', '.join(self.states)}), "
+                f"got {len(result)}"
+            )
+        return tuple(getattr(r, "__fastcells_value__", r) for r in result)
+
+    def trace(self) -> tuple[Node, ...]:
+        """The new states as expression graphs over leaves ("x", gate), ("s", state) and nodes "product"."""
+        try:
+            return self._trace()
+        except (TypeError, AttributeError) as error:
+            frame = next((f for f in reversed(inspect.trace()) if f.code_context and f.function == self.function.__name__), None)
+            where = f"\n  {frame.filename}:{frame.lineno}: {frame.code_context[0].strip()}" if frame else ""  # type: ignore[index]
+            raise type(error)(f"cell {self.name}: {error}{where}") from error
+
+    def _trace(self) -> tuple[Node, ...]:
+        states = self.step(
+            {g: leaf("x", g) for g in self.gates},
+            lambda g, v: Node("product", (v,), ("hh", g)),
+            {s: leaf("s", s) for s in self.states},
+        )
+        for name, new in zip(self.states, states, strict=True):
+            if not isinstance(new, Node):
+                raise TypeError(f"state {name} does not depend on the inputs: got {new!r}")
+        return states
+
+
+def _lookup(module: str, qualname: str) -> Any:
+    import importlib
+
+    found: Any = importlib.import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def cell(gates: str, states: str = "h", name: str | None = None) -> Callable[[Callable], Cell]:
+    """Declare a recurrent cell.
+
+    gates: names of the gates, in the order of their blocks of rows in weight_ih [gates * H, I] and weight_hh.
+    states: names of the states; the first is the hidden state h.
+
+    The function takes (x, u, s): `x.g` = W_g x_t + b_g and `u.g` = U_g h_{t-1} + b'_g for each gate g, `u.g(v)` the
+    recurrent product of another vector, `s.h` the states of the step before; it returns the new states in order. It may
+    use arithmetic and the functions of `fastcells.expression`; it runs on NumPy arrays, torch tensors and symbols, and
+    forward and backward kernels are derived from it.
+
+    Raises ValueError for names that are no identifiers, or repeated.
+    """
+    for what, names in (("gates", gates.split()), ("states", states.split())):
+        if not names or len(set(names)) != len(names) or not all(re.fullmatch(r"[A-Za-z]\w*", n) for n in names):
+            raise ValueError(f"cell: {what} must be different identifiers separated by spaces, got {names}")
+
+    def declare(function: Callable) -> Cell:
+        return Cell(function, name or function.__name__, gates.split(), states.split())
+
+    return declare

@@ -1,0 +1,346 @@
+"""Expression graphs: the operations that a cell may use, and reverse-mode differentiation on them.
+
+Every operation works on NumPy values, on torch tensors and on `Node`s. Nodes are hash-consed: equal expressions are one
+object, so common subexpressions are shared by construction; zeros and ones fold when a node is made.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+
+
+class Node:
+    """One value of an expression graph. Make nodes through `leaf`, `constant` and the operations, never directly."""
+
+    __slots__ = ("__weakref__", "args", "op", "value")
+    _pool: WeakValueDictionary[tuple, Node] = WeakValueDictionary()
+
+    op: str
+    args: tuple[Node, ...]
+    value: Any
+
+    def __new__(cls, op: str, args: tuple[Node, ...] = (), value: Any = None) -> Node:
+        key = (op, *map(id, args), value)  # a node keeps its arguments alive, so their ids stay theirs
+        node = cls._pool.get(key)
+        if node is None:
+            node = object.__new__(cls)
+            node.op, node.args, node.value = op, args, value
+            cls._pool[key] = node
+        return node
+
+    def __reduce__(self):
+        return Node, (self.op, self.args, self.value)
+
+    def __repr__(self) -> str:
+        if self.op == "constant":
+            return repr(self.value)
+        if self.op == "leaf":
+            return ".".join(map(str, self.value))
+        tag = "" if self.value is None else f"[{self.value}]"
+        return f"{self.op}{tag}({', '.join(map(repr, self.args))})"
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "a cell cannot branch on a value (if, and, or, not, while, chained comparison): every unit of every sequence "
+            "has its own value. Write where(condition, a, b) instead."
+        )
+
+    def __iter__(self):
+        raise TypeError("a cell's value is one number per unit and cannot be iterated over, unpacked or indexed")
+
+    __hash__ = object.__hash__
+
+
+def leaf(*name: str) -> Node:
+    """A named input of the graph."""
+    return Node("leaf", value=name)
+
+
+def constant(x: float) -> Node:
+    """A number, the same for every unit."""
+    return Node("constant", value=float(x))
+
+
+ZERO, ONE = constant(0.0), constant(1.0)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A pointwise operation: how each kind of value computes it, and its derivative as a graph."""
+
+    numpy: Callable
+    torch: Callable
+    gradient: Callable | None  # (node, grad) -> gradients of the arguments
+    cost: float = 0.25  # of computing it again, where keeping one value for the backward pass costs 4
+    fold: Callable[..., Node | None] = lambda *args: None
+
+
+def _number(node: Node) -> float | None:
+    return node.value if node.op == "constant" else None
+
+
+def _fold_add(a: Node, b: Node) -> Node | None:
+    return b if a is ZERO else a if b is ZERO else None
+
+
+def _fold_sub(a: Node, b: Node) -> Node | None:
+    return a if b is ZERO else apply("neg", b) if a is ZERO else ZERO if a is b else None
+
+
+def _fold_mul(a: Node, b: Node) -> Node | None:
+    if a is ZERO or b is ZERO:
+        return ZERO
+    return b if a is ONE else a if b is ONE else None
+
+
+def _select_gradient(node: Node, grad: Node) -> tuple:
+    condition = node.args[0]
+    return None, where(condition, grad, 0.0), where(condition, 0.0, grad)
+
+
+def _extremum_gradient(first_wins: Callable) -> Callable:
+    def gradient(node: Node, grad: Node) -> tuple:
+        a, b = node.args  # a tie shares the gradient, as in torch
+        half = where(equal(a, b), 0.5 * grad, 0.0)
+        return where(first_wins(a, b), grad, half), where(first_wins(b, a), grad, half)
+
+    return gradient
+
+
+def _np_sigmoid(x):
+    with np.errstate(over="ignore"):
+        return 1.0 / (1.0 + np.exp(-x))
+
+
+OPERATIONS: dict[str, Operation] = {
+    "add": Operation(operator.add, operator.add, lambda y, g: (g, g), fold=_fold_add),
+    "sub": Operation(operator.sub, operator.sub, lambda y, g: (g, -g), fold=_fold_sub),
+    "mul": Operation(operator.mul, operator.mul, lambda y, g: (g * y.args[1], g * y.args[0]), fold=_fold_mul),
+    "div": Operation(
+        operator.truediv,
+        operator.truediv,
+        lambda y, g: (g / y.args[1], -g * y / y.args[1]),
+        cost=1,
+        fold=lambda a, b: a if b is ONE else None,
+    ),
+    "neg": Operation(
+        operator.neg, operator.neg, lambda y, g: (-g,), fold=lambda a: a.args[0] if a.op == "neg" else None
+    ),
+    "sigmoid": Operation(_np_sigmoid, torch.sigmoid, lambda y, g: (g * (y * (1.0 - y)),), cost=2),
+    "tanh": Operation(np.tanh, torch.tanh, lambda y, g: (g * (1.0 - y * y),), cost=2),
+    "exp": Operation(np.exp, torch.exp, lambda y, g: (g * y,), cost=2),
+    "sqrt": Operation(np.sqrt, torch.sqrt, lambda y, g: (g / (2.0 * y),), cost=1),
+    "relu": Operation(
+        lambda x: np.where(x <= 0, 0.0, x), torch.relu, lambda y, g: (where(less_equal(y, 0.0), 0.0, g),)
+    ),
+    "abs": Operation(
+        np.abs,
+        torch.abs,
+        lambda y, g: (where(less(0.0, y.args[0]), g, where(less(y.args[0], 0.0), -g, 0.0)),),
+    ),
+    "maximum": Operation(np.maximum, torch.maximum, _extremum_gradient(lambda a, b: less(b, a))),
+    "minimum": Operation(np.minimum, torch.minimum, _extremum_gradient(lambda a, b: less(a, b))),
+    "less": Operation(operator.lt, operator.lt, None),
+    "less_equal": Operation(operator.le, operator.le, None),
+    "equal": Operation(operator.eq, operator.eq, None),
+    "where": Operation(np.where, torch.where, _select_gradient, fold=lambda c, a, b: a if a is b else None),
+}
+
+
+def apply(name: str, *args: Any) -> Any:
+    """Compute operation `name` on values of one kind; numbers mix with any kind."""
+    args = tuple(getattr(a, "__fastcells_value__", a) for a in args)
+    operation = OPERATIONS[name]
+    if any(isinstance(a, Node) for a in args):
+        nodes = tuple(_as_node(name, a) for a in args)
+        numbers = [_number(n) for n in nodes]
+        if all(n is not None for n in numbers) and name != "where":
+            return constant(float(operation.numpy(*numbers)))
+        folded = operation.fold(*nodes)
+        return Node(name, nodes) if folded is None else folded
+    if any(isinstance(a, torch.Tensor) for a in args):
+        like = next(a for a in args if isinstance(a, torch.Tensor) and a.dtype != torch.bool)
+        return operation.torch(*(a if isinstance(a, torch.Tensor) else like.new_tensor(a) for a in args))
+    return operation.numpy(*args)
+
+
+def _as_node(name: str, value: Any) -> Node:
+    if isinstance(value, Node):
+        return value
+    if isinstance(value, int | float | np.floating | np.integer):
+        return constant(float(value))
+    raise TypeError(
+        f"{name}: a cell computes with its gates, states and plain numbers, got {type(value).__name__}. "
+        "Arrays and tensors cannot be part of a cell."
+    )
+
+
+
+def overload(cls: type) -> type:
+    """Give a class Python's arithmetic and comparison operators over `apply`."""
+
+    def binary(name: str, swap: bool = False) -> Callable:
+        def method(self, other):
+            return apply(name, other, self) if swap else apply(name, self, other)
+
+        return method
+
+    for symbol, name in (("add", "add"), ("sub", "sub"), ("mul", "mul"), ("truediv", "div")):
+        setattr(cls, f"__{symbol}__", binary(name))
+        setattr(cls, f"__r{symbol}__", binary(name, swap=True))
+    cls.__neg__ = lambda self: apply("neg", self)  # type: ignore[attr-defined]
+    cls.__abs__ = lambda self: apply("abs", self)  # type: ignore[attr-defined]
+    cls.__lt__, cls.__gt__ = binary("less"), binary("less", swap=True)  # type: ignore[attr-defined]
+    cls.__le__, cls.__ge__ = binary("less_equal"), binary("less_equal", swap=True)  # type: ignore[attr-defined]
+    cls.__pow__ = _power  # type: ignore[attr-defined]
+    return cls
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if not isinstance(exponent, int) or exponent < 1:
+        raise TypeError(f"**: a cell's values take positive whole exponents, got {exponent!r}")
+    result = base
+    for _ in range(exponent - 1):
+        result = result * base
+    return result
+
+
+overload(Node)
+
+
+def sigmoid(v):
+    """1 / (1 + exp(-v))"""
+    return apply("sigmoid", v)
+
+
+def tanh(v):
+    """Hyperbolic tangent."""
+    return apply("tanh", v)
+
+
+def exp(v):
+    """Exponential."""
+    return apply("exp", v)
+
+
+def sqrt(v):
+    """Square root."""
+    return apply("sqrt", v)
+
+
+def relu(v):
+    """max(v, 0); NaN stays NaN"""
+    return apply("relu", v)
+
+
+def maximum(a, b):
+    """The larger value, unit by unit."""
+    return apply("maximum", a, b)
+
+
+def minimum(a, b):
+    """The smaller value, unit by unit."""
+    return apply("minimum", a, b)
+
+
+def clip(v, low, high):
+    """v kept within [low, high]"""
+    return minimum(maximum(v, low), high)
+
+
+def where(condition, a, b):
+    """a where the condition holds, else b."""
+    return apply("where", condition, a, b)
+
+
+def less(a, b):
+    """a < b, as a condition for `where`"""
+    return apply("less", a, b)
+
+
+def less_equal(a, b):
+    """a <= b, as a condition for `where`"""
+    return apply("less_equal", a, b)
+
+
+def equal(a, b):
+    """a == b, as a condition for `where`"""
+    return apply("equal", a, b)
+
+
+def silu(v):
+    """v * sigmoid(v)"""
+    return v * sigmoid(v)
+
+
+def hard_sigmoid(v):
+    """clip(v / 6 + 1/2, 0, 1), as torch.nn.functional.hardsigmoid"""
+    return clip(v * (1 / 6) + 0.5, 0.0, 1.0)
+
+
+def topological(outputs: Iterable[Node]) -> list[Node]:
+    """All nodes that the outputs depend on, arguments before their users."""
+    seen: set[Node] = set()
+    order: list[Node] = []
+
+    def visit(node: Node) -> None:
+        if node not in seen:
+            seen.add(node)
+            for a in node.args:
+                visit(a)
+            order.append(node)
+
+    for output in outputs:
+        visit(output)
+    return order
+
+
+def substitute(outputs: Sequence[Node], replace: dict[Node, Node]) -> list[Node]:
+    """The same graph with some nodes replaced (a replacement's own arguments are kept as they are)."""
+    done = dict(replace)
+    for node in topological(outputs):
+        if node not in done:
+            args = tuple(done[a] for a in node.args)
+            if args == node.args:
+                done[node] = node
+            elif node.op in OPERATIONS:
+                done[node] = apply(node.op, *args)
+            else:
+                done[node] = Node(node.op, args, node.value)
+    return [done[o] for o in outputs]
+
+
+def gradients(
+    outputs: Sequence[Node], cotangents: Sequence[Node], other: Callable[[Node, Node], Iterable[tuple[Node, Node]]]
+) -> dict[Node, Node]:
+    """Reverse mode: the gradient of sum(output * cotangent) with respect to every node that it reaches.
+
+    `other(node, grad)` is asked for operations that are not pointwise: it yields (argument, its gradient).
+    """
+    grads: dict[Node, Node] = {}
+
+    def give(node: Node, grad: Node | None) -> None:
+        if grad is not None and grad is not ZERO:
+            grads[node] = grads[node] + grad if node in grads else grad
+
+    for output, cotangent in zip(outputs, cotangents, strict=True):
+        give(output, cotangent)
+    for node in reversed(topological(outputs)):
+        if node not in grads:
+            continue
+        operation = OPERATIONS.get(node.op)
+        if operation is None:
+            for arg, grad in other(node, grads[node]):
+                give(arg, grad)
+        elif operation.gradient is not None:
+            for arg, grad in zip(node.args, operation.gradient(node, grads[node]), strict=True):
+                if arg.op != "constant":
+                    give(arg, grad)
+    return grads
