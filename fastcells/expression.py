@@ -58,7 +58,7 @@ class Node:
     __hash__ = object.__hash__
 
 
-def leaf(*name: str) -> Node:
+def leaf(*name: str | int) -> Node:
     """A named input of the graph."""
     return Node("leaf", value=name)
 
@@ -87,7 +87,9 @@ def _number(node: Node) -> float | None:
 
 
 def _fold_add(a: Node, b: Node) -> Node | None:
-    return b if a is ZERO else a if b is ZERO else None
+    if a is ZERO or b is ZERO:
+        return b if a is ZERO else a
+    return apply("sub", a, b.args[0]) if b.op == "neg" else apply("sub", b, a.args[0]) if a.op == "neg" else None
 
 
 def _fold_sub(a: Node, b: Node) -> Node | None:

@@ -1,0 +1,493 @@
+"""From a cell to programs: one time step, forward and backward, as stages that an engine can run.
+
+A stage is a matrix product with a pointwise epilogue. Its accumulators start from stored vectors, take up products of
+rows with weights, and the epilogue turns them, with other stored vectors, into what is stored. Most cells have one
+stage; a product of a computed vector (reset-before GRU, projection) starts another, since it needs all units of it.
+
+What training stores, time step by time step, is one buffer of `slots` vectors of the hidden size: on the way up the
+input projection of a gate is replaced by what the backward pass needs, on the way down that by the gate's gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from .expression import OPERATIONS, ZERO, Node, gradients, leaf, substitute, topological
+
+if TYPE_CHECKING:
+    from .cell import Cell
+
+SAVE_COST = 4.0  # of keeping a value for the backward pass; Operation.cost has the other side of the scale
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one row's vector is stored: `slot` vectors of the hidden size into the row of a buffer.
+
+    when: "now" at this time step; "before" at the step that was processed before it, "after" at the one processed next
+    (either falls among the initial rows where a sequence begins or ends); "static" the same at all steps; "first" like
+    static, but another address at a sequence's first processed step.
+    """
+
+    buffer: str
+    slot: int = 0
+    when: str = "now"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Rows or columns of a weight matrix as a product uses them.
+
+    matrix: "ih", "hh" or "hr". gates: the blocks used. transposed: rows of the operand meet the matrix's rows (a
+    backward product, all gates summed) rather than its columns (forward, one result a gate).
+    """
+
+    matrix: str
+    gates: tuple[str, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Adds rows @ weights to the accumulators `targets`."""
+
+    rows: Place
+    weights: Weights
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """accumulators: (the node that each one computes, the places summed to start from); outputs: (value, place,
+    whether only training stores it); loads: stored vectors by the leaf that stands for them."""
+
+    size: str  # "H" hidden units or "P" projected ones
+    accumulators: tuple[tuple[Node, tuple[Place, ...]], ...]
+    segments: tuple[Segment, ...]
+    outputs: tuple[tuple[Node, Place, bool], ...]
+    loads: dict[Node, Place]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What an engine runs at each time step, stage by stage."""
+
+    name: str
+    stages: tuple[Stage, ...]
+
+    def places(self) -> dict[str, str]:
+        """Every buffer with its kind: "now" (one row a step, whichever step is meant), "static" or "first"."""
+        found: dict[str, str] = {}
+        for stage in self.stages:
+            used = [p for _, start in stage.accumulators for p in start]
+            used += [s.rows for s in stage.segments] + [p for _, p, _ in stage.outputs] + list(stage.loads.values())
+            for p in used:
+                kind = "now" if p.when in ("before", "after") else p.when
+                if found.setdefault(p.buffer, kind) != kind:
+                    raise AssertionError(f"buffer {p.buffer} used as {found[p.buffer]} and as {kind}")
+        return found
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Where the backward pass leaves the gradients of the pre-activations: slot by gate, and the products' operands."""
+
+    x: dict[str, int]  # W_g x_t + b_g
+    u: dict[str, int]  # U_g v + b'_g
+    operands: dict[str, int | None]  # slot of v for each u gate, None where it is the hidden state itself
+    projected: int | None  # slot of the vector that is projected, if there is a projection
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A cell made ready: its programs and the layout of what training keeps."""
+
+    forward: Program
+    backward: Program
+    slots: int
+    gradients: Gradients
+    states: tuple[str, ...]
+    start_gates: tuple[str, ...]  # x gates in the order of their slots
+    bias_gates: tuple[str, ...]  # gates whose recurrent product starts from its own bias
+    shared: frozenset[str]  # gates where x.g and u.g share one accumulator and one bias
+    carried: frozenset[str]  # states whose gradient reaches the step before not only through the products
+    cross: int  # vectors that the backward pass hands from one of its stages to a later one
+
+
+def build(cell: Cell, project: bool) -> Programs:
+    """Derive both programs. project: a linear projection of the hidden state follows the cell (LSTM's proj_size)."""
+    return _build(cell.name, cell.states, cell.gates, cell.trace(), project)
+
+
+@lru_cache(maxsize=256)
+def _build(name: str, states: tuple[str, ...], gates: tuple[str, ...], traced: tuple[Node, ...], project: bool) -> Programs:
+    step = _Step(name, states, gates, traced, project)
+    forward = _Staging(step.outputs, step.forward_accumulators)
+    x_slot = {g: k for k, g in enumerate(step.x_gates)}
+    u_slot = {g: x_slot[g] if g in step.shared else len(x_slot) + step.bias_gates.index(g) for g in step.u_gates}
+
+    # States are kept at every step anyway, so the backward pass has them for nothing.
+    stored = {n: leaf("now", s) for n, s in step.new_state.items()}
+    forced = {n for n in forward.crossing if n not in step.new_state} | step.operands
+    saved = _choose_saved(_forward_values(step.backward_roots, set(forward.nodes)), set(stored), forced)
+    available = {**stored, **{n: leaf("saved", k) for k, n in enumerate(saved)}}
+    roots = dict(zip(step.backward, substitute(step.backward_roots, available), strict=True))
+    hidden_gradient = leaf("d", states[0])
+    backward = _Staging(list(roots.values()), {hidden_gradient: 0})
+
+    grad_slot = {("x", g): x_slot[g] for g in step.x_gates} | {("u", g): u_slot[g] for g in step.u_gates}
+    written = {slot: backward.stage(roots[key]) for key, slot in grad_slot.items()}
+    used = {
+        int(n.value[1]): k for k in range(backward.depth) for n in backward.needs(k) if n.op == "leaf" and n.value[0] == "saved"
+    }
+    slot_of = dict(
+        zip(
+            saved,
+            _assign_slots(
+                [(forward.stage(n), used.get(k, -1), n in step.operands) for k, n in enumerate(saved)],
+                written,
+                {x_slot[g]: forward.stage(step.start_of[g]) for g in step.x_gates},
+            ),
+            strict=True,
+        )
+    )
+
+    stages = []
+    for k in range(forward.depth):
+        accumulators: list[tuple[Node, tuple[Place, ...]]] = []
+        targets: dict[Place, list[tuple[str, str, int]]] = {}  # operand -> (matrix, gate, accumulator)
+        for node in forward.accumulators(k):
+            start: tuple[Place, ...] = ()
+            index = len(accumulators)
+            matrix, gate = node.value[:2] if node.op == "product" else ("ih", node.value[1])
+            if node.op == "product":
+                operand = node.args[0]
+                rows = Place("s." + states[0], 0, "before") if operand is step.hidden else Place("saved", slot_of[operand])
+                targets.setdefault(rows, []).append((matrix, gate, index))
+                if matrix == "hh" and gate not in step.shared:
+                    start = (Place("bias", step.bias_gates.index(gate), "static"),)
+            if matrix == "ih" or gate in step.shared:
+                start = (Place("start", x_slot[gate]),)
+                targets.setdefault(Place("x"), []).append(("ih", gate, index))
+            accumulators.append((node, start))
+        x_rows = targets.pop(Place("x"), None)  # last, so that the products of one time step's state come first
+        if x_rows:
+            targets[Place("x")] = x_rows
+        segments = [
+            Segment(rows, Weights(t[0][0], tuple(g for _, g, _ in t)), tuple(i for _, _, i in t)) for rows, t in targets.items()
+        ]
+        outputs = [(n, Place("s." + step.new_state[n]), False) for n in step.outputs if forward.stage(n) == k]
+        outputs += [
+            (n, Place("saved", slot_of[n]), n not in forward.crossing and n not in step.operands)
+            for n in saved
+            if forward.stage(n) == k
+        ]
+        loads = {}
+        for n in forward.needs(k, [n for n, _, _ in outputs]):
+            if n.op == "leaf":
+                loads[n] = Place("s." + n.value[1], 0, "before")
+            else:
+                loads[n] = Place("saved", slot_of[n]) if n in slot_of else Place("s." + step.new_state[n])
+        size = "P" if any(n.op == "product" and n.value[0] == "hr" for n, _ in accumulators) else "H"
+        stages.append(Stage(size, tuple(accumulators), tuple(segments), tuple(outputs), loads))
+    label = name + ("_projected" if project else "")
+    forward_program = Program(label + "_forward", tuple(stages))
+
+    carried = frozenset(s for s in states if roots["s", s] is not ZERO)
+    cross = {n: j for j, n in enumerate(backward.crossing)}
+    stages = []
+    for k in range(backward.depth):
+        accumulators, segments = [], []
+        if k == 0:
+            carry = Place("carry." + states[0], 0, "static" if states[0] in carried else "first")
+            accumulators.append((hidden_gradient, (Place("dy"), carry)))
+            for run in _runs([g for g in step.u_gates if step.operand_of[g] is step.hidden], u_slot):
+                weights = Weights("hh", run, transposed=True)
+                segments.append(Segment(Place("grad", u_slot[run[0]], "before"), weights, (0,)))
+        for node in backward.accumulators(k):
+            if node is not hidden_gradient:
+                matrix, gate = node.value
+                rows = Place("projected") if matrix == "hr" else Place("grad", u_slot[gate])
+                segments.append(Segment(rows, Weights(matrix, (gate,), transposed=True), (len(accumulators),)))
+                accumulators.append((node, ()))
+        results = [
+            (roots[key], Place("projected") if key[0] == "hr" else Place("grad", grad_slot[key]), False)
+            for key in roots
+            if key[0] != "s" and not (key[0] == "u" and key[1] in step.shared)
+        ]
+        results += [(roots["s", s], Place("carry." + s, 0, "static"), False) for s in states if s in carried or s != states[0]]
+        results = [r for r in results if backward.stage(r[0]) == k]
+        results += [(n, Place("cross", j, "static"), False) for n, j in cross.items() if backward.stage(n) == k]
+        loads = {}
+        for n in backward.needs(k, [n for n, _, _ in results]):
+            if n in cross:
+                loads[n] = Place("cross", cross[n], "static")
+            elif n.value[0] == "saved":
+                loads[n] = Place("saved", slot_of[saved[n.value[1]]])
+            elif n.value[0] == "d":
+                loads[n] = Place("carry." + n.value[1], 0, "static")
+            else:
+                loads[n] = Place("s." + n.value[1], 0, "now" if n.value[0] == "now" else "after")
+        size = "P" if project and k == 0 else "H"
+        stages.append(Stage(size, tuple(accumulators), tuple(segments), tuple(results), loads))
+
+    return Programs(
+        forward_program,
+        Program(label + "_backward", tuple(stages)),
+        slots=max([len(written), *(s + 1 for s in slot_of.values())]),
+        gradients=Gradients(
+            x_slot,
+            u_slot,
+            {g: None if v is step.hidden else slot_of[v] for g, v in step.operand_of.items()},
+            slot_of[step.outputs[0].args[0]] if project else None,
+        ),
+        states=states,
+        start_gates=step.x_gates,
+        bias_gates=step.bias_gates,
+        shared=step.shared,
+        carried=carried,
+        cross=len(cross),
+    )
+
+
+class _Step:
+    """One time step of a cell as a graph, with the gradients of its pre-activations and states."""
+
+    def __init__(self, name: str, states: tuple[str, ...], gates: tuple[str, ...], traced: tuple[Node, ...], project: bool):
+        outputs = list(traced)
+        self.hidden = leaf("s", states[0])
+        if project:
+            if any(self.hidden in n.args if n.op != "product" else n.args[0] is not self.hidden for n in topological(outputs)):
+                raise ValueError(f"cell {name}: a projection needs a cell whose {states[0]} enters only through u.g")
+            outputs[0] = Node("product", (outputs[0],), ("hr", states[0]))
+        self.outputs, self.shared = _share(outputs)
+        nodes = topological(self.outputs)
+        products = sorted(
+            (n for n in nodes if n.op == "product"), key=lambda n: gates.index(n.value[1]) if n.value[0] == "hh" else -1
+        )
+        x_leaves = [leaf("x", g) for g in gates if leaf("x", g) in nodes]
+        self.new_state = dict(zip(self.outputs, states, strict=True))
+        self.operand_of = {n.value[1]: n.args[0] for n in products if n.value[0] == "hh"}
+        self.operands = {n.args[0] for n in products if n.args[0] is not self.hidden}
+        self.u_gates = tuple(self.operand_of)
+        self.bias_gates = tuple(g for g in self.u_gates if g not in self.shared)
+        self.x_gates = tuple(g for g in gates if g in self.shared or leaf("x", g) in x_leaves)
+        self.start_of = {n.value[1]: n for n in [*x_leaves, *products] if n.op == "leaf" or n.value[1] in self.shared}
+
+        # A product of a computed vector needs all of that vector: it begins a stage. Nodes that need no stage get -1.
+        self.forward_accumulators = {n: 0 if n.args[0] is self.hidden else None for n in products}
+        self.forward_accumulators |= dict.fromkeys(x_leaves, -1)
+
+        found: dict[tuple[str, str], Node] = {}
+
+        def other(node: Node, grad: Node):
+            if node.op == "product":
+                matrix, gate = node.value[:2]
+                found["hr" if matrix == "hr" else "u", gate] = grad
+                if gate in self.shared and matrix == "hh":
+                    found["x", gate] = grad
+                if node.args[0] is not self.hidden:
+                    yield node.args[0], Node("transposed", (grad,), (matrix, gate))
+            elif node.value[0] == "x":
+                found["x", node.value[1]] = grad
+
+        grads = gradients(self.outputs, [leaf("d", s) for s in states], other)
+        keys = [("x", g) for g in self.x_gates] + [("u", g) for g in self.u_gates]
+        self.backward = {k: found.get(k, ZERO) for k in keys}
+        self.backward |= {k: v for k, v in found.items() if k[0] == "hr"}
+        self.backward |= {("s", s): grads.get(leaf("s", s), ZERO) for s in states}
+        self.backward_roots = list(self.backward.values())
+
+
+class _Staging:
+    """Which stage computes which node.
+
+    accumulators: nodes that only a stage's product makes: its number, None for one stage after its operand, -1 for the
+    stage that first uses it; "transposed" products come one stage after their operand too. Whatever depends on none of
+    these is computed in each stage that wants it.
+    """
+
+    def __init__(self, roots: list[Node], accumulators: dict[Node, int | None]) -> None:
+        self.nodes = topological(roots)
+        self._level: dict[Node, int] = {}
+        self._accumulators = [n for n in accumulators if n in self.nodes]
+        self._accumulators += [n for n in self.nodes if n.op == "transposed"]
+        operands = {a for n in self._accumulators if n.op in ("product", "transposed") for a in n.args}
+        for n in self.nodes:
+            level = max((self._level[a] for a in n.args), default=-1)
+            if n in accumulators and accumulators[n] is not None:
+                level = accumulators[n]  # type: ignore[assignment]
+            elif n in accumulators or n.op == "transposed":
+                level += 1
+            elif n in operands and n.op != "leaf":
+                level = max(level, 0)
+            self._level[n] = level
+        for n in accumulators:
+            if n in self._level and self._level[n] == -1:
+                self._level[n] = max(0, min((self._level[m] for m in self.nodes if n in m.args), default=0))
+        self.depth = max((self.stage(n) for n in self.nodes), default=0) + 1
+        self._roots = roots
+        self.crossing: dict[Node, None] = {}
+        for k in range(self.depth):  # a later stage needs it, and it cannot be computed from stored vectors there
+            for n in self.needs(k, [r for r in roots if self.stage(r) == k]):
+                if self._level[n] >= 0 and self._level[n] < k:
+                    self.crossing[n] = None
+
+    def stage(self, node: Node) -> int:
+        """The stage that computes this node, if it is asked to."""
+        return max(self._level.get(node, 0), 0)
+
+    def accumulators(self, stage: int) -> list[Node]:
+        return [n for n in self._accumulators if self._level[n] == stage]
+
+    def needs(self, stage: int, roots: list[Node] | None = None) -> list[Node]:
+        """Vectors that a stage loads to compute the roots (or all that it has to): leaves, and values of earlier stages."""
+        if roots is None:
+            roots = [n for n in [*self._roots, *self.crossing] if self.stage(n) == stage]
+        found: dict[Node, None] = {}
+        seen: set[Node] = set(self.accumulators(stage))
+
+        def visit(node: Node) -> None:
+            if node in seen or node.op == "constant":
+                return
+            seen.add(node)
+            if node.op == "leaf" or 0 <= self._level[node] < stage:
+                found[node] = None
+            else:
+                for a in node.args:
+                    visit(a)
+
+        for r in roots:
+            visit(r)
+        return list(found)
+
+
+def _share(outputs: list[Node]) -> tuple[list[Node], set[str]]:
+    """Where x.g and u.g only ever appear as x.g + u.g, make that sum one product node that starts from x.g."""
+    nodes = topological(outputs)
+    users: dict[Node, set[Node]] = {}
+    for n in nodes:
+        for a in n.args:
+            users.setdefault(a, set()).add(n)
+    replace, shared = {}, set()
+    for n in nodes:
+        if n.op != "add":
+            continue
+        for x, u in (n.args, n.args[::-1]):
+            both = x.op == "leaf" and x.value[0] == "x" and u.op == "product" and u.value[1] == x.value[1]
+            if both and users[x] == {n} and users[u] == {n} and x not in outputs and u not in outputs:
+                replace[n] = (u, x.value[1])
+                shared.add(x.value[1])
+    # innermost first, so that a product's operand is itself already replaced
+    done: dict[Node, Node] = {}
+    for n in nodes:
+        if n in replace:
+            u, gate = replace[n]
+            (operand,) = substitute([u.args[0]], done)
+            done[n] = Node("product", (operand,), ("hh", gate, "shared"))
+    return substitute(outputs, done), shared
+
+
+def _forward_values(roots: list[Node], forward: set[Node]) -> set[Node]:
+    """Forward nodes that the backward graph uses directly."""
+    found: set[Node] = set()
+    seen: set[Node] = set()
+
+    def visit(node: Node) -> None:
+        if node in seen or node.op == "constant":
+            return
+        seen.add(node)
+        if node in forward:
+            found.add(node)
+        else:
+            for a in node.args:
+                visit(a)
+
+    for r in roots:
+        visit(r)
+    return {n for n in found if not (n.op == "leaf" and n.value[0] in ("s", "d"))}
+
+
+def _choose_saved(wanted: set[Node], stored: set[Node], forced: set[Node]) -> list[Node]:
+    """Which forward values to keep: the cheapest set from which all wanted ones can be had.
+
+    Starts from keeping all that is wanted and takes every improving step: drop a value, or keep its arguments instead.
+    """
+
+    def recompute_cost(saved: frozenset[Node]) -> float:
+        total, seen = SAVE_COST * len(saved), set()
+
+        def visit(node: Node) -> float:
+            if node in seen or node in saved or node in stored or node.op == "constant":
+                return 0.0
+            seen.add(node)
+            if node.op == "leaf" and node.value[0] == "s":
+                return 0.0
+            if node.op not in OPERATIONS:
+                return float("inf")  # an input projection or a recurrent product is gone after the step
+            return OPERATIONS[node.op].cost + sum(visit(a) for a in node.args)
+
+        return total + sum(visit(n) for n in order if n in wanted)
+
+    order = [n for n in topological(sorted(wanted | forced, key=repr)) if n not in stored or n in forced]
+    saved = frozenset(n for n in wanted if n not in stored) | forced
+    best = recompute_cost(saved)
+    improved = True
+    while improved:
+        improved = False
+        for node in order:
+            if node not in saved or node in forced:
+                continue
+            args = {
+                a for a in node.args if a.op != "constant" and not (a.op == "leaf" and a.value[0] == "s") and a not in stored
+            }
+            for trial in (saved - {node}, (saved - {node}) | args):
+                cost = recompute_cost(trial)
+                if cost < best:
+                    saved, best, improved = trial, cost, True
+                    break
+    return [n for n in topological(order) if n in saved]
+
+
+def _assign_slots(saved: list[tuple[int, int, bool]], written: dict[int, int], x_level: dict[int, int]) -> list[int]:
+    """A slot for every saved value (level stored at, level last used at, kept for good).
+
+    A value may take a gate's slot if it is stored no earlier than the gate's input projection is read, and last used no
+    later than the gate's gradient is written.
+    """
+    extra = len(written) + len(saved)
+
+    def fits(value: tuple[int, int, bool], slot: int) -> bool:
+        stored_at, used_at, kept = value
+        if slot in written and (kept or used_at > written[slot]):
+            return False
+        return stored_at >= x_level.get(slot, 0)
+
+    def search(k: int, taken: tuple[int, ...], limit: int) -> tuple[int, ...] | None:
+        if k == len(saved):
+            return taken
+        for slot in range(limit):
+            if slot not in taken and fits(saved[k], slot):
+                found = search(k + 1, (*taken, slot), limit)
+                if found is not None:
+                    return found
+        return None
+
+    for limit in range(len(written), extra + 1):
+        found = search(0, (), limit)
+        if found is not None:
+            return list(found)
+    raise AssertionError("every saved value fits a slot of its own")
+
+
+def _runs(gates: list[str], slot: dict[str, int]) -> list[tuple[str, ...]]:
+    """Gates grouped so that within a group the slots follow each other: one product each."""
+    runs: list[list[str]] = []
+    for g in gates:
+        if runs and slot[g] == slot[runs[-1][-1]] + 1:
+            runs[-1].append(g)
+        else:
+            runs.append([g])
+    return [tuple(r) for r in runs]
