@@ -1,0 +1,362 @@
+"""torch.nn's recurrent layers and cells over the engine: torch's constructors, names, state_dict and results.
+
+Each class is a subclass of its torch.nn namesake and replaces `forward` alone, so initialisation, `repr`, pickling,
+hooks and `.to()` are torch's own. A call that the engine does not take (`fastcells.functional.refusal`, an empty batch)
+runs torch's implementation with the same weights. A wrong call raises the exception that torch.nn raises, with a
+message that names the argument, what was given and what was expected.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.modules import rnn as original  # the classes themselves: torch.nn.LSTM may be one of ours by now
+from torch.nn.utils.rnn import PackedSequence
+
+from . import cells
+from .cell import Cell
+from .functional import layer, refusal
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+
+Shape = tuple[int, ...]
+Parameters = tuple[Tensor | None, ...]  # of one direction: weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
+
+
+class NotTaken(Exception):
+    """Why the engine does not take a call."""
+
+
+class Mistake(NotTaken):
+    """The call looks wrong. Torch's own implementation decides whether it is, and with which exception."""
+
+
+class Batch(NamedTuple):
+    """An input as the engine takes it."""
+
+    x: Tensor  # [T, N, I], or [total, I] with batch_sizes
+    size: int  # N
+    leading: Shape  # of the caller's states, before their features: (num_layers * D, N) or, without batch, (N,) etc.
+    batch_sizes: Tensor | None = None
+
+
+class Call(NamedTuple):
+    """A whole call as the engine takes it."""
+
+    cell: Cell
+    batch: Batch
+    states: tuple[Tensor, ...] | None  # each [num_layers * D, N, features]
+    parameters: list[tuple[Parameters, ...]]  # per layer and direction
+
+
+@lru_cache(maxsize=1024)
+def weight_shapes(
+    gates: int, input_size: int, hidden_size: int, proj_size: int, bias: bool, num_layers: int, directions: int
+) -> tuple[tuple[tuple[tuple[str, Shape] | None, ...], ...], ...]:
+    """Name and shape of each parameter, per layer and direction; None where a layer has none of that kind.
+
+    `num_layers=0` stands for a cell module: one set of parameters, whose names carry no layer.
+    """
+    rows, out = gates * hidden_size, proj_size or hidden_size
+
+    def direction(k: int, suffix: str) -> tuple[tuple[str, Shape] | None, ...]:
+        return (
+            (f"weight_ih{suffix}", (rows, out * directions if k else input_size)),
+            (f"weight_hh{suffix}", (rows, out)),
+            (f"bias_ih{suffix}", (rows,)) if bias else None,
+            (f"bias_hh{suffix}", (rows,)) if bias else None,
+            (f"weight_hr{suffix}", (proj_size, hidden_size)) if proj_size else None,
+        )
+
+    if not num_layers:
+        return ((direction(0, ""),),)
+    return tuple(tuple(direction(k, f"_l{k}" + "_reverse" * d) for d in range(directions)) for k in range(num_layers))
+
+
+class DropIn(torch.nn.Module):
+    """The one mechanism of all layers and cells: read the call, then run it on the engine or leave it to torch."""
+
+    input_size: int
+    hidden_size: int
+    dropout: float  # of layers: cells have no layer to drop between
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """As the torch.nn class of the same name: same arguments, results and exceptions."""
+        try:
+            call = self._read(input, hx)
+        except NotTaken as caught:
+            reason = caught
+        else:
+            return self._run(input, call)
+        try:
+            return super().forward(input, hx)
+        except Exception as error:
+            if isinstance(reason, Mistake):
+                raise type(error)(f"{type(self).__name__}: {reason}") from error
+            raise
+
+    def _route(self, input: Any, hx: Any = None) -> str | None:
+        """Why `forward(input, hx)` is left to torch's own implementation, or None where the engine runs it."""
+        try:
+            self._read(input, hx)
+        except NotTaken as reason:
+            return str(reason)
+        return None
+
+    def _read(self, input: Any, hx: Any) -> Call:
+        """The call as the engine takes it. Raises NotTaken. Every call comes here, so each check is a cheap one."""
+        cell = self._cell()
+        batch = self._batch(input)
+        if batch.x.shape[-1] != self.input_size:
+            raise Mistake(f"input must have input_size = {self.input_size} features, got {batch.x.shape[-1]}")
+        if not batch.size:
+            raise NotTaken("batch size 0")
+        layers = self._weight_shapes(len(cell.gates))
+        parameters, weights = self._weights(layers)
+        states = None if hx is None else self._states(cell, input, batch, hx, out=layers[0][0][1][1][1])
+        tensors = [batch.x, *(states or ()), *weights]
+        reason = refusal(*tensors)
+        dtype = batch.x.dtype
+        if reason is None and all([tensor.dtype is dtype for tensor in tensors]):
+            return Call(cell, batch, states, parameters)
+        names = ["input", *(_initial(cell) if states else ())]
+        names += [item[0] for directions in layers for items in directions for item in items if item]
+        for kind in ("device", "dtype"):
+            expected, *others = (getattr(tensor, kind) for tensor in tensors)
+            for name, given in zip(names[1:], others, strict=True):
+                if given != expected:
+                    raise Mistake(f"{name} must have the {kind} of input, {expected}, got {given}")
+        raise NotTaken(reason)
+
+    def _weights(self, layers: tuple) -> tuple[list[tuple[Parameters, ...]], list[Tensor]]:
+        """The parameters per layer and direction, and in one list. Read at each call, since they may be replaced."""
+        registered = self._parameters  # Module.__getattr__ takes ten times as long
+        parameters, weights = [], []
+        for directions in layers:
+            sets = []
+            for items in directions:
+                row: list[Tensor | None] = []
+                for item in items:
+                    if item is None:
+                        row.append(None)
+                        continue
+                    name, shape = item
+                    weight: Any = registered.get(name)
+                    if weight is None:  # parametrized, or set as a plain tensor
+                        weight = getattr(self, name, None)
+                        if not isinstance(weight, Tensor):
+                            raise Mistake(f"{name} must be a Tensor of shape {shape}, got {type(weight).__name__}")
+                    if weight.shape != shape:
+                        raise Mistake(f"{name} must have shape {shape}, got {tuple(weight.shape)}")
+                    row.append(weight)
+                    weights.append(weight)
+                sets.append(tuple(row))
+            parameters.append(tuple(sets))
+        return parameters, weights
+
+    def _states(self, cell: Cell, input: Any, batch: Batch, hx: Any, out: int) -> tuple[Tensor, ...]:
+        """The given states as the engine takes them. `out`: features of the hidden state."""
+        count = len(cell.states)
+        given = hx if count > 1 else (hx,)
+        if not isinstance(given, (tuple, list)) or len(given) != count:
+            got = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
+            raise Mistake(f"hx must be a tuple of {count} Tensors ({', '.join(_initial(cell))}), got {got}")
+        states = []
+        for i, state in enumerate(given):
+            if not isinstance(state, Tensor):
+                raise Mistake(f"hx ({_initial(cell)[i]}) must be a Tensor, got {type(state).__name__}")
+            shape = (*batch.leading, self.hidden_size if i else out)
+            if state.shape != shape:
+                name = _initial(cell)[i]
+                raise Mistake(f"hx ({name}) must have shape {shape} to go with input, got {tuple(state.shape)}")
+            states.append(state if len(shape) == 3 else state.view(-1, batch.size, shape[-1]))
+        if batch.batch_sizes is not None and input.sorted_indices is not None:
+            return tuple(state.index_select(1, input.sorted_indices) for state in states)
+        return tuple(states)
+
+    def _run(self, input: Any, call: Call) -> Any:
+        """The stack of layers, each with all its directions in one call of the engine."""
+        cell, batch, states, parameters = call
+        count = len(parameters)
+        given: list = [states] * count
+        if states is not None and count > 1:
+            given = list(zip(*(state.split(len(parameters[0])) for state in states), strict=True))
+        y, finals = batch.x, []
+        for k, directions in enumerate(parameters):
+            if k and self.dropout and self.training:
+                y = torch.dropout(y, self.dropout, True)  # as torch.nn does: same draws from the same generator
+            y, final = layer(cell, y, given[k], directions, batch.batch_sizes)
+            finals.append(final)
+        if count > 1:
+            final = tuple(torch.cat(state) for state in zip(*finals, strict=True))
+        if len(batch.leading) != 2:
+            final = tuple(state.view(*batch.leading, state.shape[-1]) for state in final)
+        return self._result(input, batch, y, final if len(final) > 1 else final[0])
+
+    # What layers and cells each say for themselves:
+
+    def _cell(self) -> Cell:
+        raise NotImplementedError
+
+    def _batch(self, input: Any) -> Batch:
+        raise NotImplementedError
+
+    def _weight_shapes(self, gates: int) -> tuple:
+        raise NotImplementedError
+
+    def _result(self, input: Any, batch: Batch, y: Tensor, states: Any) -> Any:
+        """What the module returns. `states`: one Tensor or a tuple of them, in the caller's shape."""
+        raise NotImplementedError
+
+
+def _initial(cell: Cell) -> list[str]:
+    return [f"{state}_0" for state in cell.states]
+
+
+def _packed_size(packed: PackedSequence) -> int:
+    """N of a packed sequence. Raises Mistake where its parts do not fit together, because the engine relies on them."""
+    data, sizes, *orders = packed
+    if not isinstance(data, Tensor) or data.dim() != 2:
+        got = f"shape {tuple(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
+        raise Mistake(f"input.data must be a Tensor of 2 dimensions (all steps, features), got {got}")
+    if not isinstance(sizes, Tensor) or sizes.dtype != torch.int64 or sizes.dim() != 1 or sizes.device.type != "cpu":
+        got = f"{sizes.dtype} of shape {tuple(sizes.shape)}" if isinstance(sizes, Tensor) else type(sizes).__name__
+        raise Mistake(f"input.batch_sizes must be an int64 CPU Tensor of 1 dimension, got {got}")
+    steps = sizes.tolist()
+    if not steps or steps[-1] < 1 or steps != sorted(steps, reverse=True) or sum(steps) != len(data):
+        got = ", ".join(map(str, steps[:8])) + ", ..." * (len(steps) > 8)
+        raise Mistake(
+            f"input.batch_sizes must be positive, never increase and sum to the {len(data)} rows of input.data, "
+            f"got [{got}] with sum {sum(steps)}"
+        )
+    for name, order in zip(("sorted_indices", "unsorted_indices"), orders, strict=True):
+        if order is not None and order.shape != (steps[0],):
+            raise Mistake(f"input.{name} must have shape ({steps[0]},), one per sequence, got {tuple(order.shape)}")
+    return steps[0]
+
+
+class LayerModule(DropIn, original.RNNBase):
+    """What the layers over whole sequences have to themselves."""
+
+    def _batch(self, input: Any) -> Batch:
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        if isinstance(input, PackedSequence):
+            size = _packed_size(input)
+            return Batch(input.data, size, (rows, size), input.batch_sizes)
+        if not isinstance(input, Tensor):
+            raise Mistake(f"input must be a Tensor or a PackedSequence, got {type(input).__name__}")
+        rank = input.dim()
+        if rank == 3:
+            x = input.transpose(0, 1) if self.batch_first else input
+        elif rank == 2:
+            x = input.unsqueeze(1)
+        else:
+            raise Mistake(f"input must have 3 dimensions, or 2 without a batch, got shape {tuple(input.shape)}")
+        steps, size, _ = x.shape
+        if not steps:
+            raise Mistake(f"input must have a sequence length of at least 1, got 0 in shape {tuple(input.shape)}")
+        return Batch(x, size, (rows, size) if rank == 3 else (rows,))
+
+    def _weight_shapes(self, gates: int) -> tuple:
+        sizes = self.input_size, self.hidden_size, self.proj_size
+        return weight_shapes(gates, *sizes, self.bias, self.num_layers, 2 if self.bidirectional else 1)
+
+    def _result(self, input: Any, batch: Batch, y: Tensor, states: Any) -> Any:
+        if batch.batch_sizes is not None:
+            return PackedSequence(y, *input[1:]), self.permute_hidden(states, input.unsorted_indices)
+        if len(batch.leading) == 1:
+            return y.squeeze(1), states
+        return y.transpose(0, 1) if self.batch_first else y, states
+
+
+class CellModule(DropIn, original.RNNCellBase):
+    """What the cells have to themselves: they are layers over one step."""
+
+    def _batch(self, input: Any) -> Batch:
+        if not isinstance(input, Tensor):
+            raise Mistake(f"input must be a Tensor, got {type(input).__name__}")
+        rank = input.dim()
+        if rank == 2:
+            return Batch(input.unsqueeze(0), len(input), (len(input),))
+        if rank == 1:
+            return Batch(input.view(1, 1, -1), 1, ())
+        raise Mistake(f"input must have 2 dimensions, or 1 without a batch, got shape {tuple(input.shape)}")
+
+    def _weight_shapes(self, gates: int) -> tuple:
+        return weight_shapes(gates, self.input_size, self.hidden_size, 0, self.bias, 0, 1)
+
+    def _result(self, input: Any, batch: Batch, y: Tensor, states: Any) -> Any:
+        return states
+
+
+ELMAN = {"RNN_TANH": cells.rnn_tanh, "RNN_RELU": cells.rnn_relu, "tanh": cells.rnn_tanh, "relu": cells.rnn_relu}
+
+
+def _elman(kind: str) -> Cell:
+    if kind not in ELMAN:
+        raise NotTaken(f"nonlinearity {kind}")
+    return ELMAN[kind]
+
+
+class RNN(LayerModule, original.RNN):
+    """Simple recurrent layers (Elman 1990): h_t = tanh or relu (W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
+
+    As `torch.nn.RNN`: input [T, N, I] ([N, T, I] with batch_first, [T, I] without a batch, or a PackedSequence) and h_0
+    [num_layers * D, N, H] give (output [T, N, D * H], h_n [num_layers * D, N, H]), D = 2 if bidirectional, else 1.
+    Raises what torch.nn.RNN raises.
+    """
+
+    def _cell(self) -> Cell:
+        return _elman(self.mode)
+
+
+class LSTM(LayerModule, original.LSTM):
+    """Long short-term memory layers (Hochreiter & Schmidhuber 1997, forget gate: Gers et al. 2000).
+
+    As `torch.nn.LSTM`: input [T, N, I] ([N, T, I] with batch_first, [T, I] without a batch, or a PackedSequence) and
+    (h_0 [num_layers * D, N, P], c_0 [num_layers * D, N, H]) give (output [T, N, D * P], (h_n, c_n)), where P is
+    proj_size (Sak, Senior & Beaufays 2014) or else H, D = 2 if bidirectional, else 1. Raises what torch.nn.LSTM raises.
+    """
+
+    def _cell(self) -> Cell:
+        return cells.lstm
+
+
+class GRU(LayerModule, original.GRU):
+    """Gated recurrent unit layers (Cho et al. 2014), reset applied after the recurrent product.
+
+    As `torch.nn.GRU`: input [T, N, I] ([N, T, I] with batch_first, [T, I] without a batch, or a PackedSequence) and h_0
+    [num_layers * D, N, H] give (output [T, N, D * H], h_n [num_layers * D, N, H]), D = 2 if bidirectional, else 1.
+    Raises what torch.nn.GRU raises.
+    """
+
+    def _cell(self) -> Cell:
+        return cells.gru
+
+
+class RNNCell(CellModule, original.RNNCell):
+    """One step of `RNN`. As `torch.nn.RNNCell`: input [N, I] or [I] and h [N, H] or [H] give the next h."""
+
+    def _cell(self) -> Cell:
+        return _elman(self.nonlinearity)
+
+
+class LSTMCell(CellModule, original.LSTMCell):
+    """One step of `LSTM`. As `torch.nn.LSTMCell`: input [N, I] or [I] and (h, c), each [N, H] or [H], give the next."""
+
+    def _cell(self) -> Cell:
+        return cells.lstm
+
+
+class GRUCell(CellModule, original.GRUCell):
+    """One step of `GRU`. As `torch.nn.GRUCell`: input [N, I] or [I] and h [N, H] or [H] give the next h."""
+
+    def _cell(self) -> Cell:
+        return cells.gru
+
+
+DROP_IN = {kind.__bases__[1]: kind for kind in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)}
+"""Torch's class -> ours."""
