@@ -1,0 +1,1 @@
+"""Real training runs, and measurements of fastcells beside its peers."""
