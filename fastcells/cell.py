@@ -74,7 +74,9 @@ class Cell:
         try:
             return self._trace()
         except (TypeError, AttributeError) as error:
-            frame = next((f for f in reversed(inspect.trace()) if f.code_context and f.function == self.function.__name__), None)
+            frame = next(
+                (f for f in reversed(inspect.trace()) if f.code_context and f.function == self.function.__name__), None
+            )
             where = f"\n  {frame.filename}:{frame.lineno}: {frame.code_context[0].strip()}" if frame else ""  # type: ignore[index]
             raise type(error)(f"cell {self.name}: {error}{where}") from error
 

@@ -184,7 +184,6 @@ def _as_node(name: str, value: Any) -> Node:
     )
 
 
-
 def overload(cls: type) -> type:
     """Give a class Python's arithmetic and comparison operators over `apply`."""
 

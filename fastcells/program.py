@@ -89,6 +89,23 @@ class Program:
                     raise AssertionError(f"buffer {p.buffer} used as {found[p.buffer]} and as {kind}")
         return found
 
+    def describe(self) -> str:
+        """All of the program in one string: equal strings, equal kernels."""
+        number: dict[Node, int] = {}
+        lines = []
+        roots = [
+            n for s in self.stages for n in [*(a for a, _ in s.accumulators), *(o for o, _, _ in s.outputs), *s.loads]
+        ]
+        for node in topological(roots):
+            number[node] = len(number)
+            lines.append(f"{node.op} {node.value!r} {[number[a] for a in node.args]}")
+        for s in self.stages:
+            accumulators = [(number[n], places) for n, places in s.accumulators]
+            outputs = [(number[n], *rest) for n, *rest in s.outputs]
+            loads = [(number[n], place) for n, place in s.loads.items()]
+            lines.append(f"{s.size} {accumulators} {s.segments} {outputs} {loads}")
+        return "\n".join(lines)
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -122,7 +139,9 @@ def build(cell: Cell, project: bool) -> Programs:
 
 
 @lru_cache(maxsize=256)
-def _build(name: str, states: tuple[str, ...], gates: tuple[str, ...], traced: tuple[Node, ...], project: bool) -> Programs:
+def _build(
+    name: str, states: tuple[str, ...], gates: tuple[str, ...], traced: tuple[Node, ...], project: bool
+) -> Programs:
     step = _Step(name, states, gates, traced, project)
     forward = _Staging(step.outputs, step.forward_accumulators)
     x_slot = {g: k for k, g in enumerate(step.x_gates)}
@@ -131,7 +150,8 @@ def _build(name: str, states: tuple[str, ...], gates: tuple[str, ...], traced: t
     # States are kept at every step anyway, so the backward pass has them for nothing.
     stored = {n: leaf("now", s) for n, s in step.new_state.items()}
     forced = {n for n in forward.crossing if n not in step.new_state} | step.operands
-    saved = _choose_saved(_forward_values(step.backward_roots, set(forward.nodes)), set(stored), forced)
+    wanted = _forward_values(step.backward_roots, set(forward.nodes))
+    saved = _choose_saved(forward.nodes, wanted, set(stored), forced)
     available = {**stored, **{n: leaf("saved", k) for k, n in enumerate(saved)}}
     roots = dict(zip(step.backward, substitute(step.backward_roots, available), strict=True))
     hidden_gradient = leaf("d", states[0])
@@ -140,7 +160,10 @@ def _build(name: str, states: tuple[str, ...], gates: tuple[str, ...], traced: t
     grad_slot = {("x", g): x_slot[g] for g in step.x_gates} | {("u", g): u_slot[g] for g in step.u_gates}
     written = {slot: backward.stage(roots[key]) for key, slot in grad_slot.items()}
     used = {
-        int(n.value[1]): k for k in range(backward.depth) for n in backward.needs(k) if n.op == "leaf" and n.value[0] == "saved"
+        int(n.value[1]): k
+        for k in range(backward.depth)
+        for n in backward.needs(k)
+        if n.op == "leaf" and n.value[0] == "saved"
     }
     slot_of = dict(
         zip(
@@ -164,7 +187,9 @@ def _build(name: str, states: tuple[str, ...], gates: tuple[str, ...], traced: t
             matrix, gate = node.value[:2] if node.op == "product" else ("ih", node.value[1])
             if node.op == "product":
                 operand = node.args[0]
-                rows = Place("s." + states[0], 0, "before") if operand is step.hidden else Place("saved", slot_of[operand])
+                rows = (
+                    Place("s." + states[0], 0, "before") if operand is step.hidden else Place("saved", slot_of[operand])
+                )
                 targets.setdefault(rows, []).append((matrix, gate, index))
                 if matrix == "hh" and gate not in step.shared:
                     start = (Place("bias", step.bias_gates.index(gate), "static"),)
@@ -176,7 +201,8 @@ def _build(name: str, states: tuple[str, ...], gates: tuple[str, ...], traced: t
         if x_rows:
             targets[Place("x")] = x_rows
         segments = [
-            Segment(rows, Weights(t[0][0], tuple(g for _, g, _ in t)), tuple(i for _, _, i in t)) for rows, t in targets.items()
+            Segment(rows, Weights(t[0][0], tuple(g for _, g, _ in t)), tuple(i for _, _, i in t))
+            for rows, t in targets.items()
         ]
         outputs = [(n, Place("s." + step.new_state[n]), False) for n in step.outputs if forward.stage(n) == k]
         outputs += [
@@ -203,7 +229,7 @@ def _build(name: str, states: tuple[str, ...], gates: tuple[str, ...], traced: t
         if k == 0:
             carry = Place("carry." + states[0], 0, "static" if states[0] in carried else "first")
             accumulators.append((hidden_gradient, (Place("dy"), carry)))
-            for run in _runs([g for g in step.u_gates if step.operand_of[g] is step.hidden], u_slot):
+            for run in runs([g for g in step.u_gates if step.operand_of[g] is step.hidden], u_slot):
                 weights = Weights("hh", run, transposed=True)
                 segments.append(Segment(Place("grad", u_slot[run[0]], "before"), weights, (0,)))
         for node in backward.accumulators(k):
@@ -217,7 +243,9 @@ def _build(name: str, states: tuple[str, ...], gates: tuple[str, ...], traced: t
             for key in roots
             if key[0] != "s" and not (key[0] == "u" and key[1] in step.shared)
         ]
-        results += [(roots["s", s], Place("carry." + s, 0, "static"), False) for s in states if s in carried or s != states[0]]
+        results += [
+            (roots["s", s], Place("carry." + s, 0, "static"), False) for s in states if s in carried or s != states[0]
+        ]
         results = [r for r in results if backward.stage(r[0]) == k]
         results += [(n, Place("cross", j, "static"), False) for n, j in cross.items() if backward.stage(n) == k]
         loads = {}
@@ -255,11 +283,16 @@ def _build(name: str, states: tuple[str, ...], gates: tuple[str, ...], traced: t
 class _Step:
     """One time step of a cell as a graph, with the gradients of its pre-activations and states."""
 
-    def __init__(self, name: str, states: tuple[str, ...], gates: tuple[str, ...], traced: tuple[Node, ...], project: bool):
+    def __init__(
+        self, name: str, states: tuple[str, ...], gates: tuple[str, ...], traced: tuple[Node, ...], project: bool
+    ):
         outputs = list(traced)
         self.hidden = leaf("s", states[0])
         if project:
-            if any(self.hidden in n.args if n.op != "product" else n.args[0] is not self.hidden for n in topological(outputs)):
+            if any(
+                self.hidden in n.args if n.op != "product" else n.args[0] is not self.hidden
+                for n in topological(outputs)
+            ):
                 raise ValueError(f"cell {name}: a projection needs a cell whose {states[0]} enters only through u.g")
             outputs[0] = Node("product", (outputs[0],), ("hr", states[0]))
         self.outputs, self.shared = _share(outputs)
@@ -410,8 +443,8 @@ def _forward_values(roots: list[Node], forward: set[Node]) -> set[Node]:
     return {n for n in found if not (n.op == "leaf" and n.value[0] in ("s", "d"))}
 
 
-def _choose_saved(wanted: set[Node], stored: set[Node], forced: set[Node]) -> list[Node]:
-    """Which forward values to keep: the cheapest set from which all wanted ones can be had.
+def _choose_saved(nodes: list[Node], wanted: set[Node], stored: set[Node], forced: set[Node]) -> list[Node]:
+    """Which of the forward nodes to keep: the cheapest set from which all wanted ones can be had.
 
     Starts from keeping all that is wanted and takes every improving step: drop a value, or keep its arguments instead.
     """
@@ -431,7 +464,7 @@ def _choose_saved(wanted: set[Node], stored: set[Node], forced: set[Node]) -> li
 
         return total + sum(visit(n) for n in order if n in wanted)
 
-    order = [n for n in topological(sorted(wanted | forced, key=repr)) if n not in stored or n in forced]
+    order = [n for n in nodes if n not in stored or n in forced]
     saved = frozenset(n for n in wanted if n not in stored) | forced
     best = recompute_cost(saved)
     improved = True
@@ -440,15 +473,14 @@ def _choose_saved(wanted: set[Node], stored: set[Node], forced: set[Node]) -> li
         for node in order:
             if node not in saved or node in forced:
                 continue
-            args = {
-                a for a in node.args if a.op != "constant" and not (a.op == "leaf" and a.value[0] == "s") and a not in stored
-            }
+            free = {a for a in node.args if a.op == "constant" or a in stored or (a.op == "leaf" and a.value[0] == "s")}
+            args = set(node.args) - free
             for trial in (saved - {node}, (saved - {node}) | args):
                 cost = recompute_cost(trial)
                 if cost < best:
                     saved, best, improved = trial, cost, True
                     break
-    return [n for n in topological(order) if n in saved]
+    return [n for n in order if n in saved]
 
 
 def _assign_slots(saved: list[tuple[int, int, bool]], written: dict[int, int], x_level: dict[int, int]) -> list[int]:
@@ -482,12 +514,12 @@ def _assign_slots(saved: list[tuple[int, int, bool]], written: dict[int, int], x
     raise AssertionError("every saved value fits a slot of its own")
 
 
-def _runs(gates: list[str], slot: dict[str, int]) -> list[tuple[str, ...]]:
+def runs(gates: list[str], slot: dict[str, int]) -> list[tuple[str, ...]]:
     """Gates grouped so that within a group the slots follow each other: one product each."""
-    runs: list[list[str]] = []
+    found: list[tuple[str, ...]] = []
     for g in gates:
-        if runs and slot[g] == slot[runs[-1][-1]] + 1:
-            runs[-1].append(g)
+        if found and slot[g] == slot[found[-1][-1]] + 1:
+            found[-1] += (g,)
         else:
-            runs.append([g])
-    return [tuple(r) for r in runs]
+            found.append((g,))
+    return found

@@ -1,0 +1,108 @@
+"""How kernels and their callers agree on tiles and on the frame; free of Numba, so that stored kernels run without it.
+
+A frame is one array of 64-bit words with everything that a call needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..program import Program, Stage
+
+HEADER = (
+    "steps",  # time steps
+    "rows",  # sequences at the fullest step
+    "shares",  # address of the row that each thread's share begins at, and the end; 0: even shares
+    "threads",  # that the shares were made for
+    "positions",  # address of the position of every step, 0 where positions are first + step * delta
+    "first",
+    "delta",
+    "initial",  # position of the initial rows
+    "counts",  # address of the number of sequences at every step, 0 where it is always `rows`
+    "split",  # 0: threads share the rows, 1: threads share the units and wait for each other after every stage
+    "barrier",  # address of the arrival counter
+    "yield",  # address of the function that gives up the processor
+    "row_block",  # rows that go through all time steps together
+    "depth_block",  # depth of the products taken at a time
+    "scratch",  # address of partial sums
+    "scratch_thread",  # bytes of them a thread
+    "slot",  # bytes of one vector of the hidden size
+    "training",  # 1: store what only training needs
+)
+STAGE_WORDS = (
+    "units",
+    "skip",
+    "depth",
+)  # units of the stage; depth at a first step that is not multiplied; total depth
+WORD = {name: k for k, name in enumerate(HEADER)}
+
+
+class Layout:
+    """Numbers the words of a program's frame: header, stages, buffers (address, step, row strides), segments."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.stage = [len(HEADER) + len(STAGE_WORDS) * k for k in range(len(program.stages))]
+        end = len(HEADER) + len(STAGE_WORDS) * len(program.stages)
+        self.buffer: dict[str, int] = {}
+        for name, kind in program.places().items():
+            self.buffer[name] = end
+            end += 6 if kind == "first" else 3
+        self.segment: dict[tuple[int, int], int] = {}  # (stage, segment): depth, panel address
+        for k, stage in enumerate(program.stages):
+            for j in range(len(stage.segments)):
+                self.segment[k, j] = end
+                end += 2
+        self.size = end
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a stage is cut into tiles, for registers of `lanes` numbers.
+
+    widths: vectors of units in a tile, widest first; the first is for a single row, which needs the independent
+    chains; the last, 0, is one vector of which not all lanes exist. rows: at most that many rows in a tile.
+    """
+
+    lanes: int
+    rows: int
+    widths: tuple[int, ...]
+
+    @property
+    def block(self) -> int:
+        """The widest tile for several rows; panels are packed in blocks of this and the narrower widths."""
+        return self.widths[1]
+
+
+LATENCY_CHAINS = 8  # independent sums that hide the latency of a fused multiply-add: 4 cycles x 2 units
+
+
+def tile_shape(stage: Stage, registers: int, lanes: int) -> Shape:
+    """Accumulators fill the registers, leaving room for a weight vector and the rows' broadcasts."""
+    count = len(stage.accumulators)
+    block = 4 if count == 1 else 2 if count == 2 else 1
+    rows = max(1, min(6, (registers - 4) // (count * block)))
+    return Shape(lanes, rows, (2 * block, *(w for w in (4, 2, 1) if w <= block), 0))
+
+
+MAX_ROWS = 8  # variants are numbered ((stage * MAX_WIDTHS) + width) * MAX_ROWS + rows; rows 0 is a single row
+MAX_WIDTHS = 8
+
+
+def variants(shape: Shape, stage: int) -> list[tuple[int, int, int, bool]]:
+    """(number, rows, width index, single) of every tile of a stage."""
+    base = stage * MAX_WIDTHS
+    found = [((base + w) * MAX_ROWS, 1, w, True) for w in range(len(shape.widths))]
+    found += [
+        ((base + w) * MAX_ROWS + r, r, w, False) for w in range(1, len(shape.widths)) for r in range(1, shape.rows + 1)
+    ]
+    return found
+
+
+def scratch_row_bytes(program: Program, shape: Shape, stage: int, vector_bytes: int) -> int:
+    """Bytes of partial sums a row of a tile."""
+    return len(program.stages[stage].accumulators) * max(shape.widths) * vector_bytes
+
+
+# The frame of a packing kernel; then the offset in bytes of each gate.
+PACK = ("panel", "source", "units", "depth", "unit_stride", "depth_stride", "block", "gates")

@@ -1,0 +1,43 @@
+"""What this processor can do: read once, nothing hard-coded to one vector width."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import llvmlite.binding as llvm
+
+
+@dataclass(frozen=True)
+class Host:
+    """cpu, features: LLVM's names. vector_bytes, registers: of the widest vectors. Everything that code depends on."""
+
+    triple: str
+    cpu: str
+    features: str
+    vector_bytes: int
+    registers: int
+
+    def lanes(self, item_bytes: int) -> int:
+        return self.vector_bytes // item_bytes
+
+
+@lru_cache
+def host() -> Host:
+    """The processor that kernels are compiled for. NUMBA_CPU_NAME and NUMBA_CPU_FEATURES override what is found."""
+    cpu = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
+    features = os.environ.get("NUMBA_CPU_FEATURES")
+    if features is None:
+        features = "" if cpu == "generic" else llvm.get_host_cpu_features().flatten()
+    triple = llvm.get_process_triple()
+    has = set(features.split(","))
+    if "+avx512f" in has:
+        vector_bytes, registers = 64, 32
+    elif "+avx" in has:
+        vector_bytes, registers = 32, 16
+    elif triple.startswith(("aarch64", "arm64")):
+        vector_bytes, registers = 16, 32
+    else:
+        vector_bytes, registers = 16, 16
+    return Host(triple, cpu, features, vector_bytes, registers)

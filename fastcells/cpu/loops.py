@@ -1,0 +1,296 @@
+"""The loops around the tile: time, stages, units, depth, rows. Compiled by Numba; the tile is inlined.
+
+A kernel is `member(frame, thread, team)`: what one thread of a team does of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from ..program import Program
+from .geometry import MAX_ROWS, MAX_WIDTHS, PACK, STAGE_WORDS, WORD, Layout, scratch_row_bytes, tile_shape
+from .simd import FORMATS, I64, Vector, i64
+from .tile import make_tile
+
+STEPS, ROWS, SHARES, THREADS = WORD["steps"], WORD["rows"], WORD["shares"], WORD["threads"]
+POSITIONS, FIRST, DELTA, INITIAL = WORD["positions"], WORD["first"], WORD["delta"], WORD["initial"]
+COUNTS, SPLIT, BARRIER, YIELD = WORD["counts"], WORD["split"], WORD["barrier"], WORD["yield"]
+ROW_BLOCK, DEPTH_BLOCK = WORD["row_block"], WORD["depth_block"]
+SCRATCH, SCRATCH_THREAD = WORD["scratch"], WORD["scratch_thread"]
+
+SPINS = 4000  # of a waiting thread, some 20 us, before it offers the processor to others
+
+
+@intrinsic
+def peek(typingctx, address, index):
+    """The 64-bit word `index` at an address."""
+
+    def emit(context, b, signature, args):
+        return b.load(b.inttoptr(b.add(args[0], b.mul(args[1], i64(8))), I64.as_pointer()))
+
+    return types.int64(types.int64, types.int64), emit
+
+
+@intrinsic
+def least(typingctx, a, b):
+    """The smaller of two integers."""
+
+    def emit(context, b, signature, args):
+        return b.select(b.icmp_signed("<", *args), *args)
+
+    return types.int64(types.int64, types.int64), emit
+
+
+@intrinsic
+def barrier(typingctx, counter, target, give_way):
+    """Arrive, then wait until `target` threads have; the processor is offered to others after a bounded spin."""
+
+    def emit(context, b, signature, args):
+        counter, target, give_way = args
+        address = b.inttoptr(counter, I64.as_pointer())
+        b.atomic_rmw("add", address, i64(1), "acq_rel")
+        before, spin, patience, yielding, done = (
+            b.block,
+            *(b.append_basic_block(f"barrier.{n}") for n in ("spin", "patience", "yield", "done")),
+        )
+        b.branch(spin)
+        b.position_at_end(spin)
+        spins = b.phi(I64)
+        spins.add_incoming(i64(0), before)
+        arrived = b.load_atomic(address, "acquire", 8)
+        b.cbranch(b.icmp_signed("<", arrived, target), patience, done)
+        b.position_at_end(patience)
+        _pause(b)
+        more = b.add(spins, i64(1))
+        spins.add_incoming(more, patience)
+        b.cbranch(b.icmp_signed("<", more, i64(SPINS)), spin, yielding)
+        b.position_at_end(yielding)
+        b.call(b.inttoptr(give_way, ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
+        spins.add_incoming(i64(SPINS), yielding)  # from now on, yield at every look
+        b.branch(spin)
+        b.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), emit
+
+
+def _pause(b) -> None:
+    """Tell the core that this is a spin loop, where the architecture has such a hint."""
+    triple = b.module.triple
+    void = ir.FunctionType(ir.VoidType(), [])
+    if triple.startswith(("x86", "i686", "amd64")):
+        b.call(cgutils.get_or_insert_function(b.module, void, "llvm.x86.sse2.pause"), [])
+    elif triple.startswith(("aarch64", "arm64")):
+        hint = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
+        b.call(cgutils.get_or_insert_function(b.module, hint, "llvm.aarch64.hint"), [ir.Constant(ir.IntType(32), 1)])
+
+
+def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) -> Callable:
+    """The kernel that runs a program over time."""
+    shapes = [tile_shape(s, registers, lanes) for s in program.stages]
+    tile = make_tile(program, dtype, shapes)
+    stages = len(shapes)
+    looks_ahead = any(p.when == "after" for s in program.stages for p in s.loads.values())
+    vector_bytes = lanes * FORMATS[dtype].bytes
+    stage_word = np.array(Layout(program).stage)
+    max_rows = np.array([s.rows for s in shapes])
+    blocks = np.array([s.block for s in shapes])
+    widths = np.zeros((stages, MAX_WIDTHS), np.int64)
+    for k, s in enumerate(shapes):
+        widths[k, : len(s.widths)] = s.widths
+    advance = np.maximum(widths, 1)  # the last width, 0, is a vector of which not all lanes exist
+    partial_width = np.array([len(s.widths) - 1 for s in shapes])
+    row_scratch = np.array([scratch_row_bytes(program, s, k, vector_bytes) for k, s in enumerate(shapes)])
+    units_at, skip_at, depth_at = (STAGE_WORDS.index(n) for n in ("units", "skip", "depth"))
+
+    @njit(inline="always")
+    def sweep(frame, stage, unit, unit_end, row, row_end, single, is_first, now, before, after, scratch):
+        """One stage at one step for some units and rows."""
+        words = stage_word[stage]
+        full = peek(frame, words + units_at) // lanes
+        start = peek(frame, words + skip_at) if is_first else 0
+        depth, depth_block = peek(frame, words + depth_at), peek(frame, DEPTH_BLOCK)
+        while unit < unit_end:
+            width = 0 if single else 1
+            left = least(full, unit_end) - unit
+            if left <= 0:
+                width = partial_width[stage]
+            else:
+                while widths[stage, width] > left:
+                    width += 1
+            base = (stage * MAX_WIDTHS + width) * MAX_ROWS
+            begin = start
+            while True:
+                end = least(begin + depth_block, depth)
+                last = end >= depth
+                n = row
+                while n < row_end:
+                    tiles = (row_end - n + max_rows[stage] - 1) // max_rows[stage]
+                    rows = (row_end - n + tiles - 1) // tiles  # even: 4 rows are 2 + 2, not 3 + 1
+                    variant = base if single else base + rows
+                    sums = scratch + (n - row) * row_scratch[stage]
+                    tile(
+                        frame, variant, n, unit, now, before, after, is_first, begin, end, begin == start, last, sums
+                    )  # fmt: skip
+                    n += rows
+                if last:
+                    break
+                begin = end
+            unit += advance[stage, width]
+
+    @njit(inline="always")
+    def position(frame, step):
+        table = peek(frame, POSITIONS)
+        return peek(table, step) if table != 0 else peek(frame, FIRST) + step * peek(frame, DELTA)
+
+    @njit(inline="always")
+    def count(frame, step):
+        table = peek(frame, COUNTS)
+        return peek(table, step) if table != 0 else peek(frame, ROWS)
+
+    def member(frame, thread, team):
+        steps, rows, initial = peek(frame, STEPS), peek(frame, ROWS), peek(frame, INITIAL)
+        by_units = peek(frame, SPLIT) == 1
+        scratch = peek(frame, SCRATCH) + thread * peek(frame, SCRATCH_THREAD)
+        row_begin, row_end = 0, rows
+        if not by_units:
+            shares = peek(frame, SHARES)
+            if shares != 0 and peek(frame, THREADS) == team:
+                row_begin, row_end = peek(shares, thread), peek(shares, thread + 1)
+            else:
+                row_begin, row_end = rows * thread // team, rows * (thread + 1) // team
+        arrivals = 0
+        block = row_begin
+        while block < row_end:
+            block_end = least(block + peek(frame, ROW_BLOCK), row_end)
+            carried, before = 0, initial
+            for step in range(steps):
+                now, active = position(frame, step), count(frame, step)
+                continuing, after = active, initial
+                if looks_ahead:
+                    continuing = 0
+                    if step + 1 < steps:
+                        continuing, after = least(active, count(frame, step + 1)), position(frame, step + 1)
+                for stage in range(stages):
+                    unit, units = 0, (peek(frame, stage_word[stage] + units_at) + lanes - 1) // lanes
+                    if by_units:
+                        unit_blocks = (units + blocks[stage] - 1) // blocks[stage]
+                        unit = unit_blocks * thread // team * blocks[stage]
+                        units = least(units, unit_blocks * (thread + 1) // team * blocks[stage])
+                    n, end = block, least(block_end, active)
+                    while n < end:  # rows that begin, go on or end here differ in where they find the other steps
+                        is_first, is_last = n >= carried, n >= continuing
+                        group_end = end
+                        if not is_first:
+                            group_end = least(group_end, carried)
+                        if not is_last:
+                            group_end = least(group_end, continuing)
+                        sweep(
+                            frame,
+                            stage,
+                            unit,
+                            units,
+                            n,
+                            group_end,
+                            active == 1,
+                            is_first,
+                            now,
+                            initial if is_first else before,
+                            initial if is_last else after,
+                            scratch,
+                        )
+                        n = group_end
+                    if by_units and team > 1:
+                        arrivals += team
+                        barrier(peek(frame, BARRIER), arrivals, peek(frame, YIELD))
+                carried, before = active, now
+                if step + 1 < steps:
+                    carried = least(active, count(frame, step + 1))
+            block = block_end
+
+    return member
+
+
+# ---- packing weights into panels ----
+def make_pack(dtype: str, lanes: int) -> Callable:
+    """The kernel that copies a weight matrix (or blocks of it) into panels.
+
+    A panel holds, for each block of vectors of units: [depth, vectors in the block, gates, lanes], so that a tile reads
+    it front to back. Lanes past the last unit are zero. The blocks' widths are those that `sweep` takes.
+    """
+    fmt = FORMATS[dtype]
+    size = fmt.bytes
+    panel_at, source_at, units_at, depth_at, unit_stride_at, depth_stride_at, block_at, gates_at = range(len(PACK))
+    offsets = len(PACK)
+
+    @intrinsic
+    def copy(typingctx, target, source, count):
+        """Copy `count` (0 to lanes) adjacent numbers; the rest of the vector is zero."""
+
+        def emit(context, b, signature, args):
+            v = Vector(b, fmt, lanes)
+            whole = b.icmp_signed("==", args[2], i64(lanes))
+            with b.if_else(whole) as (then, otherwise):
+                with then:
+                    v.store(v.load(args[1]), args[0])
+                with otherwise:
+                    v.store(v.load(args[1], v.first_lanes(args[2])), args[0])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), emit
+
+    @intrinsic
+    def gather(typingctx, target, source, stride, count):
+        """Copy `count` (0 to lanes) numbers `stride` bytes apart; the rest of the vector is zero."""
+
+        def emit(context, b, signature, args):
+            v = Vector(b, fmt, lanes)
+            target, source, stride, count = args
+            whole = b.icmp_signed("==", count, i64(lanes))
+            with b.if_else(whole) as (then, otherwise):
+                with then:
+                    value = ir.Constant(v.type, ir.Undefined)
+                    for k in range(lanes):
+                        number = b.load(v.pointer(b.add(source, b.mul(stride, i64(k))), fmt.scalar))
+                        value = b.insert_element(value, number, ir.Constant(ir.IntType(32), k))
+                    v.store(value, target)
+                with otherwise:
+                    v.store(v.const(0.0), target)
+                    for k in range(lanes):
+                        with b.if_then(b.icmp_signed("<", i64(k), count)):
+                            number = b.load(v.pointer(b.add(source, b.mul(stride, i64(k))), fmt.scalar))
+                            b.store(number, v.pointer(b.add(target, i64(k * size)), fmt.scalar))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, types.int64), emit
+
+    def member(frame, thread, team):
+        panel, source = peek(frame, panel_at), peek(frame, source_at)
+        units, depth, gates = peek(frame, units_at), peek(frame, depth_at), peek(frame, gates_at)
+        unit_stride, depth_stride = peek(frame, unit_stride_at), peek(frame, depth_stride_at)
+        full, unit = units // lanes, 0
+        block = peek(frame, block_at)
+        while unit * lanes < units:
+            width = block
+            while width > 1 and width > full - unit:
+                width //= 2
+            for k in range(depth * thread // team, depth * (thread + 1) // team):
+                for w in range(width):
+                    begin = (unit + w) * lanes
+                    number = least(lanes, units - begin)
+                    for g in range(gates):
+                        origin = source + peek(frame, offsets + g) + begin * unit_stride + k * depth_stride
+                        target = panel + ((unit * depth + k * width + w) * gates + g) * lanes * size
+                        if unit_stride == size:
+                            copy(target, origin, number)
+                        else:
+                            gather(target, origin, unit_stride, number)
+            unit += width
+
+    return member

@@ -1,0 +1,215 @@
+"""Compiling kernels, and keeping their object code between processes.
+
+Numba lowers a kernel, LLVM compiles it, and the object code is stored in a per-user folder: a later process loads it
+without importing Numba. The file's name is a digest of everything that the code depends on: this package's source, the
+program, the processor and the versions of the compilers; so an edited cell never meets an old kernel.
+
+Settings, read when needed: FASTCELLS_CACHE, the folder (default: fastcells in the user's cache folder);
+FASTCELLS_QUIET=1, no line on stderr while compiling.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.metadata
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+
+from .host import host
+
+SYMBOL = "fastcells_kernel"
+Member = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Machine code ready to call: `call(frame address, thread, team size)`, at `address`. `compiled`: seconds, 0 if stored."""
+
+    name: str
+    address: int
+    call: Any
+    compiled: float
+    engine: Any  # owns the code
+
+
+_kernels: dict[str, Kernel] = {}
+_lock = threading.RLock()
+
+
+def kernel(name: str, describe: Iterable[str], make: Callable[[], Callable]) -> Kernel:
+    """The kernel that `make` returns as a Python function for Numba, compiled now, earlier, or by another process.
+
+    describe: whatever the kernel depends on besides the package's source and the machine.
+    """
+    digest = hashlib.sha256("\0".join([_base(), name, *describe]).encode()).hexdigest()
+    found = _kernels.get(digest)
+    if found is None:
+        with _lock:
+            found = _kernels.get(digest) or _obtain(name, digest, make)
+            _kernels[digest] = found
+    return found
+
+
+def loaded() -> list[Kernel]:
+    """The kernels in use in this process."""
+    return list(_kernels.values())
+
+
+@lru_cache
+def _base() -> str:
+    """The part of every digest that is the same in this process: source, machine, versions."""
+    root = Path(__file__).parent.parent
+    source = hashlib.sha256()
+    for file in [root / "program.py", root / "expression.py", *sorted(root.glob("cpu/*.py"))]:
+        source.update(file.read_bytes())
+    versions = [importlib.metadata.version(p) for p in ("numba", "llvmlite", "numpy")]
+    return repr((source.hexdigest(), host(), versions, sys.version_info[:3]))
+
+
+def _obtain(name: str, digest: str, make: Callable[[], Callable]) -> Kernel:
+    file = f"{name}-{digest[:32]}.o"
+    for folder in folders():
+        code = _read(folder / file)
+        if code is not None:
+            return _load(name, code, 0.0)
+    began = time.perf_counter()
+    _announce(name)
+    code = compile_object(make())
+    for folder in folders():
+        if _write(folder / file, code):
+            break
+    return _load(name, code, time.perf_counter() - began)
+
+
+def _announce(name: str) -> None:
+    if os.environ.get("FASTCELLS_QUIET", "") in ("", "0") and sys.stderr is not None:
+        print(f"fastcells: compiling {name} (once; kept in {folders()[0]})", file=sys.stderr, flush=True)
+
+
+# ---- compiling ----
+def compile_object(function: Callable) -> bytes:
+    """Object code of `SYMBOL`, from a Python function of three int64 that Numba can type and that never raises."""
+    from numba import types
+    from numba.core import compiler, config
+    from numba.core.registry import cpu_target
+
+    flags = compiler.Flags()
+    flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+    flags.error_model = "numpy"
+    flags.nrt = False
+    level, config.OPT = config.OPT, config._OptLevel(0)  # Numba lowers only; the passes run once, below
+    try:
+        result = compiler.compile_extra(
+            cpu_target.typing_context, cpu_target.target_context, function, (types.int64,) * 3, types.void, flags, {}
+        )
+    finally:
+        config.OPT = level
+    module = llvm.parse_assembly(str(result.library._final_module))
+    native = result.fndesc.llvm_func_name
+    # Numba's calling convention returns a status and takes places for result and exception: neither is ever used.
+    entry = llvm.parse_assembly(
+        f"""
+        target triple = "{module.triple}"
+        target datalayout = "{module.data_layout}"
+        declare i32 @"{native}"(ptr, ptr, i64, i64, i64)
+        define void @{SYMBOL}(i64 %frame, i64 %thread, i64 %team) {{
+            %result = alloca ptr
+            %status = call i32 @"{native}"(ptr %result, ptr %result, i64 %frame, i64 %thread, i64 %team)
+            ret void
+        }}"""
+    )
+    module.link_in(entry)
+    for f in module.functions:
+        if not f.is_declaration and f.name != SYMBOL:
+            f.linkage = "internal"
+    machine = _target_machine()
+    # The tile is vector code already; unrolling or vectorising around it only costs registers.
+    tuning = llvm.create_pipeline_tuning_options(speed_level=3)
+    tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False
+    passes = llvm.create_pass_builder(machine, tuning)
+    passes.getModulePassManager().run(module, passes)
+    return machine.emit_object(module)
+
+
+def _target_machine():
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    target = llvm.Target.from_triple(host().triple)
+    return target.create_target_machine(
+        cpu=host().cpu, features=host().features, opt=3, reloc="pic", codemodel="jitdefault"
+    )
+
+
+def _load(name: str, code: bytes, seconds: float) -> Kernel:
+    empty = llvm.parse_assembly(f'target triple = "{host().triple}"')
+    engine = llvm.create_mcjit_compiler(empty, _target_machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    address = engine.get_function_address(SYMBOL)
+    if not address:
+        raise RuntimeError(f"kernel {name}: the compiled object has no {SYMBOL}")
+    return Kernel(name, address, Member(address), seconds, engine)
+
+
+# ---- files ----
+def folders() -> list[Path]:
+    """Where object code is looked for and stored, best first: the user's cache folder, then a private temporary one."""
+    named = os.environ.get("FASTCELLS_CACHE")
+    if named:
+        return [Path(named)]
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or os.path.expanduser("~")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    user = getattr(os, "getuid", lambda: "user")()
+    return [Path(base) / "fastcells", Path(tempfile.gettempdir()) / f"fastcells-{user}"]
+
+
+def _trusted(folder: Path) -> bool:
+    """Code is loaded only from folders that nobody else may write to."""
+    if not hasattr(os, "getuid"):
+        return True
+    status = folder.stat()
+    return status.st_uid in (os.getuid(), 0) and not status.st_mode & 0o022
+
+
+def _read(path: Path) -> bytes | None:
+    """The stored object, or None where there is none that is whole."""
+    try:
+        if not _trusted(path.parent):
+            return None
+        data = path.read_bytes()
+    except OSError:
+        return None
+    check, code = data[:32], data[32:]
+    return code if hashlib.sha256(code).digest() == check else None
+
+
+def _write(path: Path, code: bytes) -> bool:
+    """Store an object so that no other process ever sees half of it. False where it cannot be stored."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not _trusted(path.parent):
+            return False
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as f:
+                f.write(hashlib.sha256(code).digest() + code)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,123 @@
+"""Running a kernel on torch's own threads.
+
+torch's intra-op threads are an OpenMP team; `GOMP_parallel` of the library that torch loaded runs a function on it, so
+there is no second pool and no oversubscription. Where there is no such library, and in a forked child of a process that
+had a team (which the library does not survive), kernels run on the calling thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import torch
+
+from .store import Kernel, _target_machine
+
+_used = _lost = False  # a team was started; a fork took it away
+
+
+def _after_fork() -> None:
+    global _lost
+    _lost = _used
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def size() -> int:
+    """Threads that a kernel may use now: torch's setting, or 1 where no team can be had."""
+    threads = torch.get_num_threads()
+    return threads if threads > 1 and not _lost and _openmp() is not None else 1
+
+
+def run(kernel: Kernel, frame: int, threads: int) -> None:
+    """Run `kernel` on a frame's address with a team of `threads`."""
+    global _used
+    if threads <= 1:
+        kernel.call(frame, 0, 1)
+        return
+    _used = True
+    parallel, member, functions, _ = _openmp()  # type: ignore[misc]
+    arguments = (ctypes.c_int64 * 4)(kernel.address, frame, *functions)
+    parallel(member, ctypes.addressof(arguments), threads, 0)
+
+
+def give_way() -> int:
+    """Address of the function with which a waiting thread offers its processor to others."""
+    return _give_way()[0]
+
+
+@lru_cache
+def _give_way() -> tuple[int, Any]:
+    if sys.platform == "win32":
+        function = ctypes.windll.kernel32.SwitchToThread
+    else:
+        function = ctypes.CDLL(None).sched_yield
+    return ctypes.cast(function, ctypes.c_void_p).value or 0, function
+
+
+def library() -> str | None:
+    """Path of the OpenMP library whose team torch uses, if it was found."""
+    for path in _loaded_libraries():
+        if "omp" in path.rsplit("/", 1)[-1]:
+            try:
+                if hasattr(ctypes.CDLL(path), "GOMP_parallel"):
+                    return path
+            except OSError:
+                continue
+    return None
+
+
+def _loaded_libraries() -> list[str]:
+    try:
+        with open("/proc/self/maps") as maps:
+            paths = {line.split()[-1] for line in maps if "omp" in line and ".so" in line}
+    except OSError:  # no such file system: look beside torch's own libraries
+        folder = Path(torch.__file__).parent / "lib"
+        paths = {str(p) for p in folder.glob("*omp*")}
+    # gomp first: where several are loaded, it is the one that torch's wheels link
+    return sorted(paths, key=lambda p: ("gomp" not in p, p))
+
+
+@lru_cache
+def _openmp() -> tuple | None:
+    """GOMP_parallel, the address of the function that each thread runs, the addresses that it needs, their owners."""
+    path = library()
+    if path is None:
+        return None
+    openmp = ctypes.CDLL(path)
+    parallel = openmp.GOMP_parallel
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    functions = [
+        ctypes.cast(getattr(openmp, n), ctypes.c_void_p).value for n in ("omp_get_thread_num", "omp_get_num_threads")
+    ]
+    # Called as member(arguments): [kernel, frame, omp_get_thread_num, omp_get_num_threads]
+    module = llvm.parse_assembly(
+        """
+        define void @member(ptr %arguments) {
+            %kernel = load ptr, ptr %arguments
+            %at1 = getelementptr i64, ptr %arguments, i64 1
+            %frame = load i64, ptr %at1
+            %at2 = getelementptr i64, ptr %arguments, i64 2
+            %thread_num = load ptr, ptr %at2
+            %at3 = getelementptr i64, ptr %arguments, i64 3
+            %num_threads = load ptr, ptr %at3
+            %thread = call i32 %thread_num()
+            %team = call i32 %num_threads()
+            %thread64 = sext i32 %thread to i64
+            %team64 = sext i32 %team to i64
+            call void %kernel(i64 %frame, i64 %thread64, i64 %team64)
+            ret void
+        }"""
+    )
+    engine = llvm.create_mcjit_compiler(module, _target_machine())
+    engine.finalize_object()
+    return parallel, engine.get_function_address("member"), functions, (openmp, engine)

@@ -1,0 +1,305 @@
+"""The tile: rows of the batch x vectors of hidden units, with product, cell and stores, all in vector registers.
+
+`make_tile` turns a `Program` into one Numba intrinsic: a switch over variants (stage, rows, width), each of them
+
+    accumulators = start + sum over segments of  rows[k] * panel[k]
+    epilogue on the accumulators and on loaded vectors; stores
+
+All addresses come from the frame (see geometry.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+from numba import types
+from numba.extending import intrinsic
+
+from ..expression import OPERATIONS, Node, topological
+from ..program import Place, Program
+from .geometry import LATENCY_CHAINS, WORD, Layout, Shape, variants
+from .simd import FORMATS, I1, I64, Vector, i64
+
+TILE_ARGUMENTS = (
+    "frame",
+    "variant",
+    "row",
+    "unit",  # in vectors
+    "now",
+    "before",
+    "after",
+    "is_first",  # 1 at the first processed step of these rows
+    "begin",  # of the depth to multiply
+    "end",
+    "fresh",  # 1: accumulators start from their places, 0: from the partial sums in scratch
+    "last",  # 1: the epilogue follows, 0: partial sums are kept
+    "scratch",  # address of these rows' partial sums
+)
+
+
+def make_tile(program: Program, dtype: str, shapes: list[Shape]) -> Callable:
+    """The intrinsic `tile(*TILE_ARGUMENTS)`, all int64."""
+    layout = Layout(program)
+
+    def emit(context, builder, signature, args):
+        arguments = dict(zip(TILE_ARGUMENTS, args, strict=True))
+        done = builder.append_basic_block("tile.done")
+        start = builder.block
+        cases = []
+        for k, (stage, shape) in enumerate(zip(program.stages, shapes, strict=True)):
+            for number, rows, width, single in variants(shape, k):
+                block = builder.append_basic_block(f"tile.{k}.{rows}x{width}{'s' if single else ''}")
+                builder.position_at_end(block)
+                _Tile(builder, layout, dtype, k, stage, shape, rows, width, single, arguments).emit()
+                builder.branch(done)
+                cases.append((number, block))
+        builder.position_at_end(start)
+        switch = builder.switch(arguments["variant"], cases[0][1])
+        for number, block in cases[1:]:
+            switch.add_case(i64(number), block)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    def typing(typingctx, *args):
+        return types.void(*[types.int64] * len(TILE_ARGUMENTS)), emit
+
+    # numba reads an intrinsic's arity from its signature
+    names = ", ".join(TILE_ARGUMENTS)
+    scope: dict = {"typing": typing}
+    exec(f"def tile(typingctx, {names}):\n    return typing(typingctx, {names})", scope)
+    return intrinsic(scope["tile"])
+
+
+class _Tile:
+    """Emits one variant."""
+
+    def __init__(self, builder, layout, dtype, index, stage, shape, rows, width, single, arguments) -> None:
+        self.b, self.layout, self.index, self.stage = builder, layout, index, stage
+        self.v = Vector(builder, FORMATS[dtype], shape.lanes)
+        self.rows, self.single, self.arg = rows, single, arguments
+        self.partial = shape.widths[width] == 0
+        self.width = shape.widths[width] or 1
+        self.block = min(self.width, shape.block)  # of the panels
+        self.bytes = self.v.fmt.bytes
+        self.vector_bytes = shape.lanes * self.bytes
+        self.count = len(stage.accumulators)
+        self._rows_cache: dict[Place, list] = {}
+
+    # ---- addresses ----
+    def word(self, number):
+        """A word of the frame; `number` may be an instruction."""
+        index = i64(number) if isinstance(number, int) else number
+        pointer = self.b.inttoptr(self.b.add(self.arg["frame"], self.b.mul(index, i64(8))), I64.as_pointer())
+        value = self.b.load(pointer)
+        value.set_metadata("invariant.load", self.b.module.add_metadata([]))
+        return value
+
+    def row_addresses(self, place: Place) -> list:
+        """Address of the first unit of `place` in every row of the tile."""
+        if place not in self._rows_cache:
+            b, entry = self.b, self.layout.buffer[place.buffer]
+            if place.when == "first":
+                entry = b.add(i64(entry), b.mul(self.arg["is_first"], i64(3)))
+                at = lambda k: self.word(b.add(entry, i64(k)))  # noqa: E731
+            else:
+                at = lambda k: self.word(entry + k)  # noqa: E731
+            address, row_stride = at(0), at(2)
+            if place.when in ("now", "before", "after"):
+                address = b.add(address, b.mul(self.arg[place.when], at(1)))
+            address = b.add(address, b.mul(self.arg["row"], row_stride))
+            if place.slot:
+                address = b.add(address, b.mul(i64(place.slot), self.word(WORD["slot"])))
+            addresses = [address]
+            for _ in range(self.rows - 1):
+                addresses.append(b.add(addresses[-1], row_stride))
+            self._rows_cache[place] = addresses
+        return self._rows_cache[place]
+
+    def at(self, place: Place, row: int, vector: int):
+        return self.b.add(self.row_addresses(place)[row], self.b.add(self.unit_bytes, i64(vector * self.vector_bytes)))
+
+    # ---- the variant ----
+    def emit(self) -> None:
+        b = self.b
+        self.unit_bytes = b.mul(self.arg["unit"], i64(self.vector_bytes))
+        self.mask = None
+        if self.partial:
+            units = self.word(self.layout.stage[self.index])
+            valid = b.sub(units, b.mul(self.arg["unit"], i64(self.v.lanes)))
+            self.mask = self.v.first_lanes(valid)
+        self.columns = [(m, w, a) for m in range(self.rows) for w in range(self.width) for a in range(self.count)]
+        # Addresses are computed before the branches below, whose blocks all use them.
+        for _, places in self.stage.accumulators:
+            for p in places:
+                self.row_addresses(p)
+        for segment in self.stage.segments:
+            self.row_addresses(segment.rows)
+        for p in [*self.stage.loads.values(), *(p for _, p, _ in self.stage.outputs)]:
+            self.row_addresses(p)
+        accumulators = self.start()
+        offset = i64(0)
+        for j, segment in enumerate(self.stage.segments):
+            depth = self.word(self.layout.segment[self.index, j])
+            clip = lambda x, depth=depth, offset=offset: self.clamp(b.sub(x, offset), depth)  # noqa: E731
+            accumulators = self.product(j, segment, accumulators, clip(self.arg["begin"]), clip(self.arg["end"]), depth)
+            offset = b.add(offset, depth)
+        epilogue, keep, done = (b.append_basic_block(n) for n in ("epilogue", "keep", "variant.done"))
+        b.cbranch(self.true(self.arg["last"]), epilogue, keep)
+        b.position_at_end(keep)
+        for k, key in enumerate(self.columns):
+            self.v.store(accumulators[key], b.add(self.arg["scratch"], i64(k * self.vector_bytes)))
+        b.branch(done)
+        b.position_at_end(epilogue)
+        self.epilogue(accumulators)
+        b.branch(done)
+        b.position_at_end(done)
+
+    def true(self, word):
+        return self.b.trunc(word, I1)
+
+    def clamp(self, x, high):
+        x = self.b.select(self.b.icmp_signed("<", x, i64(0)), i64(0), x)
+        return self.b.select(self.b.icmp_signed(">", x, high), high, x)
+
+    def start(self) -> dict:
+        b = self.b
+        fresh, partial, go = (b.append_basic_block(n) for n in ("fresh", "partial", "go"))
+        b.cbranch(self.true(self.arg["fresh"]), fresh, partial)
+        b.position_at_end(fresh)
+        first = {}
+        for m, w, a in self.columns:
+            value = None
+            for place in self.stage.accumulators[a][1]:
+                loaded = self.v.load(self.at(place, m, w), self.mask)
+                value = loaded if value is None else b.fadd(value, loaded)
+            first[m, w, a] = self.v.const(0.0) if value is None else value
+        fresh_end = b.block
+        b.branch(go)
+        b.position_at_end(partial)
+        second = {
+            key: self.v.load(b.add(self.arg["scratch"], i64(k * self.vector_bytes)))
+            for k, key in enumerate(self.columns)
+        }
+        partial_end = b.block
+        b.branch(go)
+        b.position_at_end(go)
+        return {key: self.phi((first[key], fresh_end), (second[key], partial_end)) for key in self.columns}
+
+    def phi(self, *incoming):
+        node = self.b.phi(incoming[0][0].type)
+        for value, block in incoming:
+            node.add_incoming(value, block)
+        return node
+
+    def product(self, j: int, segment, accumulators: dict, begin, end, depth) -> dict:
+        """accumulators + rows[begin:end] @ panel[begin:end].
+
+        Several rows: the rows' broadcasts stay in registers and the weights pass one vector at a time. A single row has
+        too few independent sums to hide the latency of the multiply-adds: its depth is interleaved over several.
+        """
+        chains = self.rows * self.width * len(segment.targets)
+        interleave = 1
+        while self.single and chains * interleave < LATENCY_CHAINS and interleave < 4:
+            interleave *= 2
+        b = self.b
+        keys = [(m, w, a) for m in range(self.rows) for w in range(self.width) for a in segment.targets]
+        sums = [{key: accumulators[key] if i == 0 else self.v.const(0.0) for key in keys} for i in range(interleave)]
+        address = self.word(self.layout.segment[self.index, j] + 1)
+        line = len(segment.targets) * self.vector_bytes  # of one vector of units, one k
+        address = b.add(address, b.mul(b.mul(self.arg["unit"], depth), i64(line)))
+        panels = [b.add(address, b.mul(depth, i64(p * self.block * line))) for p in range(self.width // self.block)]
+        begin, sums = self.loop(segment, sums, keys, panels, line, begin, end, interleave)
+        if interleave > 1:
+            _, rest = self.loop(segment, sums[:1], keys, panels, line, begin, end, 1)
+            total = rest + sums[1:]
+            while len(total) > 1:
+                half = len(total) // 2
+                total = [
+                    {key: b.fadd(x[key], y[key]) for key in keys}
+                    for x, y in zip(total[:half], total[half:], strict=True)
+                ]
+            sums = total
+        return {**accumulators, **sums[0]}
+
+    def loop(self, segment, sums: list[dict], keys, panels, line: int, begin, end, stride: int):
+        b, v = self.b, self.v
+        before, body, done = b.block, b.append_basic_block("k"), b.append_basic_block("k.done")
+        last = b.sub(end, i64(stride))  # the last k that a whole stride fits at
+        b.cbranch(b.icmp_signed("<=", begin, last), body, done)
+        b.position_at_end(body)
+        k = b.phi(I64)
+        k.add_incoming(begin, before)
+        current = [{key: b.phi(v.type) for key in keys} for _ in sums]
+        new: list[dict] = []
+        rows = self.row_addresses(segment.rows)
+        for i, part in enumerate(current):
+            at_k = b.add(k, i64(i))
+            scalar = [v.splat(b.load(v.pointer(b.add(r, b.mul(at_k, i64(self.bytes))), v.fmt.scalar))) for r in rows]
+            out = {}
+            for w in range(self.width):
+                base = b.add(panels[w // self.block], b.mul(at_k, i64(self.block * line)))
+                for t, a in enumerate(segment.targets):
+                    inner = (w % self.block) * line + t * self.vector_bytes
+                    weight = v.load(b.add(base, i64(inner)))
+                    for m in range(self.rows):
+                        out[m, w, a] = v.fma(scalar[m], weight, part[m, w, a])
+            new.append(out)
+        k_next = b.add(k, i64(stride))
+        k.add_incoming(k_next, b.block)
+        for phis, first, out in zip(current, sums, new, strict=True):
+            for key in keys:
+                phis[key].add_incoming(first[key], before)
+                phis[key].add_incoming(out[key], b.block)
+        b.cbranch(b.icmp_signed("<=", k_next, last), body, done)
+        end_of_body = body
+        b.position_at_end(done)
+        after = self.phi((begin, before), (k_next, end_of_body))
+        result = [
+            {key: self.phi((first[key], before), (out[key], end_of_body)) for key in keys}
+            for first, out in zip(sums, new, strict=True)
+        ]
+        return after, result
+
+    def epilogue(self, accumulators: dict) -> None:
+        training = [o for o in self.stage.outputs if o[2]]
+        training_flag = self.true(self.word(WORD["training"])) if training else None
+        for m in range(self.rows):
+            for w in range(self.width):
+                values = {node: accumulators[m, w, a] for a, (node, _) in enumerate(self.stage.accumulators)}
+                for node, place in self.stage.loads.items():
+                    values[node] = self.v.load(self.at(place, m, w), self.mask)
+                for node in self.order:
+                    if node not in values:
+                        values[node] = self.compute(node, values)
+                for node, place, training_only in self.stage.outputs:
+                    if not training_only:
+                        self.v.store(values[node], self.at(place, m, w), self.mask)
+                if training:
+                    with self.b.if_then(training_flag):
+                        for node, place, _ in training:
+                            self.v.store(values[node], self.at(place, m, w), self.mask)
+
+    @cached_property
+    def order(self) -> list[Node]:
+        """What the epilogue computes, arguments first."""
+        given = {n for n, _ in self.stage.accumulators} | set(self.stage.loads)
+        needed: set[Node] = set()
+
+        def visit(node: Node) -> None:
+            if node not in needed and node not in given:
+                needed.add(node)
+                for a in node.args:
+                    visit(a)
+
+        roots = [n for n, _, _ in self.stage.outputs]
+        for r in roots:
+            visit(r)
+        return [n for n in topological(roots) if n in needed]
+
+    def compute(self, node: Node, values: dict):
+        if node.op == "constant":
+            return self.v.const(node.value)
+        if node.op not in OPERATIONS:
+            raise AssertionError(f"{node!r} is neither loaded nor accumulated in stage {self.index}")
+        return getattr(self.v, node.op)(*(values[a] for a in node.args))

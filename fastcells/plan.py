@@ -1,0 +1,90 @@
+"""Which schedule for which shape: every choice of the engine is made here, from sizes alone, with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PANEL_BYTES = 24 * 1024  # of weights that a tile may go through: most of a first-level cache, the rows need the rest
+ROW_BLOCK = 96  # rows that go through all time steps together
+THREAD_FLOPS = 400_000  # of a call, below which waking a team costs more than it brings
+STEP_FLOPS = 60_000  # of a time step, below which a barrier costs more than the second thread brings
+ROWS_A_THREAD = 2  # at least; a tile of a single row cannot keep the multiply-adds busy
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer and direction. steps: T, rows: N at the fullest step, total: rows of all steps, item: bytes of a number,
+    gates: blocks of weight rows, depth: of the recurrent product (H, or the projected size)."""
+
+    steps: int
+    rows: int
+    total: int
+    inputs: int
+    hidden: int
+    depth: int
+    gates: int
+    item: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """threads: team size. split: what they share, "rows" or "units". project_ahead: the input projection of all time
+    steps is one product before the loop. depth_block, row_block: see the constants. reasons: a sentence a choice."""
+
+    threads: int
+    split: str
+    project_ahead: bool
+    row_block: int
+    reasons: tuple[str, ...]
+
+
+def plan(shape: Shape) -> Plan:
+    """The schedule for a layer's time loop; the same for one thread or many, but for who does what."""
+    reasons = []
+    step_flops = 2 * shape.gates * shape.hidden * (shape.depth + shape.inputs) * shape.rows
+    flops = step_flops * shape.total // max(shape.rows, 1)
+    threads, split = share(shape.rows, flops, step_flops, shape.threads)
+    if threads == 1:
+        why = (
+            "one thread is set"
+            if shape.threads == 1
+            else f"{flops:,} operations, {step_flops:,} a step: too few to share"
+        )
+        reasons.append(f"one thread: {why}")
+    elif split == "rows":
+        reasons.append(f"{threads} threads share the {shape.rows} sequences: they never wait for each other")
+    else:
+        reasons.append(
+            f"{threads} threads share the units, with a barrier a step: {shape.rows} sequence(s) are too few"
+        )
+
+    # Fused, each time step reads the input weights again; ahead, the projections are written and read once.
+    project_ahead = shape.rows < 16 and shape.steps > 1
+    if project_ahead:
+        reasons.append(
+            f"input projection of all {shape.steps} steps ahead: {shape.rows} row(s) a step would not pay for "
+            "reading the input weights at every step"
+        )
+    else:
+        reasons.append("input projection fused into the recurrent product: its result never leaves the registers")
+    row_block = shape.rows if shape.rows <= ROW_BLOCK else -(-shape.rows // -(-shape.rows // ROW_BLOCK))
+    return Plan(threads, split, project_ahead, row_block, tuple(reasons))
+
+
+def share(rows: int, flops: int, step_flops: int, threads: int) -> tuple[int, str]:
+    """(threads to use, what they share)"""
+    if threads == 1 or flops < THREAD_FLOPS:
+        return 1, "rows"
+    if rows >= ROWS_A_THREAD * threads:
+        return threads, "rows"
+    if step_flops < STEP_FLOPS:
+        return 1, "rows"
+    return threads, "units"
+
+
+def depth_block(rows: int, line_bytes: int) -> int:
+    """Depth of a product taken at a time. line_bytes: of weights for one k of the widest tile."""
+    if rows < 8:
+        return 1 << 40  # few rows use a panel: nothing is gained by keeping it in the first-level cache
+    return max(32, PANEL_BYTES // line_bytes // 8 * 8)

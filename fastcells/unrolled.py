@@ -1,0 +1,58 @@
+"""A layer as a plain Python loop over torch tensors: the cell's own function, differentiated by autograd.
+
+The oracle of the tests, and the path for derivatives of derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .cell import Cell
+
+
+def layer(
+    cell: Cell,
+    x: Tensor,
+    states: tuple[Tensor, ...] | None,
+    parameters: Sequence[tuple[Tensor | None, ...]],
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The same call as `functional.layer`, one step of torch operations at a time."""
+    counts = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
+    inputs = x.unbind(0) if batch_sizes is None else x.split(counts)
+    results = [
+        _direction(cell, inputs, counts, None if states is None else [s[k] for s in states], p, reverse=bool(k))
+        for k, p in enumerate(parameters)
+    ]
+    outputs = [torch.cat(step, -1) for step in zip(*(y for y, _ in results), strict=True)]
+    y = torch.stack(outputs) if batch_sizes is None else torch.cat(outputs)
+    return y, tuple(torch.stack(s) for s in zip(*(final for _, final in results), strict=True))
+
+
+def _direction(cell, inputs, counts, states, parameters, reverse) -> tuple[list[Tensor], list[Tensor]]:
+    w_ih, w_hh, b_ih, b_hh, w_hr = parameters
+    gates = {g: k for k, g in enumerate(cell.gates)}
+    h = w_ih.shape[0] // len(gates)
+    rows = max(counts)
+    if states is None:
+        states = [w_ih.new_zeros(rows, w_hh.shape[1])] + [w_ih.new_zeros(rows, h) for _ in cell.states[1:]]
+
+    def affine(v: Tensor, weight: Tensor, bias: Tensor | None, gate: str) -> Tensor:
+        block = slice(gates[gate] * h, (gates[gate] + 1) * h)
+        return torch.nn.functional.linear(v, weight[block], None if bias is None else bias[block])
+
+    outputs: list[Tensor] = [inputs[0]] * len(counts)
+    for t in reversed(range(len(counts))) if reverse else range(len(counts)):
+        n = counts[t]  # sequences that have this step are the first ones
+        active = {name: s[:n] for name, s in zip(cell.states, states, strict=True)}
+        new = cell.step(
+            {g: affine(inputs[t], w_ih, b_ih, g) for g in gates}, lambda g, v: affine(v, w_hh, b_hh, g), active
+        )
+        if w_hr is not None:
+            new = (torch.nn.functional.linear(new[0], w_hr), *new[1:])
+        outputs[t] = new[0]
+        states = [s if n == 0 else torch.cat([a, s[n:]]) for a, s in zip(new, states, strict=True)]
+    return outputs, states
