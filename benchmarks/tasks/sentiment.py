@@ -1,4 +1,4 @@
-"""Is this line of a movie review praise or blame? Embedding, bidirectional recurrent layer, max-pooling, one logit.
+"""Is this line of a movie review praise or blame? Embedding, bidirectional recurrent layer, mean over time, one logit.
 
 The snippets are those of Pang & Lee (2004) with the ratings that Hutto & Gilbert (2014) had people give; see data/.
 Those rated within half a point of neutral, on the scale of -4 to 4, are left out: their sign says little.
@@ -53,7 +53,10 @@ class Classifier(nn.Module):
     def forward(self, numbers: Tensor) -> Tensor:
         # Padded, not packed: torch.nn is far slower on a PackedSequence, and the lengths in a batch hardly differ.
         hidden, _ = self.recurrent(self.dropout(self.embedding(numbers)))
-        pooled = hidden.masked_fill((numbers == PAD).unsqueeze(2), -torch.inf).amax(dim=1)
+        # The mean, not the maximum: which step is largest may turn on the last bit, and then two layers that differ only
+        # in rounding part ways.
+        read = (numbers != PAD).unsqueeze(2)
+        pooled = (hidden * read).sum(dim=1) / read.sum(dim=1)
         return self.output(self.dropout(pooled)).squeeze(1)
 
 
