@@ -1,1 +1,24 @@
-"""Recurrent layers for PyTorch: fused kernels over time, compiled by Numba, from cells written as one function."""
+"""Recurrent layers for PyTorch: fused kernels over time, compiled by Numba, from cells written as one function.
+
+    layer = fastcells.nn.LSTM(32, 64)        # torch.nn.LSTM's constructor, parameters, results
+    fastcells.convert(model)                 # swaps the recurrent layers of an existing model in place
+    print(fastcells.explain(layer, x))       # which path a call takes, and why
+"""
+
+from . import cells, expression, functional, nn, reference
+from .cell import Cell, cell
+# from .convert import convert, revert
+from .explain import Explanation, explain
+
+__all__ = [
+    "Cell",
+    "Explanation",
+    "cell",
+    "cells",
+    "explain",
+    "expression",
+    "functional",
+    "nn",
+    "reference",
+]
+__version__ = "0.1.0"

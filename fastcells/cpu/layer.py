@@ -161,7 +161,7 @@ def by_time(t: Tensor) -> Tensor:
 
 def usable(t: Tensor) -> Tensor:
     """The tensor itself if the numbers of a row are adjacent, else a copy."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 and t.is_contiguous() else t.contiguous()
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 @dataclass
@@ -241,19 +241,25 @@ class Direction:
         return self.depth if size == "P" else self.hidden
 
     def plan(self, sequences: Sequences) -> Plan:
-        return plan(
-            Shape(
-                steps=sequences.steps,
-                rows=sequences.rows,
-                total=sequences.total,
-                inputs=self.w_ih.shape[1],
-                hidden=self.hidden,
-                depth=self.depth,
-                gates=len(self.r.gates),
-                item=self.w_ih.element_size(),
-                threads=team.size(),
-            )
+        return planned(self.r.cell, (self.w_ih, self.w_hh), sequences)
+
+
+def planned(cell: Cell, weights: Sequence[Tensor], sequences: Sequences) -> Plan:
+    """The schedule that a direction with these weights (weight_ih, weight_hh) takes now."""
+    w_ih, w_hh = weights[:2]
+    return plan(
+        Shape(
+            steps=sequences.steps,
+            rows=sequences.rows,
+            total=sequences.total,
+            inputs=w_ih.shape[1],
+            hidden=w_ih.shape[0] // len(cell.gates),
+            depth=w_hh.shape[1],
+            gates=len(cell.gates),
+            item=w_ih.element_size(),
+            threads=team.size(),
         )
+    )
 
 
 def forward(

@@ -252,20 +252,33 @@ def make_pack(dtype: str, lanes: int) -> Callable:
         def emit(context, b, signature, args):
             v = Vector(b, fmt, lanes)
             target, source, stride, count = args
-            whole = b.icmp_signed("==", count, i64(lanes))
-            with b.if_else(whole) as (then, otherwise):
-                with then:
-                    value = ir.Constant(v.type, ir.Undefined)
-                    for k in range(lanes):
-                        number = b.load(v.pointer(b.add(source, b.mul(stride, i64(k))), fmt.scalar))
-                        value = b.insert_element(value, number, ir.Constant(ir.IntType(32), k))
-                    v.store(value, target)
-                with otherwise:
-                    v.store(v.const(0.0), target)
-                    for k in range(lanes):
-                        with b.if_then(b.icmp_signed("<", i64(k), count)):
-                            number = b.load(v.pointer(b.add(source, b.mul(stride, i64(k))), fmt.scalar))
-                            b.store(number, v.pointer(b.add(target, i64(k * size)), fmt.scalar))
+            v.store(v.const(0.0), target)
+            for k in range(lanes):
+                with b.if_then(b.icmp_signed("<", i64(k), count)):
+                    number = b.load(v.pointer(b.add(source, b.mul(stride, i64(k))), fmt.scalar))
+                    b.store(number, v.pointer(b.add(target, i64(k * size)), fmt.scalar))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, types.int64), emit
+
+    @intrinsic
+    def transpose(typingctx, target, target_stride, source, source_stride):
+        """Copy a square of `lanes` rows, turned."""
+
+        def emit(context, b, signature, args):
+            v = Vector(b, fmt, lanes)
+            target, target_stride, source, source_stride = args
+            rows = [v.load(b.add(source, b.mul(source_stride, i64(k)))) for k in range(lanes)]
+            distance = lanes // 2
+            while distance:  # swap the off-diagonal squares, ever smaller ones
+                for i in (k for k in range(lanes) if not k & distance):
+                    upper, lower = rows[i], rows[i + distance]
+                    low = [j if not j & distance else lanes + j - distance for j in range(lanes)]
+                    high = [j + distance if not j & distance else lanes + j for j in range(lanes)]
+                    rows[i], rows[i + distance] = v.shuffle(upper, lower, low), v.shuffle(upper, lower, high)
+                distance //= 2
+            for k, row in enumerate(rows):
+                v.store(row, b.add(target, b.mul(target_stride, i64(k))))
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64, types.int64), emit
@@ -274,23 +287,35 @@ def make_pack(dtype: str, lanes: int) -> Callable:
         panel, source = peek(frame, panel_at), peek(frame, source_at)
         units, depth, gates = peek(frame, units_at), peek(frame, depth_at), peek(frame, gates_at)
         unit_stride, depth_stride = peek(frame, unit_stride_at), peek(frame, depth_stride_at)
-        full, unit = units // lanes, 0
-        block = peek(frame, block_at)
-        while unit * lanes < units:
-            width = block
-            while width > 1 and width > full - unit:
-                width //= 2
-            for k in range(depth * thread // team, depth * (thread + 1) // team):
+        block, full = peek(frame, block_at), units // lanes
+        begin, end = depth * thread // team, depth * (thread + 1) // team
+        while begin < end:  # a line of cache of every row at a time
+            stop = least(begin + 64 // size, end)
+            unit = 0
+            while unit * lanes < units:
+                width = block
+                while width > 1 and width > full - unit:
+                    width //= 2
+                line = width * gates * lanes * size
                 for w in range(width):
-                    begin = (unit + w) * lanes
-                    number = least(lanes, units - begin)
+                    first = (unit + w) * lanes
+                    number = least(lanes, units - first)
                     for g in range(gates):
-                        origin = source + peek(frame, offsets + g) + begin * unit_stride + k * depth_stride
-                        target = panel + ((unit * depth + k * width + w) * gates + g) * lanes * size
-                        if unit_stride == size:
-                            copy(target, origin, number)
-                        else:
-                            gather(target, origin, unit_stride, number)
-            unit += width
+                        origin = source + peek(frame, offsets + g) + first * unit_stride
+                        target = panel + unit * depth * gates * lanes * size + (w * gates + g) * lanes * size
+                        k = begin
+                        while k < stop:
+                            into, out_of = target + k * line, origin + k * depth_stride
+                            if unit_stride == size:
+                                copy(into, out_of, number)
+                                k += 1
+                            elif number == lanes and k + lanes <= stop and depth_stride == size:
+                                transpose(into, line, out_of, unit_stride)
+                                k += lanes
+                            else:
+                                gather(into, out_of, unit_stride, number)
+                                k += 1
+                unit += width
+            begin = stop
 
     return member

@@ -78,9 +78,12 @@ class Vector:
         return self.b.call(function, args)
 
     def splat(self, scalar):
-        undefined = ir.Constant(self.type, ir.Undefined)
-        one = self.b.insert_element(undefined, scalar, ir.Constant(I32, 0))
-        return self.b.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes))
+        one = self.b.insert_element(ir.Constant(self.type, ir.Undefined), scalar, ir.Constant(I32, 0))
+        return self.shuffle(one, one, [0] * self.lanes)
+
+    def shuffle(self, a, b, lanes: list[int]):
+        """The given lanes of a (0 to lanes - 1) and b (from `lanes` on)."""
+        return self.b.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
     def pointer(self, address, element):
         return self.b.inttoptr(address, element.as_pointer())
@@ -107,9 +110,8 @@ class Vector:
     def first_lanes(self, count):
         """A mask of the lanes below `count` (i64)."""
         lanes = ir.VectorType(I64, self.lanes)
-        undefined = ir.Constant(lanes, ir.Undefined)
-        one = self.b.insert_element(undefined, count, ir.Constant(I32, 0))
-        all_lanes = self.b.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes))
+        one = self.b.insert_element(ir.Constant(lanes, ir.Undefined), count, ir.Constant(I32, 0))
+        all_lanes = self.shuffle(one, one, [0] * self.lanes)
         return self.b.icmp_signed("<", ir.Constant(lanes, list(range(self.lanes))), all_lanes)
 
     # ---- arithmetic ----

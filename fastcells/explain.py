@@ -1,0 +1,60 @@
+"""Which path a call takes, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.modules import rnn as original
+
+from .cpu.host import host
+from .cpu.layer import Sequences, planned
+from .nn import DropIn
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """route: "engine" or "torch". reasons: sentences, most general first; `str()` prints them."""
+
+    module: str
+    route: str
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.module}: {self.route}", *(f"  {r}" for r in self.reasons)])
+
+
+def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
+    """Which path `module(input, hx)` would take now, and why; nothing is run.
+
+    module: a layer or cell of `fastcells.nn` (or of torch.nn, which always takes torch's). Raises TypeError for others.
+    """
+    name = repr(module)
+    if isinstance(module, (original.RNNBase, original.RNNCellBase)) and not isinstance(module, DropIn):
+        return Explanation(name, "torch", ("a torch.nn module: fastcells.convert would change that",))
+    if not isinstance(module, DropIn):
+        raise TypeError(f"explain: module must be a recurrent layer or cell, got {type(module).__name__}")
+    reason = module._route(input, hx)
+    if reason is not None:
+        return Explanation(name, "torch", (f"torch's own implementation: {reason}",))
+    call = module._read(input, hx)
+    batch = call.batch
+    layout = "packed" if batch.batch_sizes is not None else "padded"
+    sequences = Sequences.of(batch.x, batch.batch_sizes)
+    reasons = [
+        f"kernels of cell {call.cell.name}, {batch.x.dtype}, vectors of {host().vector_bytes} bytes; "
+        f"{layout} input, {sequences.steps} steps, {sequences.rows} sequences, {sequences.total} tokens"
+    ]
+    previous: tuple[str, ...] = ()
+    for k, directions in enumerate(call.parameters):
+        plan = planned(call.cell, directions[0], sequences)  # type: ignore[arg-type]
+        if plan.reasons != previous:
+            reasons += [f"layer {k}: {r}" for r in plan.reasons]
+        previous = plan.reasons
+    tensors = [batch.x, *(call.states or ()), *(w for ds in call.parameters for d in ds for w in d if w is not None)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        reasons.append("a gradient is wanted: the activated gates and the states of every step are kept for it")
+    else:
+        reasons.append("no gradient is wanted: nothing is kept")
+    return Explanation(name, "engine", tuple(reasons))
