@@ -32,7 +32,7 @@ def refusal(*tensors: Tensor) -> str | None:
     for t in tensors:
         if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return f"tensor subclass {type(t).__name__}"
-        if t.device.type != "cpu":
+        if not t.is_cpu:
             return f"device {t.device}"
         if t.dtype not in DTYPES:
             return f"dtype {t.dtype}"
@@ -81,9 +81,7 @@ class _Layer(torch.autograd.Function):
     def forward(ctx, cell, batch_sizes, directions, given, *tensors):
         x, states, parameters = _split(cell, directions, given, tensors)
         sequences = cpu.Sequences.of(x, batch_sizes)
-        body, finals, saved = cpu.forward(cell, x, states, parameters, sequences, training=True)
-        # Not a view of the buffer with the initial rows: autograd forbids changing an output in place that is one.
-        y = x.new_empty(0).set_(body.untyped_storage(), body.storage_offset(), body.shape, body.stride())
+        y, finals, saved = cpu.forward(cell, x, states, parameters, sequences, training=True)
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.sequences, ctx.batch_sizes = cell, sequences, batch_sizes
         ctx.directions, ctx.given, ctx.inputs = directions, given, len(tensors)
@@ -103,14 +101,15 @@ class _Layer(torch.autograd.Function):
         dx, d0, dparameters = cpu.backward(
             ctx.cell,
             x,
-            _series_of(y, states, ctx.sequences),
+            states,
+            y,
             parameters,
             ctx.sequences,
             cpu.Saved(rest[: ctx.directions], rest[ctx.directions :]),
             dy,
             dstates,
             wanted,
-            in_place=not _keeps_graph(),
+            overwrite=not _keeps_graph(),
         )
         found = [dx, *(d0 if ctx.given else ()), *(g for p in dparameters for g in p)]
         return None, None, None, None, *(g if need else None for g, need in zip(found, needs, strict=True))
@@ -120,25 +119,6 @@ def _keeps_graph() -> bool:
     """Whether this graph may be asked again (retain_graph=True), so that what was saved must survive."""
     asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if asked is None else asked()
-
-
-def _series_of(y: Tensor, states: tuple[Tensor, ...] | None, sequences: cpu.Sequences) -> Tensor:
-    """The buffer that y lies in, with the initial rows; made again where a saved-tensor hook gave y another memory."""
-    width = y.shape[-1]
-    padded = sequences.counts is None
-    before = sequences.rows * width if padded else 0
-    size = (sequences.total + (2 if padded else 1) * sequences.rows) * width
-    if y.storage_offset() == before and y.untyped_storage().nbytes() == size * y.element_size() and y.is_contiguous():
-        return y.new_empty(0).set_(y.untyped_storage(), 0, (size,))
-    series = cpu.Series(y, sequences, width)
-    series.body.copy_(y)
-    for reverse in (False, True) if padded else (False,):
-        series.initial(reverse).zero_()
-    if states is not None:
-        depth = states[0].shape[-1]
-        for k, h0 in enumerate(states[0]):
-            series.initial(bool(k))[:, k * depth : (k + 1) * depth] = h0
-    return series.tensor
 
 
 def _differentiable(ctx, inputs, needs, dy, dstates) -> list[Tensor | None]:

@@ -18,12 +18,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import cells
 from .cell import Cell
-from .functional import layer, refusal
+from .functional import Parameters, layer, refusal
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
 Shape = tuple[int, ...]
-Parameters = tuple[Tensor | None, ...]  # of one direction: weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
 
 
 class NotTaken(Exception):
@@ -108,6 +107,8 @@ class DropIn(torch.nn.Module):
 
     def _read(self, input: Any, hx: Any) -> Call:
         """The call as the engine takes it. Raises NotTaken. Every call comes here, so each check is a cheap one."""
+        if torch.compiler.is_compiling():  # first, so that there is nothing else here for it to trace
+            raise NotTaken("torch.compile is tracing")
         cell = self._cell()
         batch = self._batch(input)
         if batch.x.shape[-1] != self.input_size:
@@ -134,11 +135,12 @@ class DropIn(torch.nn.Module):
     def _weights(self, layers: tuple) -> tuple[list[tuple[Parameters, ...]], list[Tensor]]:
         """The parameters per layer and direction, and in one list. Read at each call, since they may be replaced."""
         registered = self._parameters  # Module.__getattr__ takes ten times as long
-        parameters, weights = [], []
+        parameters: list[tuple[Any, ...]] = []
+        weights: list[Tensor] = []
         for directions in layers:
             sets = []
             for items in directions:
-                row: list[Tensor | None] = []
+                row: list[Any] = []
                 for item in items:
                     if item is None:
                         row.append(None)
@@ -358,5 +360,5 @@ class GRUCell(CellModule, original.GRUCell):
         return cells.gru
 
 
-DROP_IN = {kind.__bases__[1]: kind for kind in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)}
+DROP_IN: dict[type, type] = {kind.__bases__[1]: kind for kind in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)}
 """Torch's class -> ours."""

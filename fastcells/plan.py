@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 PANEL_BYTES = 24 * 1024  # of weights that a tile may go through: most of a first-level cache, the rows need the rest
 ROW_BLOCK = 96  # rows that go through all time steps together
@@ -11,10 +13,9 @@ STEP_FLOPS = 60_000  # of a time step, below which a barrier costs more than the
 ROWS_A_THREAD = 2  # at least; a tile of a single row cannot keep the multiply-adds busy
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One layer and direction. steps: T, rows: N at the fullest step, total: rows of all steps, item: bytes of a number,
-    gates: blocks of weight rows, depth: of the recurrent product (H, or the projected size)."""
+class Shape(NamedTuple):
+    """One layer and direction. steps: T; rows: N at the fullest step; total: rows of all steps; gates: blocks of weight
+    rows; depth: of the recurrent product (H, or the projected size); threads: that may be used."""
 
     steps: int
     rows: int
@@ -23,14 +24,13 @@ class Shape:
     hidden: int
     depth: int
     gates: int
-    item: int
     threads: int
 
 
 @dataclass(frozen=True)
 class Plan:
     """threads: team size. split: what they share, "rows" or "units". project_ahead: the input projection of all time
-    steps is one product before the loop. depth_block, row_block: see the constants. reasons: a sentence a choice."""
+    steps is one product before the loop. row_block: see the constant. reasons: a sentence a choice."""
 
     threads: int
     split: str
@@ -39,6 +39,7 @@ class Plan:
     reasons: tuple[str, ...]
 
 
+@lru_cache(maxsize=1024)
 def plan(shape: Shape) -> Plan:
     """The schedule for a layer's time loop; the same for one thread or many, but for who does what."""
     reasons = []

@@ -27,8 +27,8 @@ class Place:
     """Where one row's vector is stored: `slot` vectors of the hidden size into the row of a buffer.
 
     when: "now" at this time step; "before" at the step that was processed before it, "after" at the one processed next
-    (either falls among the initial rows where a sequence begins or ends); "static" the same at all steps; "first" like
-    static, but another address at a sequence's first processed step.
+    (the buffer's initial rows where a sequence has no such step); "static" the same at all steps; "first" like static,
+    but the initial rows at a sequence's first processed step.
     """
 
     buffer: str
@@ -77,17 +77,14 @@ class Program:
     name: str
     stages: tuple[Stage, ...]
 
-    def places(self) -> dict[str, str]:
-        """Every buffer with its kind: "now" (one row a step, whichever step is meant), "static" or "first"."""
-        found: dict[str, str] = {}
+    def buffers(self) -> list[str]:
+        """The names of all buffers read or written."""
+        found: dict[str, None] = {}
         for stage in self.stages:
             used = [p for _, start in stage.accumulators for p in start]
             used += [s.rows for s in stage.segments] + [p for _, p, _ in stage.outputs] + list(stage.loads.values())
-            for p in used:
-                kind = "now" if p.when in ("before", "after") else p.when
-                if found.setdefault(p.buffer, kind) != kind:
-                    raise AssertionError(f"buffer {p.buffer} used as {found[p.buffer]} and as {kind}")
-        return found
+            found |= dict.fromkeys(p.buffer for p in used)
+        return list(found)
 
     def describe(self) -> str:
         """All of the program in one string: equal strings, equal kernels."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,48 +19,69 @@ from .geometry import HEADER, STAGE_WORDS, Layout, scratch_row_bytes, tile_shape
 from .host import host
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+LINE = 64  # bytes of a line of cache
 
 
-@dataclass(frozen=True)
-class Times:
+class Times(NamedTuple):
     """Positions of the time steps in processing order, and how many sequences each one has.
 
-    Padded: position first + step * delta, all rows at every step. Packed: tables of int64 (kept alive by the tensors).
-    initial: position of the initial rows.
+    Padded: position first + step * delta, all rows at every step. Packed: tables of int64.
     """
 
     steps: int
     rows: int
-    initial: int
     first: int = 0
     delta: int = 1
     positions: Tensor | None = None
     counts: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class View:
-    """A buffer as a frame sees it: address, bytes from position to position and from row to row."""
+class View(NamedTuple):
+    """A buffer as a frame sees it: address, bytes from position to position and from row to row; then address and bytes
+    from row to row of the rows that stand for the step before a sequence's first or after its last."""
 
     address: int
     step: int = 0
     row: int = 0
+    initial: int = 0
+    initial_row: int = 0
 
 
-# y = x W^T + b for any rows: the input projection, and gradients with respect to inputs.
-_RESULT = leaf("product")
-PRODUCT = Program(
-    "product",
-    (
-        Stage(
-            "H",
-            ((_RESULT, (Place("start"),)),),
-            (Segment(Place("x"), Weights("w", ("all",)), (0,)),),
-            ((_RESULT, Place("out"), False),),
-            {},
-        ),
-    ),
-)
+class Arena(threading.local):
+    """Memory for what lives only as long as a call (panels, partial sums): one block a thread, kept for the next call."""
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0, dtype=torch.uint8)
+        self._full: list[Tensor] = []  # blocks that this call has outgrown
+        self._used = 0
+
+    def reset(self) -> None:
+        """Begin a call: all that was taken is free again."""
+        if self._full:
+            self._full.append(self._block)
+            size = sum(len(b) for b in self._full)
+            self._full, self._block = [], torch.empty(0, dtype=torch.uint8)  # first free, then take
+            self._block = torch.empty(size, dtype=torch.uint8)
+        self._used = 0
+
+    def take(self, size: int) -> int:
+        """Address of `size` bytes, aligned to a line of cache and a line apart from others."""
+        begin = self._used
+        self._used += (size + 2 * LINE - 1) // LINE * LINE
+        if self._used + LINE > len(self._block):
+            self._full.append(self._block)
+            self._block = torch.empty(max(self._used + LINE, 1 << 16), dtype=torch.uint8)
+            begin, self._used = 0, (size + 2 * LINE - 1) // LINE * LINE
+        return -(-self._block.data_ptr() // LINE) * LINE + begin
+
+    def zeros(self, size: int) -> int:
+        """The same, filled with zero bytes."""
+        address = self.take(size)
+        ctypes.memset(address, 0, size)
+        return address
+
+
+arena = Arena()
 
 
 class Runner:
@@ -70,6 +92,7 @@ class Runner:
         self.item = dtype.itemsize
         self.lanes = host().lanes(self.item)
         self.layout = Layout(program)
+        self.blank = [0] * self.layout.size
         self.shapes = [tile_shape(s, host().registers, self.lanes) for s in program.stages]
         vector = self.lanes * self.item
         self.scratch_row = max(scratch_row_bytes(program, s, k, vector) for k, s in enumerate(self.shapes))
@@ -95,8 +118,8 @@ class Runner:
     def run(
         self,
         times: Times,
-        views: Mapping[str, View | tuple[View, View]],
-        segments: Sequence[Sequence[tuple[int, Tensor]]],
+        views: Mapping[str, View],
+        segments: Sequence[Sequence[tuple[int, int]]],
         units: Sequence[int],
         *,
         slot: int = 0,
@@ -109,73 +132,66 @@ class Runner:
     ) -> None:
         """Run the program over the time steps.
 
-        views: of every buffer (two for a "first" one: later steps', first step's). segments: (depth, panel) by stage.
-        units: of every stage. slot: units between slots. skip_first: a first step's products of "before" rows are zero.
+        views: of every buffer. segments: (depth, address of the panel), by stage. units: of every stage. slot: units
+        between slots. skip_first: at a first step, products of "before" rows are zero.
         """
         row_block = row_block or times.rows
         block = depth_block(row_block, self.line)
-        depths = [sum(d for d, _ in stage) for stage in segments]
-        # A team's barrier counter and partial sums, one line of cache apart.
-        scratch_bytes = row_block * self.scratch_row if max(depths) > block else 0
-        workspace = torch.zeros(8 + threads * (scratch_bytes // 8 + 8), dtype=torch.int64)
-        tables = torch.tensor(shares, dtype=torch.int64) if shares is not None and threads > 1 else None
-        words = [0] * self.layout.size
-        header = (
+        depths = [sum([d for d, _ in stage]) for stage in segments]
+        scratch = row_block * self.scratch_row + LINE if max(depths) > block else 0
+        tables = (ctypes.c_int64 * len(shares))(*shares) if shares is not None and threads > 1 else None
+        words = self.blank.copy()
+        words[: len(HEADER)] = (
             times.steps,
             times.rows,
-            0 if tables is None else tables.data_ptr(),
+            0 if tables is None else ctypes.addressof(tables),
             threads,
             0 if times.positions is None else times.positions.data_ptr(),
             times.first,
             times.delta,
-            times.initial,
             0 if times.counts is None else times.counts.data_ptr(),
-            int(split == "units"),
-            workspace.data_ptr(),
+            split == "units",
+            arena.zeros(8) if threads > 1 else 0,
             team.give_way() if threads > 1 else 0,
             row_block,
             block,
-            workspace.data_ptr() + 64,
-            scratch_bytes + 64,
+            arena.take(scratch * threads) if scratch else 0,
+            scratch,
             slot * self.item,
-            int(training),
+            training,
         )
-        words[: len(HEADER)] = header
+        layout = self.layout
         for k, stage in enumerate(self.program.stages):
             skip = 0
             if skip_first:
-                skip = sum(d for (d, _), s in zip(segments[k], stage.segments, strict=True) if s.rows.when == "before")
-            at = self.layout.stage[k]
+                skip = sum([d for (d, _), s in zip(segments[k], stage.segments, strict=True) if s.rows.when == "before"])
+            at = layout.stage[k]
             words[at : at + len(STAGE_WORDS)] = units[k], skip, depths[k]
-            for j, (depth, panel) in enumerate(segments[k]):
-                at = self.layout.segment[k, j]
-                words[at : at + 2] = depth, panel.data_ptr()
-        for name, at in self.layout.buffer.items():
-            view = views[name]
-            for one in view if isinstance(view, tuple) else (view,):
-                words[at : at + 3] = one.address, one.step, one.row
-                at += 3
+            for j, segment in enumerate(segments[k]):
+                at = layout.segment[k, j]
+                words[at : at + 2] = segment
+        for name, at in layout.buffer.items():
+            words[at : at + 5] = views[name]
         frame = (ctypes.c_int64 * len(words))(*words)
         team.run(self.kernel, ctypes.addressof(frame), threads)
 
     def panel(
-        self, weight: Tensor, stage: int, transposed: bool, offsets: Sequence[int], units: int, depth: int
-    ) -> Tensor:
-        """Weights packed for a segment of a stage.
+        self, weight: Tensor, stage: int, transposed: bool, offsets: Sequence[int], units: int, depth: int, threads: int = 1
+    ) -> int:
+        """Address, in the arena, of weights packed for a segment of a stage.
 
         weight: [rows, columns] with unit column stride. Forward, units are rows from `offsets` (one for each gate) on
         and depth runs over columns; transposed, the other way round.
         """
-        vectors = -(-units // self.lanes)
-        panel = torch.empty(vectors * depth * len(offsets) * self.lanes, dtype=self.dtype)
+        count = -(-units // self.lanes) * depth * len(offsets) * self.lanes
+        address = arena.take(count * self.item)
         row = weight.stride(0) * self.item
         strides = (self.item, row) if transposed else (row, self.item)
-        block = self.shapes[stage].block
-        words = [panel.data_ptr(), weight.data_ptr(), units, depth, *strides, block, len(offsets)]
+        words = [address, weight.data_ptr(), units, depth, *strides, self.shapes[stage].block, len(offsets)]
         words += [o * row for o in offsets]
         frame = (ctypes.c_int64 * len(words))(*words)
-        _pack(self.dtype).call(ctypes.addressof(frame), 0, 1)
-        return panel
+        team.run(_pack(self.dtype), ctypes.addressof(frame), threads if count > 1 << 17 else 1)
+        return address
 
 
 @lru_cache
@@ -188,41 +204,60 @@ def _pack(dtype: torch.dtype) -> store.Kernel:
     return store.kernel(f"pack_{DTYPES[dtype]}", [], make)
 
 
+# y = start + x W for any rows: the input projection, and gradients with respect to inputs.
+_RESULT = leaf("product")
+PRODUCT = Program(
+    "product",
+    (
+        Stage(
+            "H",
+            ((_RESULT, (Place("start"),)),),
+            (Segment(Place("x"), Weights("w", ("all",)), (0,)),),
+            ((_RESULT, Place("out"), False),),
+            {},
+        ),
+    ),
+)
+
+
 @lru_cache
 def _product(dtype: torch.dtype) -> Runner:
     return Runner(PRODUCT, dtype)
 
 
 def product(
-    x: Tensor, weight: Tensor, out: Tensor, start: Tensor | None, *, transposed: bool = False, threads: int = 1
+    x: Tensor, weight: Tensor, out: Tensor, start: int | None, *, transposed: bool = False, threads: int = 1
 ) -> None:
     """out = start + x @ weight.T, or start + x @ weight if transposed, over the last dimension.
 
-    x: [A, B, depth] and out: [A, B, units], any strides but 1 in the last dimension. start: [units], `out` itself to
-    add to what it holds, or None for zero. weight: [rows, columns].
+    x: [A, B, depth] and out: [A, B, units], any strides but 1 in the last dimension. start: address of [units], or None
+    to add to what `out` holds. weight: [rows, columns].
     """
     run = _product(x.dtype)
     units, depth = out.shape[-1], x.shape[-1]
     steps, rows = x.shape[:2]
-    strides = [(t.stride(0), t.stride(1)) for t in (x, out)]
-    if all(a == b * rows for a, b in strides):
+    x_strides, out_strides = x.stride(), out.stride()
+    if x_strides[0] == x_strides[1] * rows and out_strides[0] == out_strides[1] * rows:
         steps, rows = 1, steps * rows
     elif rows < steps:
         steps, rows = rows, steps
-        strides = [(b, a) for a, b in strides]
+        x_strides, out_strides = (x_strides[1], x_strides[0]), (out_strides[1], out_strides[0])
+    item = run.item
+    target = View(out.data_ptr(), out_strides[0] * item, out_strides[1] * item)
     views = {
-        name: View(t.data_ptr(), a * run.item, b * run.item)
-        for name, t, (a, b) in zip(("x", "out"), (x, out), strides, strict=True)
+        "x": View(x.data_ptr(), x_strides[0] * item, x_strides[1] * item),
+        "out": target,
+        "start": target if start is None else View(start),
     }
-    if start is out:
-        views["start"] = views["out"]
-    else:
-        start = x.new_zeros(units) if start is None else start
-        views["start"] = View(start.data_ptr())
-    panel = run.panel(weight, 0, transposed, [0], units, depth)
     flops = 2 * rows * units * depth
     team_size, split = share(rows, flops * steps, flops, threads)
-    block = min(rows, ROW_BLOCK)
+    panel = run.panel(weight, 0, transposed, [0], units, depth, team_size)
     run.run(
-        Times(steps, rows, 0), views, [[(depth, panel)]], [units], threads=team_size, split=split, row_block=block
+        Times(steps, rows),
+        views,
+        [[(depth, panel)]],
+        [units],
+        threads=team_size,
+        split=split,
+        row_block=min(rows, ROW_BLOCK),
     )

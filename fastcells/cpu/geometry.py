@@ -17,7 +17,6 @@ HEADER = (
     "positions",  # address of the position of every step, 0 where positions are first + step * delta
     "first",
     "delta",
-    "initial",  # position of the initial rows
     "counts",  # address of the number of sequences at every step, 0 where it is always `rows`
     "split",  # 0: threads share the rows, 1: threads share the units and wait for each other after every stage
     "barrier",  # address of the arrival counter
@@ -31,28 +30,34 @@ HEADER = (
 )
 STAGE_WORDS = (
     "units",
-    "skip",
+    "skip",  # depth that is not multiplied at a sequence's first processed step
     "depth",
-)  # units of the stage; depth at a first step that is not multiplied; total depth
+)
+BUFFER_WORDS = (
+    "address",
+    "step",  # bytes from position to position
+    "row",  # bytes from row to row
+    "initial",  # address of the rows that stand for the step before a sequence's first or after its last
+    "initial_row",
+)
+SEGMENT_WORDS = ("depth", "panel")
 WORD = {name: k for k, name in enumerate(HEADER)}
 
 
 class Layout:
-    """Numbers the words of a program's frame: header, stages, buffers (address, step, row strides), segments."""
+    """Numbers the words of a program's frame: header, stages, buffers, segments."""
 
     def __init__(self, program: Program) -> None:
-        self.program = program
-        self.stage = [len(HEADER) + len(STAGE_WORDS) * k for k in range(len(program.stages))]
-        end = len(HEADER) + len(STAGE_WORDS) * len(program.stages)
-        self.buffer: dict[str, int] = {}
-        for name, kind in program.places().items():
-            self.buffer[name] = end
-            end += 6 if kind == "first" else 3
-        self.segment: dict[tuple[int, int], int] = {}  # (stage, segment): depth, panel address
+        stages, buffers = len(program.stages), program.buffers()
+        self.stage = [len(HEADER) + len(STAGE_WORDS) * k for k in range(stages)]
+        end = len(HEADER) + len(STAGE_WORDS) * stages
+        self.buffer = {name: end + len(BUFFER_WORDS) * k for k, name in enumerate(buffers)}
+        end += len(BUFFER_WORDS) * len(buffers)
+        self.segment: dict[tuple[int, int], int] = {}
         for k, stage in enumerate(program.stages):
             for j in range(len(stage.segments)):
                 self.segment[k, j] = end
-                end += 2
+                end += len(SEGMENT_WORDS)
         self.size = end
 
 

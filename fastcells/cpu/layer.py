@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..cell import Cell
 from ..plan import Plan, Shape, plan
 from ..program import Programs, Weights, build, runs
 from . import team
-from .engine import Runner, Times, View, product
+from .engine import Runner, Times, View, arena, product
 
 Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
@@ -61,20 +62,31 @@ class Sequences:
         ascending = self.counts.flip(0)  # type: ignore[union-attr]
         return self.steps - torch.searchsorted(ascending, torch.arange(self.rows), right=True)
 
-    def times(self, descending: bool, reverse: bool) -> Times:
-        """Steps from the first to the last or `descending`; `reverse`: the direction whose initial rows are at the end."""
+    def times(self, descending: bool) -> Times:
+        """Steps from the first to the last, or from the last to the first."""
         if self.counts is None:
-            initial = self.steps if reverse else -1
-            return Times(self.steps, self.rows, initial, self.steps - 1 if descending else 0, -1 if descending else 1)
-        order = (lambda t: t.flip(0)) if descending else (lambda t: t)
-        return Times(
-            self.steps, self.rows, self.total, positions=order(self.offsets), counts=order(self.counts)
-        )
+            return Times(self.steps, self.rows, self.steps - 1, -1) if descending else Times(self.steps, self.rows)
+        if descending:
+            return Times(self.steps, self.rows, positions=self.offsets.flip(0), counts=self.counts.flip(0))
+        return Times(self.steps, self.rows, positions=self.offsets, counts=self.counts)
 
-    def edge(self, last: bool) -> Tensor | None:
-        """Rows of the sequences' last or first steps in packed order; None for padded ones."""
-        rows = torch.arange(self.rows)
-        return self.offsets[self.lengths - 1] + rows if last else rows
+    def edge(self, t: Tensor, last: bool) -> Tensor:
+        """[N, ...]: rows of `t` ([T, N, ...] or [total, ...]) at the last or first step of every sequence."""
+        if self.counts is None:
+            return t.view(self.steps, self.rows, -1)[-1 if last else 0]
+        return t[self.offsets[self.lengths - 1] + torch.arange(self.rows)] if last else t[: self.rows]
+
+    def previous(self, reverse: bool) -> tuple[Tensor, Tensor]:
+        """(row of the step before, row of the sequence) for every packed row; the former is -1 at a first step."""
+        row = torch.arange(self.total) - self.offsets.repeat_interleave(self.counts)
+        step = torch.arange(self.steps).repeat_interleave(self.counts)
+        if reverse:
+            other = (step + 1).clamp(max=self.steps - 1)
+            exists = (step + 1 < self.steps) & (row < self.counts[other])  # type: ignore[index]
+        else:
+            other = (step - 1).clamp(min=0)
+            exists = step > 0
+        return torch.where(exists, self.offsets[other] + row, -1), row
 
     def shares(self, threads: int) -> list[int] | None:
         """Rows at which threads' shares begin, so that each has as many time steps to do; None for even shares."""
@@ -85,73 +97,24 @@ class Sequences:
         return [0, *torch.searchsorted(done, goals).add(1).clamp(max=self.rows).tolist(), self.rows]
 
 
-class Series:
-    """A vector of `width` for every step and sequence, with room for the initial rows of both directions."""
-
-    def __init__(self, like: Tensor, sequences: Sequences, width: int, storage: Tensor | None = None) -> None:
-        self.sequences, self.width = sequences, width
-        shape = (
-            (sequences.steps + 2, sequences.rows, width)
-            if sequences.counts is None
-            else (sequences.total + sequences.rows, width)
-        )
-        self.tensor = like.new_empty(shape) if storage is None else storage.view(shape)
-
-    @property
-    def padded(self) -> bool:
-        return self.sequences.counts is None
-
-    def initial(self, reverse: bool) -> Tensor:
-        if self.padded:
-            return self.tensor[-1 if reverse else 0]
-        return self.tensor[self.sequences.total :]
-
-    @property
-    def body(self) -> Tensor:
-        return self.tensor[1:-1] if self.padded else self.tensor[: self.sequences.total]
-
-    def view(self, column: int = 0) -> View:
-        return view(self.body, column)
-
-    def previous(self, reverse: bool) -> Tensor:
-        """[total, width]: for every row that of the step before it in its direction, initial rows included."""
-        s = self.sequences
-        if self.padded:
-            return (self.tensor[2:] if reverse else self.tensor[:-2]).view(s.total, self.width)
-        row = torch.arange(s.total) - s.offsets.repeat_interleave(s.counts)
-        step = torch.arange(s.steps).repeat_interleave(s.counts)
-        if reverse:
-            following = (step + 1).clamp(max=s.steps - 1)
-            inside = (step + 1 < s.steps) & (row < s.counts[following])  # type: ignore[index]
-            index = torch.where(inside, s.offsets[following] + row, s.total + row)
-        else:
-            index = torch.where(step > 0, s.offsets[(step - 1).clamp(min=0)] + row, s.total + row)
-        return self.tensor[index]
-
-    def final(self, reverse: bool) -> Tensor:
-        """[N, width]: the rows of the last step of every sequence in this direction."""
-        if self.padded:
-            return self.body[0 if reverse else -1]
-        return self.body[self.sequences.edge(last=not reverse)]
-
-
-def view(t: Tensor, column: int = 0) -> View:
-    """A tensor [T, N, width] or [rows, width] as a frame sees it, from a column on."""
+def view(t: Tensor, sequences: Sequences, column: int = 0, initial: Tensor | int = 0) -> View:
+    """[T, N, width] or [total, width] from a column on; initial: [N, width], or the address of one zero row."""
     item = t.element_size()
-    address = t.data_ptr() + column * item
+    strides = t.stride()
     if t.dim() == 2:
-        return View(address, t.stride(0) * item, t.stride(0) * item)
-    return View(address, t.stride(0) * item, t.stride(1) * item)
+        row = strides[0]
+        step = row if sequences.counts is not None else row * sequences.rows
+    else:
+        step, row = strides[:2]
+    address = t.data_ptr() + column * item
+    if isinstance(initial, int):
+        return View(address, step * item, row * item, initial, 0)
+    return View(address, step * item, row * item, initial.data_ptr(), initial.stride(0) * item)
 
 
 def fixed(t: Tensor) -> View:
-    """A tensor [N, width], the same at all steps."""
+    """[N, width], the same at all steps."""
     return View(t.data_ptr(), 0, t.stride(0) * t.element_size())
-
-
-def constant(t: Tensor) -> View:
-    """A tensor [width], the same at all steps and rows."""
-    return View(t.data_ptr())
 
 
 def by_time(t: Tensor) -> Tensor:
@@ -166,10 +129,10 @@ def usable(t: Tensor) -> Tensor:
 
 @dataclass
 class Saved:
-    """What forward leaves to backward, a tensor of each kind a direction."""
+    """What forward leaves to backward, tensors for each direction."""
 
     slots: list[Tensor]  # [total, slots * H]
-    series: list[Tensor]  # of the states other than the hidden one
+    series: list[Tensor]  # [total, H], of each state but the hidden one
 
 
 class Direction:
@@ -191,41 +154,38 @@ class Direction:
             return weight[index[0] * h : (index[-1] + 1) * h]
         return torch.cat([weight[k * h : (k + 1) * h] for k in index])
 
-    def biases(self) -> tuple[Tensor, Tensor]:
-        """Where the input projections, and the recurrent products with a bias of their own, start from."""
-        p, zero = self.r.programs, self.w_ih.new_zeros
-        start = zero(len(p.start_gates) * self.hidden)
-        own = zero(max(1, len(p.bias_gates)) * self.hidden)
-        if self.b_ih is not None and self.b_hh is not None:
-            start = self.rows_of(self.b_ih, p.start_gates)
-            shared = [g for g in p.start_gates if g in p.shared]
-            if len(shared) == len(p.start_gates):
-                start = start + self.rows_of(self.b_hh, p.start_gates)
-            else:
-                start = start.clone()
-                for g in shared:
-                    k = p.start_gates.index(g) * self.hidden
-                    start[k : k + self.hidden] += self.rows_of(self.b_hh, [g])
-            if p.bias_gates:
-                own = self.rows_of(self.b_hh, p.bias_gates).contiguous()
-        return start.contiguous(), own
+    def biases(self) -> tuple[int, int]:
+        """Addresses of what the input projections, and the recurrent products with a bias of their own, start from."""
+        p, h = self.r.programs, self.hidden
+        if self.b_ih is None or self.b_hh is None:
+            zero = arena.zeros(max(len(p.start_gates), len(p.bias_gates)) * h * self.w_ih.element_size())
+            return zero, zero
+        start = self.rows_of(self.b_ih, p.start_gates)
+        if not p.bias_gates:
+            start = start + self.rows_of(self.b_hh, p.start_gates)
+        else:
+            start = start.clone()
+            for run in runs([g for g in p.start_gates if g in p.shared], p.gradients.x):
+                first, last = p.gradients.x[run[0]], p.gradients.x[run[-1]]
+                start[first * h : (last + 1) * h] += self.rows_of(self.b_hh, run)
+        own = self.rows_of(self.b_hh, p.bias_gates).contiguous() if p.bias_gates else start
+        self._alive = start, own
+        return start.data_ptr(), own.data_ptr()
 
-    def segments(self, run: Runner, with_input: bool) -> list[list[tuple[int, Tensor]]]:
-        """(depth, panel) of every segment of every stage."""
-        result = []
-        for k, stage in enumerate(run.program.stages):
-            units = self.units(stage.size)
-            row = []
-            for segment in stage.segments:
-                weights = segment.weights
-                if weights.matrix == "ih" and not with_input:
-                    row.append((0, self.w_ih))
-                    continue
-                row.append(self.pack(run, k, weights, units))
-            result.append(row)
-        return result
+    def segments(self, run: Runner, threads: int, with_input: bool = True) -> list[list[tuple[int, int]]]:
+        """(depth, address of the panel) of every segment of every stage."""
+        return [
+            [
+                (0, 0)
+                if segment.weights.matrix == "ih" and not with_input
+                else self.pack(run, k, segment.weights, self.units(stage.size), threads)
+                for segment in stage.segments
+            ]
+            for k, stage in enumerate(run.program.stages)
+        ]
 
-    def pack(self, run: Runner, stage: int, weights: Weights, units: int) -> tuple[int, Tensor]:
+    def pack(self, run: Runner, stage: int, weights: Weights, units: int, threads: int) -> tuple[int, int]:
+        """(depth, address of the panel)"""
         if weights.matrix == "hr":
             assert self.w_hr is not None
             weight, offsets = self.w_hr, [0]
@@ -234,8 +194,8 @@ class Direction:
             offsets = [self.r.gates[g] * self.hidden for g in weights.gates]
         if weights.transposed:
             rows = weight if weights.matrix == "hr" else self.rows_of(weight, weights.gates)
-            return rows.shape[0], run.panel(rows, stage, True, [0], units, rows.shape[0])
-        return weight.shape[1], run.panel(weight, stage, False, offsets, units, weight.shape[1])
+            return len(rows), run.panel(rows, stage, True, [0], units, len(rows), threads)
+        return weight.shape[1], run.panel(weight, stage, False, offsets, units, weight.shape[1], threads)
 
     def units(self, size: str) -> int:
         return self.depth if size == "P" else self.hidden
@@ -256,95 +216,87 @@ def planned(cell: Cell, weights: Sequence[Tensor], sequences: Sequences) -> Plan
             hidden=w_ih.shape[0] // len(cell.gates),
             depth=w_hh.shape[1],
             gates=len(cell.gates),
-            item=w_ih.element_size(),
             threads=team.size(),
         )
     )
 
 
 def forward(
-    cell: Cell, x: Tensor, states: tuple[Tensor, ...] | None, parameters: Sequence[Parameters], sequences: Sequences,
+    cell: Cell,
+    x: Tensor,
+    states: tuple[Tensor, ...] | None,
+    parameters: Sequence[Parameters],
+    sequences: Sequences,
     training: bool,
-) -> tuple[Tensor, tuple[Tensor, ...], Saved]:  # fmt: skip
+) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
     """(y, final states, what backward needs). Shapes as `functional.layer`; nothing is saved unless training."""
-    x = usable(x)
-    project = parameters[0][4] is not None
-    r = ready(cell, project, x.dtype)
+    arena.reset()
+    x, dtype = usable(x), x.dtype
+    r = ready(cell, parameters[0][4] is not None, dtype)
     p = r.programs
-    single_stage = len(p.forward.stages) == 1
+    in_place = not training and len(p.forward.stages) == 1  # a unit's state is read and then written by the same tile
     directions = [Direction(r, q, bool(k)) for k, q in enumerate(parameters)]
-    width, rows = directions[0].depth, sequences.rows
-    hidden = directions[0].hidden
-    hs = Series(x, sequences, len(directions) * width)
-    finals = [x.new_empty(len(directions), rows, width if k == 0 else hidden) for k in range(len(p.states))]
+    count, rows, total = len(directions), sequences.rows, sequences.total
+    width, hidden = directions[0].depth, directions[0].hidden
+    states = None if states is None else tuple(usable(s) for s in states)
+    y = torch.empty((*x.shape[:-1], count * width), dtype=dtype)
+    finals = tuple([torch.empty((count, rows, hidden if j else width), dtype=dtype) for j in range(len(p.states))])
+    nothing = arena.zeros(max(width, hidden) * r.forward.item) if states is None else 0
     saved = Saved([], [])
     for k, d in enumerate(directions):
-        plan_ = d.plan(sequences)
+        schedule = d.plan(sequences)
+        threads = schedule.threads
         start, own = d.biases()
-        column = slice(k * width, (k + 1) * width)
-        first = hs.initial(d.reverse)[:, column]
-        _ = first.zero_() if states is None else first.copy_(states[0][k])
-        views: dict[str, View | tuple[View, View]] = {"s." + p.states[0]: hs.view(k * width), "bias": constant(own)}
-        kept = []
+        initial = [nothing if states is None else s[k] for s in states or p.states]
+        views = {"s." + p.states[0]: view(y, sequences, k * width, initial[0]), "bias": View(own)}
+        series = []
         for j, name in enumerate(p.states[1:], 1):
-            if training or not single_stage:
-                series = Series(x, sequences, hidden)
-                first = series.initial(d.reverse)
-                views["s." + name] = series.view()
-                kept.append((j, series))
-            else:  # in place: each unit's state is read and then written by the same tile
-                first = finals[j][k]
-                views["s." + name] = fixed(first)
-            _ = first.zero_() if states is None else first.copy_(states[j][k])
-        slots = x.new_empty(0)
-        if training:
-            slots = x.new_empty(sequences.total, p.slots * hidden)
-            views["saved"] = _shaped(slots, sequences)
-        elif not single_stage:  # later stages read what earlier ones leave here, a step at a time
-            slots = x.new_empty(rows, p.slots * hidden)
-            views["saved"] = fixed(slots)
-        else:
-            views["saved"] = View(0)
-        ahead = x.new_empty(0)
-        if plan_.project_ahead:
+            if in_place:
+                into = fixed(finals[j][k])
+                begin = initial[j]
+                at = (begin, 0) if isinstance(begin, int) else (begin.data_ptr(), begin.stride(0) * begin.element_size())
+                views["s." + name] = View(*into[:3], *at)
+            else:
+                series.append(torch.empty((total, hidden), dtype=dtype))
+                views["s." + name] = view(series[-1], sequences, 0, initial[j])
+        slots = torch.empty((total if training else 0 if in_place else rows, p.slots * hidden), dtype=dtype)
+        # Without training, a later stage reads here what an earlier one left, at the same step.
+        views["saved"] = view(slots, sequences) if training else fixed(slots)
+        if schedule.project_ahead:
             units = len(p.start_gates) * hidden
-            ahead = slots if training else x.new_empty(sequences.total, units)
-            weight = d.rows_of(d.w_ih, p.start_gates)
-            target = ahead if x.dim() == 2 else ahead.view(*x.shape[:2], -1)
-            product(by_time(x), weight, by_time(target[..., :units]), start, threads=team.size())
-            views["start"] = _shaped(ahead, sequences)
-            views["x"] = View(0)
+            ahead = slots if training else torch.empty((total, units), dtype=dtype)
+            shaped = ahead if x.dim() == 2 else ahead.view(*x.shape[:2], -1)
+            product(
+                by_time(x),
+                d.rows_of(d.w_ih, p.start_gates),
+                by_time(shaped)[..., :units],
+                start,
+                threads=team.size(),
+            )
+            views["start"], views["x"] = view(ahead, sequences), View(0)
         else:
-            views["start"] = constant(start)
-            views["x"] = view(x)
+            views["start"], views["x"] = View(start), view(x, sequences)
         r.forward.run(
-            sequences.times(d.reverse, d.reverse),
+            sequences.times(descending=d.reverse),
             views,
-            d.segments(r.forward, not plan_.project_ahead),
+            d.segments(r.forward, threads, not schedule.project_ahead),
             [d.units(s.size) for s in p.forward.stages],
             slot=hidden,
             skip_first=states is None,
             training=training,
-            threads=plan_.threads,
-            split=plan_.split,
-            row_block=plan_.row_block,
-            shares=sequences.shares(plan_.threads),
+            threads=threads,
+            split=schedule.split,
+            row_block=schedule.row_block,
+            shares=sequences.shares(threads),
         )
-        finals[0][k] = hs.final(d.reverse)[:, column]
-        for j, series in kept:
-            finals[j][k] = series.final(d.reverse)
+        for j, t in enumerate([y[..., k * width : (k + 1) * width], *series]):
+            finals[j][k].copy_(sequences.edge(t, last=not d.reverse))
         saved.slots.append(slots)
-        saved.series += [series.tensor for _, series in kept]
-    return hs.body, tuple(finals), saved
+        saved.series += series
+    return y, finals, saved
 
 
-def _shaped(rows: Tensor, sequences: Sequences) -> View:
-    """[total, width] by steps and rows."""
-    return view(rows if sequences.counts is not None else rows.view(sequences.steps, sequences.rows, -1))
-
-
-@dataclass
-class Wanted:
+class Wanted(NamedTuple):
     """Which gradients are asked for."""
 
     x: bool
@@ -355,144 +307,175 @@ class Wanted:
 def backward(
     cell: Cell,
     x: Tensor,
-    hs_storage: Tensor,
+    states: tuple[Tensor, ...] | None,
+    y: Tensor,
     parameters: Sequence[Parameters],
     sequences: Sequences,
     saved: Saved,
     dy: Tensor | None,
-    dstates: Sequence[Tensor | None],
+    dfinals: Sequence[Tensor | None],
     wanted: Wanted,
-    in_place: bool,
-) -> tuple[Tensor | None, list[Tensor | None], list[list[Tensor | None]]]:
-    """Gradients of x, of the states and, a list for each direction, of the parameters.
+    overwrite: bool,
+) -> tuple[Tensor | None, list[Tensor], list[list[Tensor | None]]]:
+    """Gradients of x, of the states and, a list for each direction, of the parameters, from those of y and the finals.
 
-    hs_storage: the tensor of the Series that forward made. in_place: what forward saved may be overwritten.
+    overwrite: what forward saved is not needed again.
     """
-    x = usable(x)
-    project = parameters[0][4] is not None
-    r = ready(cell, project, x.dtype)
-    p = r.programs
+    arena.reset()
+    x, dtype = usable(x), x.dtype
+    y = y.contiguous()  # as it was made; a saved-tensor hook may have returned another
+    r = ready(cell, parameters[0][4] is not None, dtype)
+    p, item = r.programs, r.backward.item
     directions = [Direction(r, q, bool(k)) for k, q in enumerate(parameters)]
-    width, rows, hidden = directions[0].depth, sequences.rows, directions[0].hidden
-    hs = Series(x, sequences, len(directions) * width, hs_storage)
+    count, rows, total = len(directions), sequences.rows, sequences.total
+    width, hidden = directions[0].depth, directions[0].hidden
+    states = None if states is None else tuple(usable(s) for s in states)
     dy = None if dy is None else usable(dy)
+    dfinals = [None if t is None else usable(t) for t in dfinals]
     dx = None
-    d0 = [x.new_empty(len(directions), rows, width if k == 0 else hidden) for k in range(len(p.states))]
+    dstates = [torch.empty((count, rows, hidden if j else width), dtype=dtype) for j in range(len(p.states))]
     dparameters: list[list[Tensor | None]] = []
-    nothing = x.new_zeros(max(width, hidden))
+    nothing = arena.zeros(max(width, hidden) * item)
     others = len(p.states) - 1
     for k, d in enumerate(directions):
-        plan_ = d.plan(sequences)
+        schedule = d.plan(sequences)
+        threads = schedule.threads
         slots = saved.slots[k]
-        grad = slots if in_place else torch.empty_like(slots)
-        views: dict[str, View | tuple[View, View]] = {
-            "dy": constant(nothing) if dy is None else view(dy, k * width),
-            "saved": _shaped(slots, sequences),
-            "grad": _shaped(grad, sequences),
-            "s." + p.states[0]: hs.view(k * width),
+        grad = slots if overwrite else torch.empty_like(slots)
+        initial = [nothing if states is None else s[k] for s in states or p.states]
+        views = {
+            "dy": View(nothing) if dy is None else view(dy, sequences, k * width),
+            "saved": view(slots, sequences),
+            "grad": view(grad, sequences),
+            "s." + p.states[0]: view(y, sequences, k * width, initial[0]),
+            "cross": View(arena.take(p.cross * rows * hidden * item), 0, p.cross * hidden * item),
         }
-        carry = {}
         for j, name in enumerate(p.states):
-            given = dstates[j]
+            given = dfinals[j]
             if j > 0:
-                series = Series(x, sequences, hidden, saved.series[k * others + j - 1])
-                views["s." + name] = series.view()
+                views["s." + name] = view(saved.series[k * others + j - 1], sequences, 0, initial[j])
             if j > 0 or name in p.carried:
-                carry[name] = d0[j][k]
-                _ = carry[name].zero_() if given is None else carry[name].copy_(given[k])
-                views["carry." + name] = fixed(carry[name])
+                carry = dstates[j][k]
+                _ = carry.zero_() if given is None else carry.copy_(given[k])
+                views["carry." + name] = fixed(carry)
+            elif given is None:
+                views["carry." + name] = View(nothing, 0, 0, nothing, 0)
             else:
-                first = constant(nothing) if given is None else fixed(given[k].contiguous())
-                views["carry." + name] = constant(nothing), first
-                last_given = given  # noqa: F841  keeps the memory
-        cross = x.new_empty(rows, max(1, p.cross) * hidden)
-        views["cross"] = fixed(cross)
-        projected = x.new_empty(sequences.total, width) if project else x.new_empty(0)
-        if project:
-            views["projected"] = _shaped(projected, sequences)
+                views["carry." + name] = View(nothing, 0, 0, given[k].data_ptr(), given.stride(1) * item)
+        projected = torch.empty((total if d.w_hr is not None else 0, width), dtype=dtype)
+        views["projected"] = view(projected, sequences)
         r.backward.run(
-            sequences.times(not d.reverse, d.reverse),
+            sequences.times(descending=not d.reverse),
             views,
-            d.segments(r.backward, True),
+            d.segments(r.backward, threads),
             [d.units(s.size) for s in p.backward.stages],
             slot=hidden,
             skip_first=True,
-            threads=plan_.threads,
-            split=plan_.split,
-            row_block=plan_.row_block,
-            shares=sequences.shares(plan_.threads),
+            threads=threads,
+            split=schedule.split,
+            row_block=schedule.row_block,
+            shares=sequences.shares(threads),
         )
-        gx = grad[:, : len(p.start_gates) * hidden]
         if wanted.x:
-            begins = dx is None
-            if dx is None:
-                dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-            into = by_time(dx)
-            rows_of_time = by_time(gx if x.dim() == 2 else gx.unflatten(0, x.shape[:2]))
+            gates = grad[:, : len(p.start_gates) * hidden]
+            steps = by_time(gates if x.dim() == 2 else gates.unflatten(0, x.shape[:2]))
             weight = d.rows_of(d.w_ih, p.start_gates)
-            product(rows_of_time, weight, into, None if begins else into, transposed=True, threads=team.size())
+            start = None
+            if dx is None:
+                dx, start = torch.empty(x.shape, dtype=dtype), arena.zeros(x.shape[-1] * item)
+            product(steps, weight, by_time(dx), start, transposed=True, threads=team.size())
         if wanted.states:
-            _initial_gradient(d, d0[0][k], grad, sequences, carry.get(p.states[0]))
-        dparameters.append(_parameter_gradients(d, x, hs, k, grad, slots, projected) if wanted.weights else [None] * 5)
-    return dx, list(d0), dparameters
+            _initial_gradient(d, dstates[0][k], sequences.edge(grad, last=d.reverse))
+        if wanted.weights:
+            previous = _previous(y, k * width, d, sequences, None if states is None else states[0][k])
+            dparameters.append(_parameter_gradients(d, x, previous, grad, slots, projected))
+        else:
+            dparameters.append([None] * 5)
+    return dx, dstates, dparameters
 
 
-def _initial_gradient(d: Direction, out: Tensor, grad: Tensor, sequences: Sequences, carry: Tensor | None) -> None:
-    """The hidden state's gradient before the first step: what its products and its direct path hand down."""
-    g, h = d.r.programs.gradients, d.hidden
-    if sequences.counts is None:
-        rows = grad.view(sequences.steps, sequences.rows, -1)[-1 if d.reverse else 0]
-    else:
-        rows = grad[sequences.edge(last=d.reverse)]
-    if carry is None:
+def _initial_gradient(d: Direction, out: Tensor, grad: Tensor) -> None:
+    """The hidden state's gradient before the first step: its direct path's is in `out`, its products' are added.
+
+    out: [N, width]; grad: [N, slots * H], of the first step.
+    """
+    p, h = d.r.programs, d.hidden
+    g = p.gradients
+    if p.states[0] not in p.carried:
         out.zero_()
     for run in runs([u for u, operand in g.operands.items() if operand is None], g.u):
-        out.addmm_(rows[:, g.u[run[0]] * h : (g.u[run[-1]] + 1) * h], d.rows_of(d.w_hh, run))
+        out.addmm_(grad[:, g.u[run[0]] * h : (g.u[run[-1]] + 1) * h], d.rows_of(d.w_hh, run))
+
+
+def _previous(
+    y: Tensor, column: int, d: Direction, sequences: Sequences, initial: Tensor | None
+) -> list[tuple[slice, Tensor]]:
+    """The hidden states that entered the recurrent products: (rows of the time steps, [rows, width]) in parts."""
+    flat = y.view(sequences.total, -1)[:, column : column + d.depth]
+    rows = sequences.rows
+    if sequences.counts is not None:
+        index, row = sequences.previous(d.reverse)
+        values = flat[index]
+        first = index < 0
+        values[first] = 0 if initial is None else initial[row[first]]
+        return [(slice(None), values)]
+    parts = [(slice(None, -rows), flat[rows:]) if d.reverse else (slice(rows, None), flat[:-rows])]
+    if initial is not None:
+        parts.append((slice(-rows, None) if d.reverse else slice(rows), initial))
+    return [(at, values) for at, values in parts if len(values)]
 
 
 def _parameter_gradients(
-    d: Direction, x: Tensor, hs: Series, k: int, grad: Tensor, slots: Tensor, projected: Tensor
+    d: Direction, x: Tensor, previous: list[tuple[slice, Tensor]], grad: Tensor, slots: Tensor, projected: Tensor
 ) -> list[Tensor | None]:
-    """In the order of the parameters: one large product over all steps and sequences for each block of weights."""
-    p, g, h = d.r.programs, d.r.programs.gradients, d.hidden
-    rows = x.reshape(-1, x.shape[-1])
-    columns = lambda t, first, last: t[:, first * h : (last + 1) * h]  # noqa: E731
+    """In the order of the parameters: large products over all steps and sequences."""
+    p, h = d.r.programs, d.hidden
+    g = p.gradients
+    every = slice(None)
 
-    def assemble(like: Tensor, blocks: list[tuple[tuple[str, ...], int, Tensor]]) -> Tensor:
-        """blocks: (gates, first slot, operand rows); gates of a block have adjacent slots."""
-        if len(blocks) == 1 and blocks[0][0] == tuple(d.r.gates):
-            gates, slot, operand = blocks[0]
-            return columns(grad, slot, slot + len(gates) - 1).t() @ operand
+    def block(gates: Sequence[str], first: int, operand: list[tuple[slice, Tensor]]) -> Tensor:
+        """Gradient of the rows of gates whose slots follow each other from `first` on."""
+        columns = grad[:, first * h : (first + len(gates)) * h]
+        if not operand:
+            return columns.new_zeros(len(gates) * h, d.depth)
+        (at, values), *more = operand
+        total = columns[at].t() @ values
+        for at, values in more:
+            total.addmm_(columns[at].t(), values)
+        return total
+
+    def assemble(like: Tensor, blocks: list[tuple[tuple[str, ...], int, list[tuple[slice, Tensor]]]]) -> Tensor:
+        if blocks and blocks[0][0] == d.r.cell.gates:
+            return block(*blocks[0])
         whole = torch.zeros_like(like)
-        for gates, slot, operand in blocks:
-            part = columns(grad, slot, slot + len(gates) - 1).t() @ operand
+        for gates, first, operand in blocks:
+            part = block(gates, first, operand)
             for j, gate in enumerate(gates):
                 at = d.r.gates[gate] * h
                 whole[at : at + h] = part[j * h : (j + 1) * h]
         return whole
 
-    dw_ih = assemble(d.w_ih, [(p.start_gates, 0, rows)])
-    previous = None
+    dw_ih = assemble(d.w_ih, [(p.start_gates, 0, [(every, x.reshape(-1, x.shape[-1]))])])
     blocks = []
     for operand in dict.fromkeys(g.operands.values()):
-        if operand is None:
-            previous = hs.previous(d.reverse)[:, k * d.depth : (k + 1) * d.depth]
-            vectors = previous
-        else:
-            vectors = columns(slots, operand, operand)
-        blocks += [
-            (run, g.u[run[0]], vectors) for run in runs([u for u, o in g.operands.items() if o == operand], g.u)
-        ]
+        vectors = previous if operand is None else [(every, slots[:, operand * h : (operand + 1) * h])]
+        for run in runs([u for u, o in g.operands.items() if o == operand], g.u):
+            blocks.append((run, g.u[run[0]], vectors))
     dw_hh = assemble(d.w_hh, blocks)
     dw_hr = None
     if d.w_hr is not None:
         assert g.projected is not None
-        dw_hr = projected.t() @ columns(slots, g.projected, g.projected)
+        dw_hr = projected.t() @ slots[:, g.projected * h : (g.projected + 1) * h]
     db_ih = db_hh = None
     if d.b_ih is not None:
         used = max(*g.x.values(), *g.u.values()) + 1
-        sums = grad[:, : used * h].sum(0).view(used, h)
-        zero = sums.new_zeros(h)
-        db_ih = torch.cat([sums[g.x[n]] if n in g.x else zero for n in d.r.gates])
-        db_hh = torch.cat([sums[g.u[n]] if n in g.u else zero for n in d.r.gates])
+        sums = grad[:, : used * h].sum(0)
+
+        def pick(slot: dict[str, int]) -> Tensor:
+            if tuple(slot) == d.r.cell.gates and list(slot.values()) == list(range(len(slot))):
+                return sums[: len(slot) * h].clone()
+            rows = [sums[slot[n] * h : (slot[n] + 1) * h] if n in slot else sums.new_zeros(h) for n in d.r.gates]
+            return torch.cat(rows)
+
+        db_ih, db_hh = pick(g.x), pick(g.u)
     return [dw_ih, dw_hh, db_ih, db_hh, dw_hr]

@@ -19,7 +19,7 @@ from .simd import FORMATS, I64, Vector, i64
 from .tile import make_tile
 
 STEPS, ROWS, SHARES, THREADS = WORD["steps"], WORD["rows"], WORD["shares"], WORD["threads"]
-POSITIONS, FIRST, DELTA, INITIAL = WORD["positions"], WORD["first"], WORD["delta"], WORD["initial"]
+POSITIONS, FIRST, DELTA = WORD["positions"], WORD["first"], WORD["delta"]
 COUNTS, SPLIT, BARRIER, YIELD = WORD["counts"], WORD["split"], WORD["barrier"], WORD["yield"]
 ROW_BLOCK, DEPTH_BLOCK = WORD["row_block"], WORD["depth_block"]
 SCRATCH, SCRATCH_THREAD = WORD["scratch"], WORD["scratch_thread"]
@@ -110,7 +110,7 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
     units_at, skip_at, depth_at = (STAGE_WORDS.index(n) for n in ("units", "skip", "depth"))
 
     @njit(inline="always")
-    def sweep(frame, stage, unit, unit_end, row, row_end, single, is_first, now, before, after, scratch):
+    def sweep(frame, stage, unit, unit_end, row, row_end, single, is_first, is_last, now, before, after, scratch):
         """One stage at one step for some units and rows."""
         words = stage_word[stage]
         full = peek(frame, words + units_at) // lanes
@@ -128,18 +128,22 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
             begin = start
             while True:
                 end = least(begin + depth_block, depth)
-                last = end >= depth
+                ends = end >= depth
                 n = row
                 while n < row_end:
-                    tiles = (row_end - n + max_rows[stage] - 1) // max_rows[stage]
-                    rows = (row_end - n + tiles - 1) // tiles  # even: 4 rows are 2 + 2, not 3 + 1
+                    rows = row_end - n
+                    if rows >= 2 * max_rows[stage]:
+                        rows = max_rows[stage]
+                    elif rows > max_rows[stage]:
+                        rows = (rows + 1) >> 1  # even: 4 rows are 2 + 2, not 3 + 1
                     variant = base if single else base + rows
                     sums = scratch + (n - row) * row_scratch[stage]
                     tile(
-                        frame, variant, n, unit, now, before, after, is_first, begin, end, begin == start, last, sums
+                        frame, variant, n, unit, now, before, after, is_first, is_last,
+                        begin, end, begin == start, ends, sums,
                     )  # fmt: skip
                     n += rows
-                if last:
+                if ends:
                     break
                 begin = end
             unit += advance[stage, width]
@@ -155,7 +159,7 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
         return peek(table, step) if table != 0 else peek(frame, ROWS)
 
     def member(frame, thread, team):
-        steps, rows, initial = peek(frame, STEPS), peek(frame, ROWS), peek(frame, INITIAL)
+        steps, rows = peek(frame, STEPS), peek(frame, ROWS)
         by_units = peek(frame, SPLIT) == 1
         scratch = peek(frame, SCRATCH) + thread * peek(frame, SCRATCH_THREAD)
         row_begin, row_end = 0, rows
@@ -169,10 +173,10 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
         block = row_begin
         while block < row_end:
             block_end = least(block + peek(frame, ROW_BLOCK), row_end)
-            carried, before = 0, initial
+            carried, before = 0, 0
             for step in range(steps):
                 now, active = position(frame, step), count(frame, step)
-                continuing, after = active, initial
+                continuing, after = active, 0
                 if looks_ahead:
                     continuing = 0
                     if step + 1 < steps:
@@ -192,19 +196,9 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
                         if not is_last:
                             group_end = least(group_end, continuing)
                         sweep(
-                            frame,
-                            stage,
-                            unit,
-                            units,
-                            n,
-                            group_end,
-                            active == 1,
-                            is_first,
-                            now,
-                            initial if is_first else before,
-                            initial if is_last else after,
-                            scratch,
-                        )
+                            frame, stage, unit, units, n, group_end, active == 1,
+                            is_first, is_last, now, before, after, scratch,
+                        )  # fmt: skip
                         n = group_end
                     if by_units and team > 1:
                         arrivals += team

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 from ..expression import OPERATIONS, Node, topological
 from ..program import Place, Program
-from .geometry import LATENCY_CHAINS, WORD, Layout, Shape, variants
+from .geometry import BUFFER_WORDS, LATENCY_CHAINS, WORD, Layout, Shape, variants
 from .simd import FORMATS, I1, I64, Vector, i64
 
 TILE_ARGUMENTS = (
@@ -30,6 +30,7 @@ TILE_ARGUMENTS = (
     "before",
     "after",
     "is_first",  # 1 at the first processed step of these rows
+    "is_last",
     "begin",  # of the depth to multiply
     "end",
     "fresh",  # 1: accumulators start from their places, 0: from the partial sums in scratch
@@ -87,26 +88,25 @@ class _Tile:
         self._rows_cache: dict[Place, list] = {}
 
     # ---- addresses ----
-    def word(self, number):
-        """A word of the frame; `number` may be an instruction."""
-        index = i64(number) if isinstance(number, int) else number
-        pointer = self.b.inttoptr(self.b.add(self.arg["frame"], self.b.mul(index, i64(8))), I64.as_pointer())
-        value = self.b.load(pointer)
+    def word(self, number: int):
+        """A word of the frame."""
+        value = self.b.load(self.b.inttoptr(self.b.add(self.arg["frame"], i64(8 * number)), I64.as_pointer()))
         value.set_metadata("invariant.load", self.b.module.add_metadata([]))
         return value
 
     def row_addresses(self, place: Place) -> list:
         """Address of the first unit of `place` in every row of the tile."""
         if place not in self._rows_cache:
-            b, entry = self.b, self.layout.buffer[place.buffer]
-            if place.when == "first":
-                entry = b.add(i64(entry), b.mul(self.arg["is_first"], i64(3)))
-                at = lambda k: self.word(b.add(entry, i64(k)))  # noqa: E731
-            else:
-                at = lambda k: self.word(entry + k)  # noqa: E731
-            address, row_stride = at(0), at(2)
+            b = self.b
+            address, step, row_stride, initial, initial_row = (
+                self.word(self.layout.buffer[place.buffer] + k) for k in range(len(BUFFER_WORDS))
+            )
             if place.when in ("now", "before", "after"):
-                address = b.add(address, b.mul(self.arg[place.when], at(1)))
+                address = b.add(address, b.mul(self.arg[place.when], step))
+            edge = {"before": "is_first", "first": "is_first", "after": "is_last"}.get(place.when)
+            if edge is not None:
+                address = b.select(self.true(self.arg[edge]), initial, address)
+                row_stride = b.select(self.true(self.arg[edge]), initial_row, row_stride)
             address = b.add(address, b.mul(self.arg["row"], row_stride))
             if place.slot:
                 address = b.add(address, b.mul(i64(place.slot), self.word(WORD["slot"])))
