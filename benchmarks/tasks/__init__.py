@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 #: Name of a module here, which holds the Task subclass of that name capitalised, and what it trains.
 TASKS = {
-    "sentiment": "movie-review snippets, positive or negative: embedding and bidirectional LSTM",
+    "sentiment": "movie-review snippets, positive or negative: embedding, bidirectional layer, mean over time",
 }
 
 

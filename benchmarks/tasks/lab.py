@@ -26,6 +26,7 @@ class Task(ABC):
     learning_rate: ClassVar[float] = 1e-3
     metric_name: ClassVar[str]
     metric_format: ClassVar[str] = ".4f"
+    baseline_name: ClassVar[str]
     baseline: float  # the metric, on the validation part, of the best answer that ignores the input
     facts: str  # one line on the data
 
@@ -74,7 +75,7 @@ class Run:
     epochs: list[Epoch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.task.learning_rate)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.task.learning_rate, fused=True)
 
     @property
     def seconds(self) -> float:

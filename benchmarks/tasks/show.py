@@ -58,16 +58,14 @@ def summary(runs: Sequence[lab.Run]) -> str:
     """The closing lines."""
     task = runs[0].task
     metric = f"{{:{task.metric_format}}}".format
-    lines = [f"{task.metric_name}, majority baseline {metric(task.baseline)}"]
+    lines = [f"{task.metric_name}: {task.baseline_name} {metric(task.baseline)}"]
     for run in runs:
         lines[0] += f", {run.name} {metric(run.epochs[-1].metric)}"
-        lines.append(
-            f"{run.name}: {run.seconds:.2f} s an epoch (median); start-up before it, not counted: {run.startup:.1f} s"
-        )
+        lines.append(f"{run.name}: {run.seconds:.2f} s an epoch (median), start-up {run.startup:.1f} s before that")
     if len(runs) == 2:
         ratios = lab.speedups(*runs)
         lines.append(
-            f"speed-up of the whole training step: {median(ratios):.2f}x, the median of {len(ratios)} paired epochs "
+            f"speed-up of the whole training step: {median(ratios):.2f}x, median of {len(ratios)} pairs of epochs "
             f"({min(ratios):.2f} to {max(ratios):.2f})"
         )
         lines.append(f"largest difference of the losses: {max(lab.loss_differences(*runs)):.1e}")
@@ -110,8 +108,8 @@ def plot(runs: Sequence[lab.Run], title: str, path: Path) -> None:
         times.plot(numbers, [epoch.seconds for epoch in run.epochs], "o-", label=run.name, markersize=9, **style)
     losses.set_title("Loss" + (f": apart by at most {max(lab.loss_differences(*runs)):.0e}" if len(runs) == 2 else ""))
     losses.set_ylabel("mean loss (nats)")
-    times.set_title("Time" + (f": {median(lab.speedups(*runs)):.2f} times faster" if len(runs) == 2 else ""))
-    times.set_ylabel("time per training epoch (seconds)")
+    times.set_title("Time" + (f": {median(lab.speedups(*runs)):.2f}x speed-up" if len(runs) == 2 else ""))
+    times.set_ylabel("training epoch (seconds)")
     times.set_ylim(bottom=0)
     for panel in losses, times:
         panel.title.set_fontsize(19)
