@@ -80,7 +80,7 @@ def run_tasks(arguments: argparse.Namespace) -> None:
     epochs = arguments.epochs or task.epochs
     threads = "1 thread" if arguments.threads == 1 else f"{arguments.threads} threads"
     console.print(f"{arguments.name}: {tasks.TASKS[arguments.name]}\n{task.facts}")
-    console.print(f"{epochs} epochs, {arguments.cell}, {threads}, seed {arguments.seed}\n")
+    console.print(f"epochs: {epochs}, cell: {arguments.cell}, seed: {arguments.seed}, {threads}\n")
     layers = [arguments.layer] if arguments.layer else list(lab.LAYERS)
     runs = lab.prepare(task, layers, arguments.cell, arguments.seed)
     show.progress(console, runs, epochs, arguments.seed)
