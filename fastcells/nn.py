@@ -235,8 +235,13 @@ def _packed_size(packed: PackedSequence) -> int:
             f"got [{got}] with sum {sum(steps)}"
         )
     for name, order in zip(("sorted_indices", "unsorted_indices"), orders, strict=True):
-        if order is not None and order.shape != (steps[0],):
+        if order is None:
+            continue
+        if order.shape != (steps[0],):
             raise Mistake(f"input.{name} must have shape ({steps[0]},), one per sequence, got {tuple(order.shape)}")
+        low, high = (bound.item() for bound in order.aminmax())
+        if low < 0 or high >= steps[0]:
+            raise Mistake(f"input.{name} must hold a permutation of 0 to {steps[0] - 1}, got {low} to {high}")
     return steps[0]
 
 

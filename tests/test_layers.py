@@ -16,6 +16,8 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence, unpack_seque
 
 import fastcells.nn
 
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
 CELLS = ("lstm", "lstm_proj", "gru", "rnn_tanh", "rnn_relu")
 LAYOUTS = ("padded", "strided", "unbatched", "packed", "shuffled")
 DTYPES = (torch.float32, torch.float64)
@@ -445,6 +447,7 @@ def test_originals_are_bound_at_import(monkeypatch):
 
 def test_hooks_run():
     ours, _, x, _ = pair(Case("gru"))
+    x.requires_grad_()
     seen = []
     ours.register_forward_pre_hook(lambda *_: seen.append("pre"))
     ours.register_forward_hook(lambda *_: seen.append("post"))
@@ -607,11 +610,6 @@ def _traced(module, x, hx):
     return torch.jit.trace(module, (x,) if hx is None else (x, hx))(x + 1, *([] if hx is None else [hx]))
 
 
-def _compiled(module, x, hx):
-    torch._dynamo.reset()
-    return torch.compile(module, backend="eager")(x, hx)
-
-
 def _under_autocast(module, x, hx):
     with torch.autocast("cpu", torch.bfloat16):
         return module(x, hx)
@@ -633,7 +631,7 @@ def _no_batch(module, x, hx):
     return module(x[:, :0])
 
 
-ELSEWHERE = [_vmapped, _functorch_gradient, _traced, _compiled, _under_autocast, _half, _tensor_subclass, _no_batch]
+ELSEWHERE = [_vmapped, _functorch_gradient, _traced, _under_autocast, _half, _tensor_subclass, _no_batch]
 
 
 @pytest.mark.parametrize("states", [False, True])
@@ -651,13 +649,40 @@ def test_same_as_torch_where_the_engine_does_not_go(cell, use, states):
         assert same(use(ours, x, hx), expected)
 
 
-@pytest.mark.parametrize("use", [_functorch_gradient, _traced, _compiled, _under_autocast, _tensor_subclass])
+@pytest.mark.parametrize("use", [_functorch_gradient, _traced, _under_autocast, _tensor_subclass])
 @pytest.mark.parametrize(("kind", "options"), CELL_KINDS)
 @pytest.mark.filterwarnings("ignore")
 def test_cell_same_as_torch_where_the_engine_does_not_go(kind, options, use):
     ours, theirs = cell_pair(kind, options, torch.float32)
     x, hx = cell_data(kind, 3, dtype=torch.float32)
     assert same(use(ours, x, hx), use(theirs, x, hx))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_model(training):
+    """torch.compile around a model with a layer and a cell, where it breaks the graph or traces torch's own code."""
+
+    class Model(torch.nn.Module):
+        def __init__(self, nn):
+            super().__init__()
+            torch.manual_seed(0)
+            self.before, self.layer, self.cell = torch.nn.Linear(4, 3), nn.GRU(3, 5), nn.LSTMCell(5, 2)
+
+        def forward(self, x):
+            return self.cell(self.layer(self.before(x).relu())[0].sum(0))[0] * 2
+
+    torch._dynamo.reset()
+    x = torch.randn(6, 3, 4)
+    ours, theirs = Model(fastcells.nn), Model(torch.nn)
+    with torch.set_grad_enabled(training):
+        got, expected = torch.compile(ours, backend="eager")(x), theirs(x)
+    assert relative_error(got, expected) < 1e-5
+    if training:
+        for module, result in ((ours, got), (theirs, expected)):
+            result.sum().backward()
+            assert all(p.grad is not None for p in module.parameters())
+        for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            assert relative_error(a.grad, b.grad) < 1e-4, name
 
 
 def test_route_says_who_computes():
