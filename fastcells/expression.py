@@ -81,6 +81,16 @@ class Operation:
     cost: float = 0.25  # of computing it again, where keeping one value for the backward pass costs 4
     fold: Callable[..., Node | None] = lambda *args: None
 
+    @property
+    def is_condition(self) -> bool:
+        """True or false, not a number: it lives in the registers only and is never stored."""
+        return self.gradient is None
+
+
+def is_condition(node: Node) -> bool:
+    """Whether the node is true or false rather than a number."""
+    return node.op in OPERATIONS and OPERATIONS[node.op].is_condition
+
 
 def _number(node: Node) -> float | None:
     return node.value if node.op == "constant" else None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from .expression import OPERATIONS, ZERO, Node, gradients, leaf, substitute, topological
+from .expression import OPERATIONS, ZERO, Node, gradients, is_condition, leaf, substitute, topological
 
 if TYPE_CHECKING:
     from .cell import Cell
@@ -383,7 +383,7 @@ class _Staging:
             if node in seen or node.op == "constant":
                 return
             seen.add(node)
-            if node.op == "leaf" or 0 <= self._level[node] < stage:
+            if node.op == "leaf" or (0 <= self._level[node] < stage and not is_condition(node)):
                 found[node] = None
             else:
                 for a in node.args:
@@ -421,7 +421,7 @@ def _share(outputs: list[Node]) -> tuple[list[Node], set[str]]:
 
 
 def _forward_values(roots: list[Node], forward: set[Node]) -> set[Node]:
-    """Forward nodes that the backward graph uses directly."""
+    """Forward numbers that the backward graph uses directly (a condition is had from what it compares)."""
     found: set[Node] = set()
     seen: set[Node] = set()
 
@@ -429,7 +429,7 @@ def _forward_values(roots: list[Node], forward: set[Node]) -> set[Node]:
         if node in seen or node.op == "constant":
             return
         seen.add(node)
-        if node in forward:
+        if node in forward and not is_condition(node):
             found.add(node)
         else:
             for a in node.args:
@@ -437,7 +437,7 @@ def _forward_values(roots: list[Node], forward: set[Node]) -> set[Node]:
 
     for r in roots:
         visit(r)
-    return {n for n in found if not (n.op == "leaf" and n.value[0] in ("s", "d"))}
+    return {n for n in found if not (n.op == "leaf" and n.value[0] == "s")}
 
 
 def _choose_saved(nodes: list[Node], wanted: set[Node], stored: set[Node], forced: set[Node]) -> list[Node]:
@@ -470,8 +470,8 @@ def _choose_saved(nodes: list[Node], wanted: set[Node], stored: set[Node], force
         for node in order:
             if node not in saved or node in forced:
                 continue
-            free = {a for a in node.args if a.op == "constant" or a in stored or (a.op == "leaf" and a.value[0] == "s")}
-            args = set(node.args) - free
+            args = {b for a in node.args for b in (a.args if is_condition(a) else (a,))}
+            args -= {a for a in args if a.op == "constant" or a in stored or (a.op == "leaf" and a.value[0] == "s")}
             for trial in (saved - {node}, (saved - {node}) | args):
                 cost = recompute_cost(trial)
                 if cost < best:

@@ -97,9 +97,12 @@ class Runner:
         vector = self.lanes * self.item
         self.scratch_row = max(scratch_row_bytes(program, s, k, vector) for k, s in enumerate(self.shapes))
         self.line = max(
-            len(seg.targets) * shape.block * vector
-            for stage, shape in zip(program.stages, self.shapes, strict=True)
-            for seg in stage.segments
+            [
+                len(segment.targets) * shape.block * vector
+                for stage, shape in zip(program.stages, self.shapes, strict=True)
+                for segment in stage.segments
+            ],
+            default=vector,
         )
         self._kernel: store.Kernel | None = None
 

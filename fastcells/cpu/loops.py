@@ -100,7 +100,6 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
     vector_bytes = lanes * FORMATS[dtype].bytes
     stage_word = np.array(Layout(program).stage)
     max_rows = np.array([s.rows for s in shapes])
-    blocks = np.array([s.block for s in shapes])
     widths = np.zeros((stages, MAX_WIDTHS), np.int64)
     for k, s in enumerate(shapes):
         widths[k, : len(s.widths)] = s.widths
@@ -183,10 +182,11 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
                         continuing, after = least(active, count(frame, step + 1)), position(frame, step + 1)
                 for stage in range(stages):
                     unit, units = 0, (peek(frame, stage_word[stage] + units_at) + lanes - 1) // lanes
-                    if by_units:
-                        unit_blocks = (units + blocks[stage] - 1) // blocks[stage]
-                        unit = unit_blocks * thread // team * blocks[stage]
-                        units = least(units, unit_blocks * (thread + 1) // team * blocks[stage])
+                    if by_units:  # in pieces that do not change which tiles there are, so that sums stay the same
+                        piece = widths[stage, 0] if active == 1 else widths[stage, 1]
+                        pieces = (units + piece - 1) // piece
+                        unit = pieces * thread // team * piece
+                        units = least(units, pieces * (thread + 1) // team * piece)
                     n, end = block, least(block_end, active)
                     while n < end:  # rows that begin, go on or end here differ in where they find the other steps
                         is_first, is_last = n >= carried, n >= continuing

@@ -34,7 +34,7 @@ Member = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
 @dataclass(frozen=True)
 class Kernel:
-    """Machine code ready to call: `call(frame address, thread, team size)`, at `address`. `compiled`: seconds, 0 if stored."""
+    """Machine code: `call(frame address, thread, team size)`, at `address`. compiled: seconds it took, 0 if stored."""
 
     name: str
     address: int
@@ -84,7 +84,7 @@ def _obtain(name: str, digest: str, make: Callable[[], Callable]) -> Kernel:
         if code is not None:
             return _load(name, code, 0.0)
     began = time.perf_counter()
-    _announce(name)
+    _announce()
     code = compile_object(make())
     for folder in folders():
         if _write(folder / file, code):
@@ -92,9 +92,10 @@ def _obtain(name: str, digest: str, make: Callable[[], Callable]) -> Kernel:
     return _load(name, code, time.perf_counter() - began)
 
 
-def _announce(name: str) -> None:
+@lru_cache  # one line a process
+def _announce() -> None:
     if os.environ.get("FASTCELLS_QUIET", "") in ("", "0") and sys.stderr is not None:
-        print(f"fastcells: compiling {name} (once; kept in {folders()[0]})", file=sys.stderr, flush=True)
+        print(f"fastcells: compiling kernels, once (kept in {folders()[0]})", file=sys.stderr, flush=True)
 
 
 # ---- compiling ----

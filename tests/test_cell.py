@@ -1,0 +1,183 @@
+"""Cells as functions: one definition on NumPy, torch and symbols; the derived graphs; what a cell may not do."""
+
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fastcells import cell, cells
+from fastcells import expression as ex
+from fastcells.expression import Node, constant, gradients, leaf, substitute, topological
+from fastcells.program import build
+
+BUILT_IN = [cells.lstm, cells.gru, cells.gru_reset_before, cells.rnn_tanh, cells.rnn_relu]
+
+UNARY = {
+    "sigmoid": ex.sigmoid,
+    "tanh": ex.tanh,
+    "exp": ex.exp,
+    "sqrt": lambda v: ex.sqrt(ex.exp(v)),
+    "relu": ex.relu,
+    "abs": abs,
+    "neg": lambda v: -v,
+    "silu": ex.silu,
+    "hard_sigmoid": ex.hard_sigmoid,
+    "cube": lambda v: v**3,
+}
+BINARY = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: 2.0 - (a - b),
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / (2.5 + abs(b)),
+    "maximum": ex.maximum,
+    "minimum": ex.minimum,
+    "where": lambda a, b: ex.where(a < b, a * 2.0, b),
+    "clip": lambda a, b: ex.clip(a + b, -0.5, 0.5),
+}
+
+
+def evaluate(node: Node, values: dict):
+    """A graph on torch tensors."""
+    done = dict(values)
+    for n in topological([node]):
+        if n not in done:
+            done[n] = (
+                torch.tensor(n.value, dtype=torch.float64)
+                if n.op == "constant"
+                else ex.OPERATIONS[n.op].torch(*(done[a] for a in n.args))
+            )
+    return done[node]
+
+
+@pytest.mark.parametrize("name", [*UNARY, *BINARY])
+def test_operation_means_the_same_on_numpy_torch_and_symbols(name):
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=40) for _ in range(1 if name in UNARY else 2)]
+    function = (UNARY | BINARY)[name]
+    symbols = [leaf("v", str(k)) for k in range(len(arrays))]
+    tensors = [torch.tensor(a, requires_grad=True) for a in arrays]
+    expected = function(*arrays)
+    by_torch = function(*tensors)
+    graph = function(*symbols)
+    np.testing.assert_allclose(by_torch.detach().numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(evaluate(graph, dict(zip(symbols, tensors, strict=True))).detach(), expected, rtol=1e-12)
+
+    grad = torch.tensor(rng.normal(size=40))
+    derived = gradients([graph], [leaf("d")], lambda node, g: [])
+    values = {**dict(zip(symbols, tensors, strict=True)), leaf("d"): grad}
+    for symbol, wanted in zip(symbols, torch.autograd.grad(by_torch, tensors, grad), strict=True):
+        torch.testing.assert_close(evaluate(derived[symbol], values), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_equal_expressions_are_one_node_and_trivial_ones_fold():
+    a, b = leaf("v", "a"), leaf("v", "b")
+    assert a * b + ex.tanh(a * b) is a * b + ex.tanh(a * b)
+    assert a + 0.0 is a
+    assert a * 1.0 is a
+    assert a * 0.0 is constant(0.0)
+    assert a - a is constant(0.0)
+    assert -(-a) is a
+    assert a + -b is a - b
+    assert constant(2.0) * 3.0 is constant(6.0)
+    assert substitute([ex.tanh(a + b)], {b: constant(0.0)})[0] is ex.tanh(a)
+
+
+@pytest.mark.parametrize("c", BUILT_IN, ids=lambda c: c.name)
+def test_cell_is_callable_on_arrays_and_tensors_alike(c):
+    rng = np.random.default_rng(1)
+    x = {g: rng.normal(size=(3, 4)) for g in c.gates}
+    weights = {g: rng.normal(size=(4, 4)) for g in c.gates}
+    states = {s: rng.normal(size=(3, 4)) for s in c.states}
+    by_numpy = c.step(x, lambda g, v: v @ weights[g], states)
+    as_torch = lambda d: {k: torch.tensor(v) for k, v in d.items()}  # noqa: E731
+    tensors = as_torch(weights)
+    by_torch = c.step(as_torch(x), lambda g, v: v @ tensors[g], as_torch(states))
+    for a, b in zip(by_numpy, by_torch, strict=True):
+        np.testing.assert_allclose(a, b.numpy(), rtol=1e-12)
+
+
+def test_cell_called_as_the_function_it_was_declared_from():
+    arrays = {g: np.full(2, 0.1) for g in "ifgo"}
+    h, c = cells.lstm(SimpleNamespace(**arrays), SimpleNamespace(**arrays), SimpleNamespace(h=0.0, c=np.ones(2)))
+    gate = 1 / (1 + np.exp(-0.2))
+    np.testing.assert_allclose(c, gate * 1 + gate * np.tanh(0.2))
+    np.testing.assert_allclose(h, gate * np.tanh(c))
+
+
+# What training keeps for a step, in vectors of the hidden size besides the states, read off the graph.
+KEPT = [(cells.lstm, 4, 1), (cells.gru, 4, 1), (cells.gru_reset_before, 4, 2), (cells.rnn_tanh, 1, 1)]
+
+
+@pytest.mark.parametrize(("c", "slots", "stages"), KEPT, ids=lambda v: getattr(v, "name", str(v)))
+def test_derived_programs_keep_no_more_than_a_hand_written_pass(c, slots, stages):
+    programs = build(c, project=False)
+    assert programs.slots == slots
+    assert len(programs.forward.stages) == len(programs.backward.stages) == stages
+
+
+def test_gates_that_only_appear_summed_share_one_accumulator():
+    assert build(cells.lstm, False).shared == frozenset("ifgo")
+    assert build(cells.gru, False).shared == frozenset("rz")
+    assert len(build(cells.gru, False).forward.stages[0].accumulators) == 4
+
+
+def test_lstm_recomputes_tanh_of_the_cell_state_and_keeps_the_gates():
+    backward = build(cells.lstm, False).backward.stages[0]
+    loads = {place.buffer for place in backward.loads.values()}
+    assert loads == {"saved", "s.c", "carry.c"}
+    assert any(n.op == "tanh" for n in topological([o for o, _, _ in backward.outputs]))
+
+
+def test_built_in_cells_pickle_to_themselves():
+    for c in BUILT_IN:
+        assert pickle.loads(pickle.dumps(c)) is c
+
+
+def branching(x, u, s):
+    return x.a + u.a if x.a > 0 else s.h
+
+
+def foreign(x, u, s):
+    return x.a + u.a * torch.ones(3)
+
+
+def unknown_gate(x, u, s):
+    return x.a + u.b
+
+
+def forgets_a_state(x, u, s):
+    return x.a + u.a
+
+
+@pytest.mark.parametrize(
+    ("function", "states", "error", "words"),
+    [
+        (branching, "h", TypeError, "cannot branch"),
+        (foreign, "h", TypeError, "tensors cannot be part of a cell"),
+        (unknown_gate, "h", AttributeError, "'b'"),
+        (forgets_a_state, "h c", TypeError, "expected 2 returned state"),
+    ],
+)
+def test_what_a_cell_may_not_do_is_said_with_the_line(function, states, error, words):
+    c = cell(gates="a", states=states)(function)
+    with pytest.raises(error, match=words) as raised:
+        c.trace()
+    assert function.__name__ in str(raised.value)
+    if function is not forgets_a_state:
+        assert "test_cell.py" in str(raised.value)
+        assert "x.a" in str(raised.value)
+
+
+@pytest.mark.parametrize("gates", ["", "a a", "a-b", "1a"])
+def test_gate_names_are_checked(gates):
+    with pytest.raises(ValueError, match="gates must be different identifiers"):
+        cell(gates=gates)
+    with pytest.raises(ValueError, match="states must be different identifiers"):
+        cell(gates="a", states=gates)
+
+
+def test_projection_needs_a_cell_without_its_hidden_state():
+    with pytest.raises(ValueError, match="enters only through u.g"):
+        build(cells.gru, project=True)

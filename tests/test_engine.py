@@ -1,0 +1,247 @@
+"""The differentiable call on the engine, against the cell's own torch form: every cell, shape edge, layout and option."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastcells import cell, cells, functional, unrolled
+from fastcells.expression import exp, hard_sigmoid, maximum, relu, sigmoid, silu, sqrt, tanh, where
+
+BUILT_IN = [cells.lstm, cells.gru, cells.gru_reset_before, cells.rnn_tanh, cells.rnn_relu]
+
+
+@cell(gates="i j k o", states="h c m")
+def invented(x, u, s):
+    """Three states, a gate without a recurrent product, one without an input, two levels of computed products."""
+    i = hard_sigmoid(x.i + u.i)
+    j = silu(x.j) * relu(s.c)
+    c = i * s.c + (1.0 - i) * tanh(u.j(j + s.h))
+    m = maximum(s.m * 0.9, c)
+    k = u.k(sigmoid(c) * s.m)
+    h = where(c < 0.1, k, tanh(x.o + u.o)) / sqrt(1.0 + exp(-m))
+    return h, c, m
+
+
+@cell(gates="f z", states="h")
+def minimal(x, u, s):
+    """Minimal gated unit (Zhou et al. 2016)."""
+    f = sigmoid(x.f + u.f)
+    return s.h + f * (tanh(x.z + u.z(f * s.h)) - s.h)
+
+
+def problem(c, steps, rows, inputs, hidden, *, directions=1, project=0, bias=True, given=True, lengths=None,
+            dtype=torch.float64, seed=0):  # fmt: skip
+    """Random arguments of functional.layer, all requiring gradients, and their names."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(*shape, scale=1.0):
+        numbers = torch.randn(*shape, dtype=torch.float64, generator=generator) * scale
+        return numbers.to(dtype).requires_grad_()
+
+    gates, out, scale = len(c.gates), project or hidden, hidden**-0.5
+    parameters, names = [], []
+    for d in range(directions):
+        w = (
+            make(gates * hidden, inputs, scale=scale),
+            make(gates * hidden, out, scale=scale),
+            make(gates * hidden, scale=scale) if bias else None,
+            make(gates * hidden, scale=scale) if bias else None,
+            make(project, hidden, scale=scale) if project else None,
+        )
+        parameters.append(w)
+        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+        names += [f"{n}[{d}]" for n, p in zip(kinds, w, strict=True) if p is not None]
+    batch_sizes = None
+    shape: tuple[int, ...] = (steps, rows)
+    if lengths is not None:
+        batch_sizes = torch.tensor([sum(length > t for length in lengths) for t in range(max(lengths))])
+        shape, rows = (sum(lengths),), len(lengths)
+    x = make(*shape, inputs)
+    sizes = [out] + [hidden] * (len(c.states) - 1)
+    states = tuple(make(directions, rows, s) for s in sizes) if given else None
+    names = ["x", *(f"{s}_0" for s in c.states if given), *names]
+    leaves = [x, *(states or ()), *(p for w in parameters for p in w if p is not None)]
+    return (c, x, states, parameters, batch_sizes), leaves, names
+
+
+def everything(function, arguments, leaves, seed=1):
+    """Outputs and gradients with random cotangents on y and on every final state."""
+    y, finals = function(*arguments)
+    outputs = [y, *finals]
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs]
+    return outputs, torch.autograd.grad(outputs, leaves, cotangents)
+
+
+def agree(arguments, leaves, names, tolerance=1e-11):
+    ours, our_grads = everything(functional.layer, arguments, leaves)
+    truth, true_grads = everything(unrolled.layer, arguments, leaves)
+    with torch.no_grad():
+        y, finals = functional.layer(*arguments)
+    labels = ["y", *(f"{s}_n" for s in arguments[0].states)]
+    compared = [*zip(labels, ours, truth, strict=True)]
+    compared += [(f"{n} without gradient", a, b) for n, a, b in zip(labels, (y, *finals), truth, strict=True)]
+    compared += [(f"gradient of {n}", a, b) for n, a, b in zip(names, our_grads, true_grads, strict=True)]
+    for name, a, b in compared:
+        assert a.shape == b.shape, name
+        error = (a - b).abs().max() / b.abs().max().clamp(min=1e-3)
+        assert error <= tolerance, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("c", BUILT_IN, ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"directions": 2, "bias": False},
+        {"given": False, "directions": 2},
+        {"lengths": [6, 6, 4, 3, 1], "directions": 2},
+        {"lengths": [3, 1], "given": False},
+    ],
+    ids=lambda o: "-".join(o) or "plain",
+)
+def test_outputs_and_gradients(c, options):
+    agree(*problem(c, 6, 5, 4, 13, **options))
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 4, 4, 1]])
+@pytest.mark.parametrize("c", [invented, minimal], ids=lambda c: c.name)
+def test_a_users_own_cell(c, lengths):
+    agree(*problem(c, 5, 4, 3, 11, directions=2, lengths=lengths))
+
+
+@pytest.mark.parametrize("lengths", [None, [4, 2, 2]])
+def test_projection(lengths):
+    agree(*problem(cells.lstm, 4, 3, 5, 18, project=7, directions=2, lengths=lengths))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    which=st.sampled_from(BUILT_IN),
+    steps=st.integers(1, 5),
+    rows=st.integers(1, 14),
+    inputs=st.integers(1, 40),
+    hidden=st.integers(1, 130),
+    directions=st.integers(1, 2),
+    given_states=st.booleans(),
+)
+def test_any_shape(which, steps, rows, inputs, hidden, directions, given_states):
+    agree(*problem(which, steps, rows, inputs, hidden, directions=directions, given=given_states))
+
+
+@pytest.mark.parametrize(("rows", "hidden"), [(24, 200), (9, 400), (130, 40), (200, 7)])
+def test_sizes_that_are_taken_in_blocks(rows, hidden):
+    """Depth beyond a panel, rows beyond a block."""
+    agree(*problem(cells.lstm, 3, rows, 30, hidden))
+    agree(*problem(cells.gru, 2, rows, 300, hidden))
+
+
+@pytest.mark.parametrize("c", BUILT_IN, ids=lambda c: c.name)
+def test_float32_is_as_exact_as_torchs_own_operations(c):
+    arguments, leaves, names = problem(c, 20, 7, 30, 50, dtype=torch.float32)
+    c, x, states, parameters, _ = arguments
+    double = lambda t: t.detach().double().requires_grad_()  # noqa: E731
+    doubles = {id(t): double(t) for t in leaves}
+    pick = lambda t: None if t is None else doubles[id(t)]  # noqa: E731
+    exact_arguments = (c, pick(x), tuple(map(pick, states)), [tuple(map(pick, p)) for p in parameters], None)
+    exact = [t for part in everything(unrolled.layer, exact_arguments, [pick(t) for t in leaves]) for t in part]
+    ours = [t for part in everything(functional.layer, arguments, leaves) for t in part]
+    torchs = [t for part in everything(unrolled.layer, arguments, leaves) for t in part]
+    labels = ["y", *(f"{s}_n" for s in c.states), *(f"gradient of {n}" for n in names)]
+    for name, a, b, truth in zip(labels, ours, torchs, exact, strict=True):
+        scale = truth.abs().max()
+        error, reference = ((t.double() - truth).abs().max() / scale for t in (a, b))
+        assert error <= 2 * reference + 4 * torch.finfo(torch.float32).eps, f"{name}: {error:.1e}, torch {reference:.1e}"
+
+
+@pytest.mark.parametrize("c", BUILT_IN, ids=lambda c: c.name)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity_reach_what_torch_lets_them_reach(c, value):
+    arguments, _, _ = problem(c, 4, 7, 5, 19)
+    _, x, states, parameters, _ = arguments
+    with torch.no_grad():
+        clean, _ = functional.layer(c, x, states, parameters)
+        x[1, 3, 2] = value
+        y, finals = functional.layer(c, x, states, parameters)
+        expected, expected_finals = unrolled.layer(c, x, states, parameters)
+    others = [n for n in range(7) if n != 3]
+    assert torch.equal(y[:, others], clean[:, others])
+    for a, b in zip((y, *finals), (expected, *expected_finals), strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_saturated_gates_are_exact():
+    """sigmoid and tanh at the ends of the range, through a cell that returns them."""
+    ends = cell(gates="a b", name="ends")(_ends)
+    for dtype in (torch.float32, torch.float64):
+        v = torch.tensor([-1e4, -200.0, -90.0, -20.0, -1e-6, 0.0, 1e-6, 20.0, 90.0, 1e4], dtype=dtype)
+        x = v.view(-1, 1, 1)
+        weight = torch.tensor([[1.0], [0.0]], dtype=dtype)
+        recurrent = torch.zeros(2, 1, dtype=dtype)
+        y, _ = functional.layer(ends, x, None, [(weight, recurrent, None, None, None)])
+        expected = torch.sigmoid(v.double()) + 4 * torch.tanh(v.double())
+        torch.testing.assert_close(y.flatten().double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-37)
+
+
+def _ends(x, u, s):
+    return sigmoid(x.a) + 4.0 * tanh(x.a) + 0.0 * (x.b + u.b + u.a)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("c", [cells.lstm, cells.gru, cells.gru_reset_before], ids=lambda c: c.name)
+def test_bitwise_the_same_run_to_run_and_on_one_thread_or_two(c, rows):
+    """The recurrent engine and its input projection; the weights' gradients are torch.mm's (see the README)."""
+    arguments, leaves, _ = problem(c, 20, rows, 40, 120, dtype=torch.float32, directions=2)
+    count = 1 + len(c.states)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 2, 1):
+            torch.set_num_threads(n)
+            outputs, grads = everything(functional.layer, arguments, leaves)
+            results.append([*outputs, *grads[:count]])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_python_threads_at_once():
+    cases = [problem(c, 12, rows, 9, 33, seed=k) for k, (c, rows) in enumerate([(cells.lstm, 5), (cells.gru, 1)] * 3)]
+    expected = [everything(functional.layer, a, leaves) for a, leaves, _ in cases]
+    found: dict = {}
+
+    def work(k):
+        for _ in range(5):
+            found[k] = everything(functional.layer, *cases[k][:2])
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(len(cases))]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    for k, (outputs, grads) in enumerate(expected):
+        for a, b in zip([*outputs, *grads], [*found[k][0], *found[k][1]], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("script", ["guard_pages.py", "forked.py"])
+def test_in_a_process_of_its_own(script):
+    """Buffers that end at an unreadable page; layers in forked workers after the parent ran one with a thread team."""
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "scripts" / script)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "FASTCELLS_QUIET": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.split()[-1] == "done"
