@@ -8,6 +8,7 @@ message that names the argument, what was given and what was expected.
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -84,6 +85,8 @@ class DropIn(torch.nn.Module):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As the torch.nn class of the same name: same arguments, results and exceptions."""
+        if torch.compiler.is_compiling():  # before anything that it would have to trace
+            return super().forward(input, hx)
         try:
             call = self._read(input, hx)
         except NotTaken as caught:
@@ -107,8 +110,6 @@ class DropIn(torch.nn.Module):
 
     def _read(self, input: Any, hx: Any) -> Call:
         """The call as the engine takes it. Raises NotTaken. Every call comes here, so each check is a cheap one."""
-        if torch.compiler.is_compiling():  # first, so that there is nothing else here for it to trace
-            raise NotTaken("torch.compile is tracing")
         cell = self._cell()
         batch = self._batch(input)
         if batch.x.shape[-1] != self.input_size:
@@ -245,8 +246,21 @@ def _packed_size(packed: PackedSequence) -> int:
     return steps[0]
 
 
+_not_compiled: Any = None  # DropIn.forward as torch.compile leaves it alone; made when needed, as it imports much
+
+
 class LayerModule(DropIn, original.RNNBase):
     """What the layers over whole sequences have to themselves."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """As the torch.nn class of the same name: same arguments, results and exceptions."""
+        # torch.compile breaks its graph at every RNNBase, then would compile what that calls, function by function.
+        global _not_compiled
+        if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+            return super().forward(input, hx)
+        if _not_compiled is None:
+            _not_compiled = torch.compiler.disable(DropIn.forward)
+        return _not_compiled(self, input, hx)
 
     def _batch(self, input: Any) -> Batch:
         rows = self.num_layers * (2 if self.bidirectional else 1)

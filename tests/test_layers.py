@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence, unpack_sequence
 
+import fastcells.functional
 import fastcells.nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -659,8 +660,15 @@ def test_cell_same_as_torch_where_the_engine_does_not_go(kind, options, use):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_compiled_model(training):
-    """torch.compile around a model with a layer and a cell, where it breaks the graph or traces torch's own code."""
+def test_compiled_model(training, monkeypatch):
+    """torch.compile breaks its graph at a layer, which the engine runs, and traces torch's own code of a cell."""
+    calls = []
+
+    def counted(*args):
+        calls.append(args[0].name)
+        return fastcells.functional.layer(*args)
+
+    monkeypatch.setattr(fastcells.nn, "layer", counted)
 
     class Model(torch.nn.Module):
         def __init__(self, nn):
@@ -677,12 +685,31 @@ def test_compiled_model(training):
     with torch.set_grad_enabled(training):
         got, expected = torch.compile(ours, backend="eager")(x), theirs(x)
     assert relative_error(got, expected) < 1e-5
+    assert calls == ["gru"]
     if training:
         for module, result in ((ours, got), (theirs, expected)):
             result.sum().backward()
             assert all(p.grad is not None for p in module.parameters())
         for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
             assert relative_error(a.grad, b.grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "LSTMCell"])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_export(kind, strict):
+    torch._dynamo.reset()
+    module = getattr(fastcells.nn, kind)(3, 4)
+    x = torch.randn(5, 3) if kind == "LSTMCell" else torch.randn(5, 2, 3)
+    exported = torch.export.export(module, (x,), strict=strict).module()
+    assert relative_error(exported(x)[0], module(x)[0]) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_cell_is_one_graph():
+    torch._dynamo.reset()
+    module, x = fastcells.nn.LSTMCell(3, 4), torch.randn(2, 3)
+    assert relative_error(torch.compile(module, backend="eager", fullgraph=True)(x)[0], module(x)[0]) < 1e-6
 
 
 def test_route_says_who_computes():
