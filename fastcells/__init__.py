@@ -7,7 +7,7 @@
 
 from . import cells, expression, functional, nn, reference
 from .cell import Cell, cell
-# from .convert import convert, revert
+from .convert import convert, revert
 from .explain import Explanation, explain
 
 __all__ = [
@@ -15,10 +15,12 @@ __all__ = [
     "Explanation",
     "cell",
     "cells",
+    "convert",
     "explain",
     "expression",
     "functional",
     "nn",
     "reference",
+    "revert",
 ]
 __version__ = "0.1.0"

@@ -28,6 +28,15 @@ class Ready:
         self.forward = Runner(self.programs.forward, dtype)
         self.backward = Runner(self.programs.backward, dtype)
         self.gates = {g: k for k, g in enumerate(cell.gates)}  # the order of the weights' rows
+        self._spans: dict[tuple[str, ...], slice | None] = {}
+
+    def span(self, gates: tuple[str, ...]) -> slice | None:
+        """The gates' blocks of rows, if they follow each other."""
+        if gates not in self._spans:
+            first = self.gates[gates[0]]
+            adjacent = [self.gates[g] for g in gates] == list(range(first, first + len(gates)))
+            self._spans[gates] = slice(first, first + len(gates)) if adjacent else None
+        return self._spans[gates]
 
 
 @lru_cache(maxsize=256)
@@ -146,13 +155,14 @@ class Direction:
         self.hidden = self.w_ih.shape[0] // len(r.gates)
         self.depth = self.w_hh.shape[1]
 
-    def rows_of(self, weight: Tensor, gates: Sequence[str]) -> Tensor:
+    def rows_of(self, weight: Tensor, gates: tuple[str, ...]) -> Tensor:
         """The gates' rows of a weight or bias, without a copy where they follow each other."""
-        index = [self.r.gates[g] for g in gates]
-        h = self.hidden
-        if index == list(range(index[0], index[0] + len(index))):
-            return weight[index[0] * h : (index[-1] + 1) * h]
-        return torch.cat([weight[k * h : (k + 1) * h] for k in index])
+        span, h = self.r.span(gates), self.hidden
+        if span is None:
+            return torch.cat([weight[k * h : (k + 1) * h] for k in (self.r.gates[g] for g in gates)])
+        if len(gates) == len(self.r.gates):
+            return weight
+        return weight[span.start * h : span.stop * h]
 
     def biases(self) -> tuple[int, int]:
         """Addresses of what the input projections, and the recurrent products with a bias of their own, start from."""
@@ -161,7 +171,7 @@ class Direction:
             zero = arena.zeros(max(len(p.start_gates), len(p.bias_gates)) * h * self.w_ih.element_size())
             return zero, zero
         start = self.rows_of(self.b_ih, p.start_gates)
-        if not p.bias_gates:
+        if len(p.shared) == len(p.start_gates):
             start = start + self.rows_of(self.b_hh, p.start_gates)
         else:
             start = start.clone()
@@ -259,9 +269,14 @@ def forward(
             else:
                 series.append(torch.empty((total, hidden), dtype=dtype))
                 views["s." + name] = view(series[-1], sequences, 0, initial[j])
-        slots = torch.empty((total if training else 0 if in_place else rows, p.slots * hidden), dtype=dtype)
-        # Without training, a later stage reads here what an earlier one left, at the same step.
-        views["saved"] = view(slots, sequences) if training else fixed(slots)
+        if in_place:
+            slots, views["saved"] = y, View(0)
+        elif training:
+            slots = torch.empty((total, p.slots * hidden), dtype=dtype)
+            views["saved"] = view(slots, sequences)
+        else:  # a later stage reads here what an earlier one left, at the same step
+            slots = torch.empty((rows, p.slots * hidden), dtype=dtype)
+            views["saved"] = fixed(slots)
         if schedule.project_ahead:
             units = len(p.start_gates) * hidden
             ahead = slots if training else torch.empty((total, units), dtype=dtype)
@@ -289,8 +304,9 @@ def forward(
             row_block=schedule.row_block,
             shares=sequences.shares(threads),
         )
-        for j, t in enumerate([y[..., k * width : (k + 1) * width], *series]):
-            finals[j][k].copy_(sequences.edge(t, last=not d.reverse))
+        for j, t in enumerate([y, *series]):
+            final = sequences.edge(t, last=not d.reverse)
+            finals[j][k] = final if j or count == 1 else final[:, k * width : (k + 1) * width]
         saved.slots.append(slots)
         saved.series += series
     return y, finals, saved

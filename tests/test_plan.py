@@ -1,0 +1,73 @@
+"""Schedules: what is chosen, and that `explain` says what a call does."""
+
+import pytest
+import torch
+
+import fastcells
+from fastcells.plan import ROW_BLOCK, Shape, plan
+
+
+def shape(**changes):
+    sizes = {"steps": 100, "rows": 32, "inputs": 64, "hidden": 128, "depth": 128, "gates": 4, "threads": 2} | changes
+    return Shape(total=sizes["steps"] * sizes["rows"], **sizes)
+
+
+def test_many_sequences_are_shared_without_a_barrier():
+    chosen = plan(shape(rows=32))
+    assert (chosen.threads, chosen.split) == (2, "rows")
+
+
+def test_one_sequence_shares_its_units():
+    chosen = plan(shape(rows=1, hidden=512, depth=512))
+    assert (chosen.threads, chosen.split) == (2, "units")
+
+
+@pytest.mark.parametrize("changes", [{"threads": 1}, {"rows": 1, "hidden": 8, "depth": 8, "inputs": 8}])
+def test_little_work_stays_on_one_thread(changes):
+    assert plan(shape(**changes)).threads == 1
+
+
+def test_rows_are_taken_in_even_blocks():
+    chosen = plan(shape(rows=ROW_BLOCK + 4))
+    assert chosen.row_block == (ROW_BLOCK + 4) // 2
+
+
+def test_what_is_computed_does_not_depend_on_the_threads():
+    for rows in (1, 3, 16, 200):
+        one, two = (plan(shape(rows=rows, threads=n)) for n in (1, 2))
+        assert (one.project_ahead, one.row_block) == (two.project_ahead, two.row_block)
+
+
+def test_every_choice_has_a_reason():
+    assert len(plan(shape()).reasons) == 2
+    assert all(len(r.split()) > 4 for r in plan(shape()).reasons)
+
+
+def test_explain_names_the_engine_and_its_schedule():
+    layer, x = fastcells.nn.LSTM(16, 32, num_layers=2, bidirectional=True), torch.randn(5, 3, 16)
+    told = fastcells.explain(layer, x)
+    assert told.route == "engine"
+    assert "cell lstm" in str(told)
+    assert "a gradient is wanted" in str(told)
+    with torch.no_grad():
+        assert "nothing is kept" in str(fastcells.explain(layer, x))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: (fastcells.nn.GRU(4, 5).half(), torch.randn(3, 2, 4).half()), "torch.float16"),
+        (lambda: (fastcells.nn.GRU(4, 5).to("meta"), torch.randn(3, 2, 4, device="meta")), "meta"),
+        (lambda: (torch.nn.GRU(4, 5), torch.randn(3, 2, 4)), "convert"),
+        (lambda: (fastcells.nn.GRU(4, 5), torch.randn(3, 2, 7)), "input_size = 4"),
+    ],
+)
+def test_explain_says_why_torchs_own_is_taken(make, reason):
+    told = fastcells.explain(*make())
+    assert told.route == "torch"
+    assert reason in str(told)
+
+
+def test_explain_wants_a_recurrent_module():
+    with pytest.raises(TypeError, match="module must be a recurrent layer or cell, got Linear"):
+        fastcells.explain(torch.nn.Linear(2, 3), torch.randn(3, 2))

@@ -1,0 +1,127 @@
+"""Kernels between processes: the store of object code, and everything that may be wrong with its folder."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from fastcells.cpu import store
+
+
+def kernel_source(value: str) -> str:
+    """A Python program that obtains a small kernel, runs it and prints what it wrote and whether Numba was imported."""
+    return textwrap.dedent(f"""
+        import ctypes, sys
+        from fastcells.cpu import store
+
+        def make():
+            from numba import types
+            from numba.extending import intrinsic
+            from fastcells.cpu.simd import I64, i64
+
+            @intrinsic
+            def poke(typingctx, address, number):
+                def emit(context, b, signature, args):
+                    b.store(args[1], b.inttoptr(args[0], I64.as_pointer()))
+                    return context.get_dummy_value()
+                return types.void(types.int64, types.int64), emit
+
+            def member(frame, thread, team):
+                poke(frame, {value})
+            return member
+
+        word = ctypes.c_int64(0)
+        kernel = store.kernel("probe", [{value!r}], make)
+        kernel.call(ctypes.addressof(word), 0, 1)
+        print(word.value, "numba" in sys.modules, kernel.compiled > 0)
+    """)
+
+
+def start(value: str, **environment) -> subprocess.Popen:
+    env = {k: v for k, v in os.environ.items() if k not in ("FASTCELLS_QUIET", "FASTCELLS_CACHE")} | environment
+    return subprocess.Popen(
+        [sys.executable, "-c", kernel_source(value)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out.strip(), err.strip()
+
+
+def test_stored_once_then_loaded_without_numba(tmp_path):
+    cache = {"FASTCELLS_CACHE": str(tmp_path)}
+    out, err = finish(start("41", **cache))
+    assert out == "41 True True"
+    assert err == f"fastcells: compiling kernels, once (kept in {tmp_path})"
+    out, err = finish(start("41", **cache))
+    assert (out, err) == ("41 False False", "")
+    out, err = finish(start("42", FASTCELLS_QUIET="1", **cache))  # other content under the same name
+    assert (out, err) == ("42 True True", "")
+
+
+def test_two_processes_that_start_cold_at_once(tmp_path):
+    cache = {"FASTCELLS_CACHE": str(tmp_path)}
+    both = [start("7", **cache), start("7", **cache)]
+    assert [finish(p)[0].split()[0] for p in both] == ["7", "7"]
+    assert [f.suffix for f in tmp_path.iterdir()] == [".o"]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1])])
+def test_a_damaged_file_is_compiled_again(tmp_path, damage):
+    cache = {"FASTCELLS_CACHE": str(tmp_path)}
+    finish(start("9", **cache))
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    assert finish(start("9", **cache))[0] == "9 True True"
+    assert finish(start("9", **cache))[0] == "9 False False"
+
+
+def test_a_home_that_cannot_be_written_to(tmp_path):
+    """The private temporary folder is next; where that cannot be written either, kernels live in the process."""
+    (tmp_path / "home").write_text("a file where a folder should be")
+    home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)}
+    assert finish(start("3", **home))[0] == "3 True True"
+    assert finish(start("3", **home))[0] == "3 False False"
+    nowhere = {**home, "TMPDIR": "/proc", "FASTCELLS_CACHE": "/proc/fastcells"}
+    assert finish(start("3", **nowhere))[0] == "3 True True"
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """Writing fails half-way: the kernel still runs, and no part of a file stays."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.os, "replace", full)
+    assert not store._write(tmp_path / "kernel.o", b"code")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="folders have no owner on this system")
+def test_code_is_not_loaded_from_a_folder_that_others_may_write_to(tmp_path):
+    path = tmp_path / "kernel.o"
+    assert store._write(path, b"code")
+    assert store._read(path) == b"code"
+    tmp_path.chmod(0o777)
+    assert store._read(path) is None
+    assert not store._write(path, b"code")
+
+
+def test_digest_covers_source_machine_and_versions():
+    base = store._base()
+    assert store.host().cpu in base
+    for package in ("numba", "llvmlite", "numpy"):
+        assert store.importlib.metadata.version(package) in base
+    sources = {f.name for f in Path(store.__file__).parent.glob("*.py")}
+    assert {"tile.py", "loops.py", "simd.py", "geometry.py"} <= sources
+
+
+def test_import_does_not_bring_numba():
+    probe = "import sys, fastcells, fastcells.nn; print('numba' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "False", done.stderr
