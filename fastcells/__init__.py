@@ -1,8 +1,8 @@
 """Recurrent layers for PyTorch: fused kernels over time, compiled by Numba, from cells written as one function.
 
-    layer = fastcells.nn.LSTM(32, 64)        # torch.nn.LSTM's constructor, parameters, results
-    fastcells.convert(model)                 # swaps the recurrent layers of an existing model in place
-    print(fastcells.explain(layer, x))       # which path a call takes, and why
+layer = fastcells.nn.LSTM(32, 64)        # torch.nn.LSTM's constructor, parameters, results
+fastcells.convert(model)                 # swaps the recurrent layers of an existing model in place
+print(fastcells.explain(layer, x))       # which path a call takes, and why
 """
 
 from . import cells, expression, functional, nn, reference

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from .expression import Node, leaf, overload
+from .expression import Node, Operators, leaf
 
 
-@overload
-class Recurrent:
-    """`u.g`: the recurrent product U_g h + b'_g where used as a value; `u.g(v)`: the product of another vector, U_g v + b'_g."""
+class Recurrent(Operators):
+    """`u.g`: as a value the recurrent product U_g h + b'_g; `u.g(v)`: that of another vector, U_g v + b'_g."""
 
     __array_ufunc__ = None  # NumPy arrays leave arithmetic with it to this class
 
@@ -49,7 +50,7 @@ class Cell:
         return self.function.__module__ and _lookup, (self.function.__module__, self.function.__qualname__)
 
     def __call__(self, x: Any, u: Any, s: Any) -> Any:
-        """The declared function itself: new state(s) from `x`, `u` and `s`, each with one attribute per gate or state."""
+        """The declared function itself: new state(s) from `x`, `u`, `s`, each with an attribute per gate or state."""
         return self.function(x, u, s)
 
     def step(self, x: Mapping[str, Any], product: Callable[[str, Any], Any], states: Mapping[str, Any]) -> tuple:
@@ -59,7 +60,7 @@ class Cell:
         Returns the new states in the order of `self.states`.
         """
         hidden = states[self.states[0]]
-        u = {g: Recurrent(lambda v, g=g: product(g, v), hidden) for g in self.gates}
+        u = {g: Recurrent(partial(product, g), hidden) for g in self.gates}
         result = self.function(SimpleNamespace(**x), SimpleNamespace(**u), SimpleNamespace(**states))
         result = result if isinstance(result, tuple) else (result,)
         if len(result) != len(self.states):
@@ -93,8 +94,6 @@ class Cell:
 
 
 def _lookup(module: str, qualname: str) -> Any:
-    import importlib
-
     found: Any = importlib.import_module(module)
     for part in qualname.split("."):
         found = getattr(found, part)

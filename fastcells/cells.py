@@ -21,7 +21,7 @@ def lstm(x, u, s):
 
 @cell(gates="r z n")
 def gru(x, u, s):
-    """Gated recurrent unit, reset applied after the recurrent product: torch's and cuDNN's form (Cho et al. 2014, v1)."""
+    """Gated recurrent unit (Cho et al. 2014), reset applied after the recurrent product: torch's and cuDNN's form."""
     r = sigmoid(x.r + u.r)
     z = sigmoid(x.z + u.z)
     n = tanh(x.n + r * u.n)

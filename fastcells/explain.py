@@ -41,7 +41,7 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
     call = module._read(input, hx)
     batch = call.batch
     layout = "packed" if batch.batch_sizes is not None else "padded"
-    sequences = Sequences.of(batch.x, batch.batch_sizes)
+    sequences = Sequences(batch.x, batch.batch_sizes)
     reasons = [
         f"kernels of cell {call.cell.name}, {batch.x.dtype}, vectors of {host().vector_bytes} bytes; "
         f"{layout} input, {sequences.steps} steps, {sequences.rows} sequences, {sequences.total} tokens"

@@ -9,18 +9,74 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 
 
-class Node:
+class Operators:
+    """Python's arithmetic and comparison operators over `apply`."""
+
+    __slots__ = ()
+
+    def __add__(self, other: Any) -> Any:
+        return apply("add", self, other)
+
+    def __radd__(self, other: Any) -> Any:
+        return apply("add", other, self)
+
+    def __sub__(self, other: Any) -> Any:
+        return apply("sub", self, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return apply("sub", other, self)
+
+    def __mul__(self, other: Any) -> Any:
+        return apply("mul", self, other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return apply("mul", other, self)
+
+    def __truediv__(self, other: Any) -> Any:
+        return apply("div", self, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return apply("div", other, self)
+
+    def __pow__(self, exponent: int) -> Any:
+        if not isinstance(exponent, int) or exponent < 1:
+            raise TypeError(f"**: a cell's values take positive whole exponents, got {exponent!r}")
+        result: Any = self
+        for _ in range(exponent - 1):
+            result = result * self
+        return result
+
+    def __neg__(self) -> Any:
+        return apply("neg", self)
+
+    def __abs__(self) -> Any:
+        return apply("abs", self)
+
+    def __lt__(self, other: Any) -> Any:
+        return apply("less", self, other)
+
+    def __gt__(self, other: Any) -> Any:
+        return apply("less", other, self)
+
+    def __le__(self, other: Any) -> Any:
+        return apply("less_equal", self, other)
+
+    def __ge__(self, other: Any) -> Any:
+        return apply("less_equal", other, self)
+
+
+class Node(Operators):
     """One value of an expression graph. Make nodes through `leaf`, `constant` and the operations, never directly."""
 
     __slots__ = ("__weakref__", "args", "op", "value")
-    _pool: WeakValueDictionary[tuple, Node] = WeakValueDictionary()
+    _pool: ClassVar[WeakValueDictionary[tuple, Node]] = WeakValueDictionary()
 
     op: str
     args: tuple[Node, ...]
@@ -48,8 +104,8 @@ class Node:
 
     def __bool__(self) -> bool:
         raise TypeError(
-            "a cell cannot branch on a value (if, and, or, not, while, chained comparison): every unit of every sequence "
-            "has its own value. Write where(condition, a, b) instead."
+            "a cell cannot branch on a value (if, and, or, not, while, chained comparison): every unit of every "
+            "sequence has its own value. Write where(condition, a, b) instead."
         )
 
     def __iter__(self):
@@ -192,38 +248,6 @@ def _as_node(name: str, value: Any) -> Node:
         f"{name}: a cell computes with its gates, states and plain numbers, got {type(value).__name__}. "
         "Arrays and tensors cannot be part of a cell."
     )
-
-
-def overload(cls: type) -> type:
-    """Give a class Python's arithmetic and comparison operators over `apply`."""
-
-    def binary(name: str, swap: bool = False) -> Callable:
-        def method(self, other):
-            return apply(name, other, self) if swap else apply(name, self, other)
-
-        return method
-
-    for symbol, name in (("add", "add"), ("sub", "sub"), ("mul", "mul"), ("truediv", "div")):
-        setattr(cls, f"__{symbol}__", binary(name))
-        setattr(cls, f"__r{symbol}__", binary(name, swap=True))
-    cls.__neg__ = lambda self: apply("neg", self)  # type: ignore[attr-defined]
-    cls.__abs__ = lambda self: apply("abs", self)  # type: ignore[attr-defined]
-    cls.__lt__, cls.__gt__ = binary("less"), binary("less", swap=True)  # type: ignore[attr-defined]
-    cls.__le__, cls.__ge__ = binary("less_equal"), binary("less_equal", swap=True)  # type: ignore[attr-defined]
-    cls.__pow__ = _power  # type: ignore[attr-defined]
-    return cls
-
-
-def _power(base: Any, exponent: Any) -> Any:
-    if not isinstance(exponent, int) or exponent < 1:
-        raise TypeError(f"**: a cell's values take positive whole exponents, got {exponent!r}")
-    result = base
-    for _ in range(exponent - 1):
-        result = result * base
-    return result
-
-
-overload(Node)
 
 
 def sigmoid(v):

@@ -63,7 +63,7 @@ def layer(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         y, *finals = _Layer.apply(cell, batch_sizes, len(parameters), states is not None, x, *(states or ()), *flat)
         return y, tuple(finals)
-    sequences = cpu.Sequences.of(x, batch_sizes)
+    sequences = cpu.Sequences(x, batch_sizes)
     y, finals, _ = cpu.forward(cell, x, states, parameters, sequences, training=False)
     return y, finals
 
@@ -80,7 +80,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cell, batch_sizes, directions, given, *tensors):
         x, states, parameters = _split(cell, directions, given, tensors)
-        sequences = cpu.Sequences.of(x, batch_sizes)
+        sequences = cpu.Sequences(x, batch_sizes)
         y, finals, saved = cpu.forward(cell, x, states, parameters, sequences, training=True)
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.sequences, ctx.batch_sizes = cell, sequences, batch_sizes

@@ -271,7 +271,7 @@ def _build(
         states=states,
         start_gates=step.x_gates,
         bias_gates=step.bias_gates,
-        shared=step.shared,
+        shared=frozenset(step.shared),
         carried=carried,
         cross=len(cross),
     )
@@ -373,7 +373,7 @@ class _Staging:
         return [n for n in self._accumulators if self._level[n] == stage]
 
     def needs(self, stage: int, roots: list[Node] | None = None) -> list[Node]:
-        """Vectors that a stage loads to compute the roots (or all that it has to): leaves, and values of earlier stages."""
+        """What a stage loads to compute the roots (or all that it has to): leaves, and values of earlier stages."""
         if roots is None:
             roots = [n for n in [*self._roots, *self.crossing] if self.stage(n) == stage]
         found: dict[Node, None] = {}

@@ -78,7 +78,7 @@ def test_equal_expressions_are_one_node_and_trivial_ones_fold():
     assert a * 1.0 is a
     assert a * 0.0 is constant(0.0)
     assert a - a is constant(0.0)
-    assert -(-a) is a
+    assert 0.0 - (0.0 - a) is a
     assert a + -b is a - b
     assert constant(2.0) * 3.0 is constant(6.0)
     assert substitute([ex.tanh(a + b)], {b: constant(0.0)})[0] is ex.tanh(a)
@@ -179,5 +179,5 @@ def test_gate_names_are_checked(gates):
 
 
 def test_projection_needs_a_cell_without_its_hidden_state():
-    with pytest.raises(ValueError, match="enters only through u.g"):
+    with pytest.raises(ValueError, match="enters only through"):
         build(cells.gru, project=True)

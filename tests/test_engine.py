@@ -1,4 +1,4 @@
-"""The differentiable call on the engine, against the cell's own torch form: every cell, shape edge, layout and option."""
+"""The differentiable call on the engine against the cell's own torch form: cells, shape edges, layouts, options."""
 
 import os
 import subprocess
@@ -158,7 +158,9 @@ def test_float32_is_as_exact_as_torchs_own_operations(c):
     for name, a, b, truth in zip(labels, ours, torchs, exact, strict=True):
         scale = truth.abs().max()
         error, reference = ((t.double() - truth).abs().max() / scale for t in (a, b))
-        assert error <= 2 * reference + 4 * torch.finfo(torch.float32).eps, f"{name}: {error:.1e}, torch {reference:.1e}"
+        assert error <= 2 * reference + 4 * torch.finfo(torch.float32).eps, (
+            f"{name}: {error:.1e}, torch {reference:.1e}"
+        )
 
 
 @pytest.mark.parametrize("c", BUILT_IN, ids=lambda c: c.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from array import array
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from ..expression import leaf
 from ..plan import ROW_BLOCK, depth_block, share
 from ..program import Place, Program, Segment, Stage, Weights
 from . import store, team
-from .geometry import HEADER, STAGE_WORDS, Layout, scratch_row_bytes, tile_shape
+from .geometry import HEADER, Layout, scratch_row_bytes, tile_shape
 from .host import host
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
@@ -37,8 +38,8 @@ class Times(NamedTuple):
 
 
 class View(NamedTuple):
-    """A buffer as a frame sees it: address, bytes from position to position and from row to row; then address and bytes
-    from row to row of the rows that stand for the step before a sequence's first or after its last."""
+    """A buffer as a frame sees it: address, bytes from position to position and from row to row; then address, and bytes
+    from row to row, of the rows that stand for the step before a sequence's first or after its last."""
 
     address: int
     step: int = 0
@@ -93,6 +94,7 @@ class Runner:
         self.lanes = host().lanes(self.item)
         self.layout = Layout(program)
         self.blank = [0] * self.layout.size
+        self.before = [[s.rows.when == "before" for s in stage.segments] for stage in program.stages]
         self.shapes = [tile_shape(s, host().registers, self.lanes) for s in program.stages]
         vector = self.lanes * self.item
         self.scratch_row = max(scratch_row_bytes(program, s, k, vector) for k, s in enumerate(self.shapes))
@@ -140,22 +142,41 @@ class Runner:
         """
         row_block = row_block or times.rows
         block = depth_block(row_block, self.line)
-        depths = [sum([d for d, _ in stage]) for stage in segments]
-        scratch = row_block * self.scratch_row + LINE if max(depths) > block else 0
-        tables = (ctypes.c_int64 * len(shares))(*shares) if shares is not None and threads > 1 else None
         words = self.blank.copy()
+        at, deepest = self.layout.stage[0], 0
+        for parts, before, unit in zip(segments, self.before, units, strict=True):
+            depth = sum([d for d, _ in parts])
+            deepest = max(deepest, depth)
+            skip = sum([d for (d, _), b in zip(parts, before, strict=True) if b]) if skip_first else 0
+            words[at : at + 3] = unit, skip, depth
+            at += 3
+        for name, at in self.layout.buffer.items():
+            words[at : at + 5] = views[name]
+        at = self.layout.segments
+        for parts in segments:
+            for part in parts:
+                words[at : at + 2] = part
+                at += 2
+        scratch = row_block * self.scratch_row + LINE if deepest > block else 0
+        tables = barrier = give_way = 0
+        if threads > 1:
+            barrier, give_way = arena.zeros(8), team.give_way()
+            if shares is not None:
+                owner = array("q", shares)
+                tables = owner.buffer_info()[0]
+        steps, rows, first, delta, positions, counts = times
         words[: len(HEADER)] = (
-            times.steps,
-            times.rows,
-            0 if tables is None else ctypes.addressof(tables),
+            steps,
+            rows,
+            tables,
             threads,
-            0 if times.positions is None else times.positions.data_ptr(),
-            times.first,
-            times.delta,
-            0 if times.counts is None else times.counts.data_ptr(),
+            0 if positions is None else positions.data_ptr(),
+            first,
+            delta,
+            0 if counts is None else counts.data_ptr(),
             split == "units",
-            arena.zeros(8) if threads > 1 else 0,
-            team.give_way() if threads > 1 else 0,
+            barrier,
+            give_way,
             row_block,
             block,
             arena.take(scratch * threads) if scratch else 0,
@@ -163,23 +184,18 @@ class Runner:
             slot * self.item,
             training,
         )
-        layout = self.layout
-        for k, stage in enumerate(self.program.stages):
-            skip = 0
-            if skip_first:
-                skip = sum([d for (d, _), s in zip(segments[k], stage.segments, strict=True) if s.rows.when == "before"])
-            at = layout.stage[k]
-            words[at : at + len(STAGE_WORDS)] = units[k], skip, depths[k]
-            for j, segment in enumerate(segments[k]):
-                at = layout.segment[k, j]
-                words[at : at + 2] = segment
-        for name, at in layout.buffer.items():
-            words[at : at + 5] = views[name]
-        frame = (ctypes.c_int64 * len(words))(*words)
-        team.run(self.kernel, ctypes.addressof(frame), threads)
+        frame = array("q", words)
+        team.run(self.kernel, frame.buffer_info()[0], threads)
 
     def panel(
-        self, weight: Tensor, stage: int, transposed: bool, offsets: Sequence[int], units: int, depth: int, threads: int = 1
+        self,
+        weight: Tensor,
+        stage: int,
+        transposed: bool,
+        offsets: Sequence[int],
+        units: int,
+        depth: int,
+        threads: int = 1,
     ) -> int:
         """Address, in the arena, of weights packed for a segment of a stage.
 
@@ -192,8 +208,8 @@ class Runner:
         strides = (self.item, row) if transposed else (row, self.item)
         words = [address, weight.data_ptr(), units, depth, *strides, self.shapes[stage].block, len(offsets)]
         words += [o * row for o in offsets]
-        frame = (ctypes.c_int64 * len(words))(*words)
-        team.run(_pack(self.dtype), ctypes.addressof(frame), threads if count > 1 << 17 else 1)
+        frame = array("q", words)
+        team.run(_pack(self.dtype), frame.buffer_info()[0], threads if count > 1 << 17 else 1)
         return address
 
 

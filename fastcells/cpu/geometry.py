@@ -53,6 +53,7 @@ class Layout:
         end = len(HEADER) + len(STAGE_WORDS) * stages
         self.buffer = {name: end + len(BUFFER_WORDS) * k for k, name in enumerate(buffers)}
         end += len(BUFFER_WORDS) * len(buffers)
+        self.segments = end  # of all stages, one after the other
         self.segment: dict[tuple[int, int], int] = {}
         for k, stage in enumerate(program.stages):
             for j in range(len(stage.segments)):

@@ -45,30 +45,34 @@ def ready(cell: Cell, project: bool, dtype: torch.dtype) -> Ready:
     return Ready(cell, project, dtype)
 
 
-@dataclass(frozen=True)
 class Sequences:
-    """How time steps and sequences are laid out: padded [T, N], or packed [total] with the number of rows of each step."""
+    """How time steps and sequences are laid out: padded [T, N], or packed [total] with the number of rows of each step.
 
-    steps: int
-    rows: int
-    total: int
-    counts: Tensor | None = None
+    steps: T; rows: N, of the fullest step; total: rows of all steps; counts: of each step, None if padded.
+    """
 
-    @staticmethod
-    def of(x: Tensor, batch_sizes: Tensor | None) -> Sequences:
+    def __init__(self, x: Tensor, batch_sizes: Tensor | None) -> None:
+        self.counts = None if batch_sizes is None else batch_sizes.contiguous()
         if batch_sizes is None:
-            return Sequences(x.shape[0], x.shape[1], x.shape[0] * x.shape[1])
-        return Sequences(len(batch_sizes), int(batch_sizes[0]), x.shape[0], batch_sizes.contiguous())
+            self.steps, self.rows = x.shape[0], x.shape[1]
+            self.total = self.steps * self.rows
+        else:
+            self.steps, self.rows, self.total = batch_sizes.shape[0], int(batch_sizes[0]), x.shape[0]
+
+    def _packed(self) -> Tensor:
+        assert self.counts is not None, "padded sequences have no table of counts"
+        return self.counts
 
     @cached_property
     def offsets(self) -> Tensor:
         """Row at which each step begins (packed)."""
-        return self.counts.cumsum(0) - self.counts  # type: ignore[union-attr]
+        counts = self._packed()
+        return counts.cumsum(0) - counts
 
     @cached_property
     def lengths(self) -> Tensor:
         """Of the sequences, longest first (packed)."""
-        ascending = self.counts.flip(0)  # type: ignore[union-attr]
+        ascending = self._packed().flip(0)
         return self.steps - torch.searchsorted(ascending, torch.arange(self.rows), right=True)
 
     def times(self, descending: bool) -> Times:
@@ -87,11 +91,12 @@ class Sequences:
 
     def previous(self, reverse: bool) -> tuple[Tensor, Tensor]:
         """(row of the step before, row of the sequence) for every packed row; the former is -1 at a first step."""
-        row = torch.arange(self.total) - self.offsets.repeat_interleave(self.counts)
-        step = torch.arange(self.steps).repeat_interleave(self.counts)
+        counts = self._packed()
+        row = torch.arange(self.total) - self.offsets.repeat_interleave(counts)
+        step = torch.arange(self.steps).repeat_interleave(counts)
         if reverse:
             other = (step + 1).clamp(max=self.steps - 1)
-            exists = (step + 1 < self.steps) & (row < self.counts[other])  # type: ignore[index]
+            exists = (step + 1 < self.steps) & (row < counts[other])
         else:
             other = (step - 1).clamp(min=0)
             exists = step > 0
@@ -110,11 +115,12 @@ def view(t: Tensor, sequences: Sequences, column: int = 0, initial: Tensor | int
     """[T, N, width] or [total, width] from a column on; initial: [N, width], or the address of one zero row."""
     item = t.element_size()
     strides = t.stride()
-    if t.dim() == 2:
-        row = strides[0]
-        step = row if sequences.counts is not None else row * sequences.rows
-    else:
+    if len(strides) == 3:
         step, row = strides[:2]
+    else:
+        step = row = strides[0]
+        if sequences.counts is None:
+            step *= sequences.rows
     address = t.data_ptr() + column * item
     if isinstance(initial, int):
         return View(address, step * item, row * item, initial, 0)
@@ -204,7 +210,7 @@ class Direction:
             offsets = [self.r.gates[g] * self.hidden for g in weights.gates]
         if weights.transposed:
             rows = weight if weights.matrix == "hr" else self.rows_of(weight, weights.gates)
-            return len(rows), run.panel(rows, stage, True, [0], units, len(rows), threads)
+            return rows.shape[0], run.panel(rows, stage, True, [0], units, rows.shape[0], threads)
         return weight.shape[1], run.panel(weight, stage, False, offsets, units, weight.shape[1], threads)
 
     def units(self, size: str) -> int:
@@ -257,14 +263,16 @@ def forward(
         schedule = d.plan(sequences)
         threads = schedule.threads
         start, own = d.biases()
-        initial = [nothing if states is None else s[k] for s in states or p.states]
+        initial = _initial(states, k, len(p.states), nothing)
         views = {"s." + p.states[0]: view(y, sequences, k * width, initial[0]), "bias": View(own)}
         series = []
         for j, name in enumerate(p.states[1:], 1):
             if in_place:
                 into = fixed(finals[j][k])
                 begin = initial[j]
-                at = (begin, 0) if isinstance(begin, int) else (begin.data_ptr(), begin.stride(0) * begin.element_size())
+                at = (
+                    (begin, 0) if isinstance(begin, int) else (begin.data_ptr(), begin.stride(0) * begin.element_size())
+                )
                 views["s." + name] = View(*into[:3], *at)
             else:
                 series.append(torch.empty((total, hidden), dtype=dtype))
@@ -310,6 +318,11 @@ def forward(
         saved.slots.append(slots)
         saved.series += series
     return y, finals, saved
+
+
+def _initial(states: tuple[Tensor, ...] | None, k: int, count: int, nothing: int) -> Sequence[Tensor | int]:
+    """[N, width] of each state for a direction, or the address of a zero row."""
+    return [nothing] * count if states is None else [s[k] for s in states]
 
 
 class Wanted(NamedTuple):
@@ -358,7 +371,7 @@ def backward(
         threads = schedule.threads
         slots = saved.slots[k]
         grad = slots if overwrite else torch.empty_like(slots)
-        initial = [nothing if states is None else s[k] for s in states or p.states]
+        initial = _initial(states, k, len(p.states), nothing)
         views = {
             "dy": View(nothing) if dy is None else view(dy, sequences, k * width),
             "saved": view(slots, sequences),
@@ -438,7 +451,7 @@ def _previous(
     parts = [(slice(None, -rows), flat[rows:]) if d.reverse else (slice(rows, None), flat[:-rows])]
     if initial is not None:
         parts.append((slice(-rows, None) if d.reverse else slice(rows), initial))
-    return [(at, values) for at, values in parts if len(values)]
+    return [(at, values) for at, values in parts if values.shape[0]]
 
 
 def _parameter_gradients(

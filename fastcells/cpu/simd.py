@@ -57,7 +57,7 @@ def expm1_polynomial(degree: int) -> tuple[float, ...]:
 
 
 class Vector:
-    """Operations on vectors of one format and width. Methods named like `fastcells.expression`'s operations emit them."""
+    """Operations on vectors of one format and width; those of `fastcells.expression` under the same names."""
 
     def __init__(self, builder: ir.IRBuilder, fmt: Format, lanes: int) -> None:
         self.b, self.fmt, self.lanes = builder, fmt, lanes

@@ -31,7 +31,9 @@ def guarded(*shape, dtype=torch.float32, **options):
     if options or size == 0:
         return plain_empty(shape, dtype=dtype, **options)
     pages = -(-size // PAGE)
-    begin = libc.mmap(None, (pages + 1) * PAGE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    begin = libc.mmap(
+        None, (pages + 1) * PAGE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
+    )
     assert libc.mprotect(begin + pages * PAGE, PAGE, 0) == 0
     regions.append((begin, (pages + 1) * PAGE))
     memory = (ctypes.c_char * size).from_address(begin + pages * PAGE - size)
