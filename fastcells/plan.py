@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 PANEL_BYTES = 24 * 1024  # of weights that a tile may go through: most of a first-level cache, the rows need the rest
+SINGLE_ROW_DEPTH = 256  # of a single row's products
 ROW_BLOCK = 96  # rows that go through all time steps together
 THREAD_FLOPS = 400_000  # of a call, below which waking a team costs more than it brings
 STEP_FLOPS = 60_000  # of a time step, below which a barrier costs more than the second thread brings
@@ -85,7 +86,11 @@ def share(rows: int, flops: int, step_flops: int, threads: int) -> tuple[int, st
 
 
 def depth_block(rows: int, line_bytes: int) -> int:
-    """Depth of a product taken at a time. line_bytes: of weights for one k of the widest tile."""
-    if rows < 8:
-        return 1 << 40  # few rows use a panel: nothing is gained by keeping it in the first-level cache
+    """Depth of a product taken at a time. line_bytes: of weights for one k of the widest tile.
+
+    The part of a panel stays in the first-level cache while all rows pass, and partial sums keep float32 as exact as a
+    blocked matrix product is; a single row reads each weight once, so only the latter counts.
+    """
+    if rows == 1:
+        return SINGLE_ROW_DEPTH
     return max(32, PANEL_BYTES // line_bytes // 8 * 8)

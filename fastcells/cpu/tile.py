@@ -144,16 +144,20 @@ class _Tile:
             clip = lambda x, depth=depth, offset=offset: self.clamp(b.sub(x, offset), depth)  # noqa: E731
             accumulators = self.product(j, segment, accumulators, clip(self.arg["begin"]), clip(self.arg["end"]), depth)
             offset = b.add(offset, depth)
+        accumulators = self.add_partial_sums(accumulators)
         epilogue, keep, done = (b.append_basic_block(n) for n in ("epilogue", "keep", "variant.done"))
         b.cbranch(self.true(self.arg["last"]), epilogue, keep)
         b.position_at_end(keep)
-        for k, key in enumerate(self.columns):
-            self.v.store(accumulators[key], b.add(self.arg["scratch"], i64(k * self.vector_bytes)))
+        for key in self.columns:
+            self.v.store(accumulators[key], self.partial_sum(key))
         b.branch(done)
         b.position_at_end(epilogue)
         self.epilogue(accumulators)
         b.branch(done)
         b.position_at_end(done)
+
+    def partial_sum(self, key):
+        return self.b.add(self.arg["scratch"], i64(self.columns.index(key) * self.vector_bytes))
 
     def true(self, word):
         return self.b.trunc(word, I1)
@@ -163,28 +167,40 @@ class _Tile:
         return self.b.select(self.b.icmp_signed(">", x, high), high, x)
 
     def start(self) -> dict:
+        """The sum of the places to start from; zero where this is not the first part of the depth."""
+
+        def places() -> dict:
+            first = {}
+            for m, w, a in self.columns:
+                value = self.v.const(0.0)
+                for k, place in enumerate(self.stage.accumulators[a][1]):
+                    loaded = self.v.load(self.at(place, m, w), self.mask)
+                    value = self.b.fadd(value, loaded) if k else loaded
+                first[m, w, a] = value
+            return first
+
+        return self.either("fresh", places, dict.fromkeys(self.columns, self.v.const(0.0)))
+
+    def add_partial_sums(self, accumulators: dict) -> dict:
+        """Each part of the depth is summed by itself, which loses less to rounding than one long sum."""
+        plain = lambda: accumulators  # noqa: E731
+        summed = lambda: {k: self.b.fadd(a, self.v.load(self.partial_sum(k))) for k, a in accumulators.items()}  # noqa: E731
+        return self.either("fresh", plain, summed)
+
+    def either(self, flag: str, then, otherwise) -> dict:
+        """Vectors by key from one of two functions (or constants), by an argument of the tile."""
         b = self.b
-        fresh, partial, go = (b.append_basic_block(n) for n in ("fresh", "partial", "go"))
-        b.cbranch(self.true(self.arg["fresh"]), fresh, partial)
-        b.position_at_end(fresh)
-        first = {}
-        for m, w, a in self.columns:
-            value = None
-            for place in self.stage.accumulators[a][1]:
-                loaded = self.v.load(self.at(place, m, w), self.mask)
-                value = loaded if value is None else b.fadd(value, loaded)
-            first[m, w, a] = self.v.const(0.0) if value is None else value
-        fresh_end = b.block
-        b.branch(go)
-        b.position_at_end(partial)
-        second = {
-            key: self.v.load(b.add(self.arg["scratch"], i64(k * self.vector_bytes)))
-            for k, key in enumerate(self.columns)
-        }
-        partial_end = b.block
-        b.branch(go)
+        yes, no, go = (b.append_basic_block(n) for n in (flag, f"not.{flag}", "go"))
+        b.cbranch(self.true(self.arg[flag]), yes, no)
+        results = []
+        for block, make in ((yes, then), (no, otherwise)):
+            b.position_at_end(block)
+            values = make() if callable(make) else make
+            results.append((values, b.block))
+            b.branch(go)
         b.position_at_end(go)
-        return {key: self.phi((first[key], fresh_end), (second[key], partial_end)) for key in self.columns}
+        (first, at_first), (second, at_second) = results
+        return {key: self.phi((first[key], at_first), (second[key], at_second)) for key in self.columns}
 
     def phi(self, *incoming):
         node = self.b.phi(incoming[0][0].type)
