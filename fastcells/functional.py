@@ -83,7 +83,7 @@ class _Layer(torch.autograd.Function):
         sequences = cpu.Sequences(x, batch_sizes)
         y, finals, saved = cpu.forward(cell, x, states, parameters, sequences, training=True)
         ctx.set_materialize_grads(False)
-        ctx.cell, ctx.sequences, ctx.batch_sizes = cell, sequences, batch_sizes
+        ctx.cell, ctx.sequences, ctx.batch_sizes, ctx.plans = cell, sequences, batch_sizes, saved.plans
         ctx.directions, ctx.given, ctx.inputs = directions, given, len(tensors)
         ctx.save_for_backward(*tensors, y, *saved.slots, *saved.series)
         return y, *finals
@@ -105,7 +105,7 @@ class _Layer(torch.autograd.Function):
             y,
             parameters,
             ctx.sequences,
-            cpu.Saved(rest[: ctx.directions], rest[ctx.directions :]),
+            cpu.Saved(rest[: ctx.directions], rest[ctx.directions :], ctx.plans),
             dy,
             dstates,
             wanted,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 PANEL_BYTES = 24 * 1024  # of weights that a tile may go through: most of a first-level cache, the rows need the rest
 SINGLE_ROW_DEPTH = 256  # of a single row's products
+FUSED_BYTES = 1 << 19  # of weights that fused time steps may read: half of a common second-level cache
 ROW_BLOCK = 96  # rows that go through all time steps together
 THREAD_FLOPS = 400_000  # of a call, below which waking a team costs more than it brings
 STEP_FLOPS = 60_000  # of a time step, below which a barrier costs more than the second thread brings
@@ -16,7 +17,7 @@ ROWS_A_THREAD = 2  # at least; a tile of a single row cannot keep the multiply-a
 
 class Shape(NamedTuple):
     """One layer and direction. steps: T; rows: N at the fullest step; total: rows of all steps; gates: blocks of weight
-    rows; depth: of the recurrent product (H, or the projected size); threads: that may be used."""
+    rows; depth: of the recurrent product (H, or the projected size); item: bytes of a number; threads: at most."""
 
     steps: int
     rows: int
@@ -25,6 +26,7 @@ class Shape(NamedTuple):
     hidden: int
     depth: int
     gates: int
+    item: int
     threads: int
 
 
@@ -61,15 +63,19 @@ def plan(shape: Shape) -> Plan:
             f"{threads} threads share the units, with a barrier a step: {shape.rows} sequence(s) are too few"
         )
 
-    # Fused, each time step reads the input weights again; ahead, the projections are written and read once.
-    project_ahead = shape.rows < 16 and shape.steps > 1
-    if project_ahead:
-        reasons.append(
-            f"input projection of all {shape.steps} steps ahead: {shape.rows} row(s) a step would not pay for "
-            "reading the input weights at every step"
-        )
+    weight_bytes = shape.gates * shape.hidden * (shape.depth + shape.inputs) * shape.item
+    if shape.steps == 1:
+        project_ahead, why = False, "there is one step only"
+    elif shape.rows < 16:
+        project_ahead, why = True, f"{shape.rows} row(s) a step do not pay for reading the input weights each time"
+    elif weight_bytes > FUSED_BYTES:
+        project_ahead, why = True, f"{weight_bytes:,} bytes of weights are more than a time step should go through"
     else:
-        reasons.append("input projection fused into the recurrent product: its result never leaves the registers")
+        project_ahead, why = False, "its result never leaves the registers"
+    if project_ahead:
+        reasons.append(f"input projection of all {shape.steps} steps ahead: {why}")
+    else:
+        reasons.append(f"input projection fused into the recurrent product: {why}")
     row_block = shape.rows if shape.rows <= ROW_BLOCK else -(-shape.rows // -(-shape.rows // ROW_BLOCK))
     return Plan(threads, split, project_ahead, row_block, tuple(reasons))
 

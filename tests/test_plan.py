@@ -8,7 +8,16 @@ from fastcells.plan import ROW_BLOCK, Shape, plan
 
 
 def shape(**changes):
-    sizes = {"steps": 100, "rows": 32, "inputs": 64, "hidden": 128, "depth": 128, "gates": 4, "threads": 2} | changes
+    sizes = {
+        "steps": 100,
+        "rows": 32,
+        "inputs": 64,
+        "hidden": 128,
+        "depth": 128,
+        "gates": 4,
+        "item": 4,
+        "threads": 2,
+    } | changes
     return Shape(total=sizes["steps"] * sizes["rows"], **sizes)
 
 

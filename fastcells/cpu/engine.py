@@ -38,8 +38,8 @@ class Times(NamedTuple):
 
 
 class View(NamedTuple):
-    """A buffer as a frame sees it: address, bytes from position to position and from row to row; then address, and bytes
-    from row to row, of the rows that stand for the step before a sequence's first or after its last."""
+    """A buffer as a frame sees it: address, bytes from position to position and from row to row; then address, and
+    bytes from row to row, of the rows that stand for the step before a sequence's first or after its last."""
 
     address: int
     step: int = 0
@@ -49,7 +49,7 @@ class View(NamedTuple):
 
 
 class Arena(threading.local):
-    """Memory for what lives only as long as a call (panels, partial sums): one block a thread, kept for the next call."""
+    """Memory that lives only as long as a call (panels, partial sums): one block a thread, kept for the next call."""
 
     def __init__(self) -> None:
         self._block = torch.empty(0, dtype=torch.uint8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -18,6 +18,8 @@ from .engine import Runner, Times, View, arena, product
 
 Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
+SMALL_PRODUCT = 1 << 16  # multiplications, below which torch's product costs less than a kernel's preparation
+
 
 class Ready:
     """A cell with its programs and their runners for one number format."""
@@ -29,6 +31,19 @@ class Ready:
         self.backward = Runner(self.programs.backward, dtype)
         self.gates = {g: k for k, g in enumerate(cell.gates)}  # the order of the weights' rows
         self._spans: dict[tuple[str, ...], slice | None] = {}
+        p, g = self.programs, self.programs.gradients
+        # Blocks of adjacent slots, one product each: (gates, first slot, slot of the operand or None for the state).
+        self.recurrent = [
+            (run, g.u[run[0]], operand)
+            for operand in dict.fromkeys(g.operands.values())
+            for run in runs([u for u, o in g.operands.items() if o == operand], g.u)
+        ]
+        # Gates whose projection starts from both biases, in runs: (gates, first slot).
+        self.both_biases = [(run, g.x[run[0]]) for run in runs([n for n in p.start_gates if n in p.shared], g.x)]
+        self.used_slots = max([*g.x.values(), *g.u.values()]) + 1
+        # Slot of each gate's bias gradient, None where the gates' slots are 0, 1, 2...
+        natural = {n: k for k, n in enumerate(cell.gates)}
+        self.bias_slots = [None if slots == natural else slots for slots in (g.x, g.u)]
 
     def span(self, gates: tuple[str, ...]) -> slice | None:
         """The gates' blocks of rows, if they follow each other."""
@@ -86,7 +101,7 @@ class Sequences:
     def edge(self, t: Tensor, last: bool) -> Tensor:
         """[N, ...]: rows of `t` ([T, N, ...] or [total, ...]) at the last or first step of every sequence."""
         if self.counts is None:
-            return t.view(self.steps, self.rows, -1)[-1 if last else 0]
+            return (t if t.dim() == 3 else t.view(self.steps, self.rows, -1))[-1 if last else 0]
         return t[self.offsets[self.lengths - 1] + torch.arange(self.rows)] if last else t[: self.rows]
 
     def previous(self, reverse: bool) -> tuple[Tensor, Tensor]:
@@ -148,6 +163,7 @@ class Saved:
 
     slots: list[Tensor]  # [total, slots * H]
     series: list[Tensor]  # [total, H], of each state but the hidden one
+    plans: list[Plan]
 
 
 class Direction:
@@ -181,27 +197,40 @@ class Direction:
             start = start + self.rows_of(self.b_hh, p.start_gates)
         else:
             start = start.clone()
-            for run in runs([g for g in p.start_gates if g in p.shared], p.gradients.x):
-                first, last = p.gradients.x[run[0]], p.gradients.x[run[-1]]
-                start[first * h : (last + 1) * h] += self.rows_of(self.b_hh, run)
+            for run, first in self.r.both_biases:
+                start[first * h : (first + len(run)) * h] += self.rows_of(self.b_hh, run)
         own = self.rows_of(self.b_hh, p.bias_gates).contiguous() if p.bias_gates else start
         self._alive = start, own
         return start.data_ptr(), own.data_ptr()
 
-    def segments(self, run: Runner, threads: int, with_input: bool = True) -> list[list[tuple[int, int]]]:
-        """(depth, address of the panel) of every segment of every stage."""
-        return [
-            [
-                (0, 0)
-                if segment.weights.matrix == "ih" and not with_input
-                else self.pack(run, k, segment.weights, self.units(stage.size), threads)
-                for segment in stage.segments
-            ]
-            for k, stage in enumerate(run.program.stages)
-        ]
+    def segments(self, run: Runner, threads: int, unused: Container[str] = ()) -> list[list[tuple[int, int]]]:
+        """(depth, address of the panel) of every segment of every stage; nothing is packed for those `unused`.
+
+        unused: "x" where the input is projected ahead; "before" where the only step is every sequence's first.
+        """
+        found = []
+        for k, stage in enumerate(run.program.stages):
+            row = []
+            for segment in stage.segments:
+                if segment.rows.buffer in unused:
+                    row.append((0, 0))
+                elif segment.rows.when in unused:
+                    row.append((self.depth_of(segment.weights), 0))
+                else:
+                    row.append(self.pack(run, k, segment.weights, self.units(stage.size), threads))
+            found.append(row)
+        return found
+
+    def depth_of(self, weights: Weights) -> int:
+        if weights.matrix == "hr":
+            return self.depth if weights.transposed else self.hidden
+        if weights.transposed:
+            return len(weights.gates) * self.hidden
+        return self.w_ih.shape[1] if weights.matrix == "ih" else self.depth
 
     def pack(self, run: Runner, stage: int, weights: Weights, units: int, threads: int) -> tuple[int, int]:
         """(depth, address of the panel)"""
+        depth = self.depth_of(weights)
         if weights.matrix == "hr":
             assert self.w_hr is not None
             weight, offsets = self.w_hr, [0]
@@ -210,8 +239,8 @@ class Direction:
             offsets = [self.r.gates[g] * self.hidden for g in weights.gates]
         if weights.transposed:
             rows = weight if weights.matrix == "hr" else self.rows_of(weight, weights.gates)
-            return rows.shape[0], run.panel(rows, stage, True, [0], units, rows.shape[0], threads)
-        return weight.shape[1], run.panel(weight, stage, False, offsets, units, weight.shape[1], threads)
+            return depth, run.panel(rows, stage, True, [0], units, depth, threads)
+        return depth, run.panel(weight, stage, False, offsets, units, depth, threads)
 
     def units(self, size: str) -> int:
         return self.depth if size == "P" else self.hidden
@@ -232,6 +261,7 @@ def planned(cell: Cell, weights: Sequence[Tensor], sequences: Sequences) -> Plan
             hidden=w_ih.shape[0] // len(cell.gates),
             depth=w_hh.shape[1],
             gates=len(cell.gates),
+            item=w_ih.element_size(),
             threads=team.size(),
         )
     )
@@ -258,7 +288,7 @@ def forward(
     y = torch.empty((*x.shape[:-1], count * width), dtype=dtype)
     finals = tuple([torch.empty((count, rows, hidden if j else width), dtype=dtype) for j in range(len(p.states))])
     nothing = arena.zeros(max(width, hidden) * r.forward.item) if states is None else 0
-    saved = Saved([], [])
+    saved = Saved([], [], [])
     for k, d in enumerate(directions):
         schedule = d.plan(sequences)
         threads = schedule.threads
@@ -299,10 +329,11 @@ def forward(
             views["start"], views["x"] = view(ahead, sequences), View(0)
         else:
             views["start"], views["x"] = View(start), view(x, sequences)
+        unused = ("x" if schedule.project_ahead else "", "before" if states is None and sequences.steps == 1 else "")
         r.forward.run(
             sequences.times(descending=d.reverse),
             views,
-            d.segments(r.forward, threads, not schedule.project_ahead),
+            d.segments(r.forward, threads, unused),
             [d.units(s.size) for s in p.forward.stages],
             slot=hidden,
             skip_first=states is None,
@@ -317,6 +348,7 @@ def forward(
             finals[j][k] = final if j or count == 1 else final[:, k * width : (k + 1) * width]
         saved.slots.append(slots)
         saved.series += series
+        saved.plans.append(schedule)
     return y, finals, saved
 
 
@@ -367,7 +399,7 @@ def backward(
     nothing = arena.zeros(max(width, hidden) * item)
     others = len(p.states) - 1
     for k, d in enumerate(directions):
-        schedule = d.plan(sequences)
+        schedule = saved.plans[k]
         threads = schedule.threads
         slots = saved.slots[k]
         grad = slots if overwrite else torch.empty_like(slots)
@@ -396,7 +428,7 @@ def backward(
         r.backward.run(
             sequences.times(descending=not d.reverse),
             views,
-            d.segments(r.backward, threads),
+            d.segments(r.backward, threads, ("before",) if sequences.steps == 1 else ()),
             [d.units(s.size) for s in p.backward.stages],
             slot=hidden,
             skip_first=True,
@@ -406,13 +438,10 @@ def backward(
             shares=sequences.shares(threads),
         )
         if wanted.x:
-            gates = grad[:, : len(p.start_gates) * hidden]
-            steps = by_time(gates if x.dim() == 2 else gates.unflatten(0, x.shape[:2]))
-            weight = d.rows_of(d.w_ih, p.start_gates)
-            start = None
+            begins = dx is None
             if dx is None:
-                dx, start = torch.empty(x.shape, dtype=dtype), arena.zeros(x.shape[-1] * item)
-            product(steps, weight, by_time(dx), start, transposed=True, threads=team.size())
+                dx = torch.empty(x.shape, dtype=dtype)
+            _input_gradient(d, dx, grad[:, : len(p.start_gates) * hidden], begins)
         if wanted.states:
             _initial_gradient(d, dstates[0][k], sequences.edge(grad, last=d.reverse))
         if wanted.weights:
@@ -423,17 +452,43 @@ def backward(
     return dx, dstates, dparameters
 
 
+def _input_gradient(d: Direction, dx: Tensor, grad: Tensor, begins: bool) -> None:
+    """Of the input, from that of its projections, [total, gates * H]; added to what dx holds unless this one begins."""
+    weight = d.rows_of(d.w_ih, d.r.programs.start_gates)
+    if grad.numel() * dx.shape[-1] < SMALL_PRODUCT:
+        flat = dx.view(-1, dx.shape[-1])
+        _ = torch.mm(grad, weight, out=flat) if begins else flat.addmm_(grad, weight)
+        return
+    steps = by_time(grad if dx.dim() == 2 else grad.unflatten(0, dx.shape[:2]))
+    start = arena.zeros(dx.shape[-1] * dx.element_size()) if begins else None
+    product(steps, weight, by_time(dx), start, transposed=True, threads=team.size())
+
+
+def _over_time(a: Tensor, b: Tensor) -> Tensor:
+    """a.T @ b, a large product over all steps and sequences.
+
+    Where b has few columns, torch's product is one long sum for each element, so it is taken in parts.
+    """
+    if b.shape[1] >= 16 or a.shape[0] < 64:
+        return a.t() @ b
+    length = max(32, a.shape[0] // 64)
+    parts = a.shape[0] // length
+    cut = parts * length
+    whole = torch.bmm(a[:cut].unflatten(0, (parts, length)).transpose(1, 2), b[:cut].unflatten(0, (parts, length)))
+    return whole.sum(0).addmm_(a[cut:].t(), b[cut:])
+
+
 def _initial_gradient(d: Direction, out: Tensor, grad: Tensor) -> None:
     """The hidden state's gradient before the first step: its direct path's is in `out`, its products' are added.
 
     out: [N, width]; grad: [N, slots * H], of the first step.
     """
     p, h = d.r.programs, d.hidden
-    g = p.gradients
     if p.states[0] not in p.carried:
         out.zero_()
-    for run in runs([u for u, operand in g.operands.items() if operand is None], g.u):
-        out.addmm_(grad[:, g.u[run[0]] * h : (g.u[run[-1]] + 1) * h], d.rows_of(d.w_hh, run))
+    for run, first, operand in d.r.recurrent:
+        if operand is None:
+            out.addmm_(grad[:, first * h : (first + len(run)) * h], d.rows_of(d.w_hh, run))
 
 
 def _previous(
@@ -468,7 +523,7 @@ def _parameter_gradients(
         if not operand:
             return columns.new_zeros(len(gates) * h, d.depth)
         (at, values), *more = operand
-        total = columns[at].t() @ values
+        total = _over_time(columns[at], values)
         for at, values in more:
             total.addmm_(columns[at].t(), values)
         return total
@@ -485,26 +540,26 @@ def _parameter_gradients(
         return whole
 
     dw_ih = assemble(d.w_ih, [(p.start_gates, 0, [(every, x.reshape(-1, x.shape[-1]))])])
-    blocks = []
-    for operand in dict.fromkeys(g.operands.values()):
-        vectors = previous if operand is None else [(every, slots[:, operand * h : (operand + 1) * h])]
-        for run in runs([u for u, o in g.operands.items() if o == operand], g.u):
-            blocks.append((run, g.u[run[0]], vectors))
-    dw_hh = assemble(d.w_hh, blocks)
+    dw_hh = assemble(
+        d.w_hh,
+        [
+            (run, first, previous if operand is None else [(every, slots[:, operand * h : (operand + 1) * h])])
+            for run, first, operand in d.r.recurrent
+        ],
+    )
     dw_hr = None
     if d.w_hr is not None:
         assert g.projected is not None
         dw_hr = projected.t() @ slots[:, g.projected * h : (g.projected + 1) * h]
     db_ih = db_hh = None
     if d.b_ih is not None:
-        used = max(*g.x.values(), *g.u.values()) + 1
-        sums = grad[:, : used * h].sum(0)
+        sums = grad[:, : d.r.used_slots * h].sum(0)
 
-        def pick(slot: dict[str, int]) -> Tensor:
-            if tuple(slot) == d.r.cell.gates and list(slot.values()) == list(range(len(slot))):
-                return sums[: len(slot) * h].clone()
+        def pick(slot: dict[str, int] | None) -> Tensor:
+            if slot is None:
+                return sums[: len(d.r.gates) * h]
             rows = [sums[slot[n] * h : (slot[n] + 1) * h] if n in slot else sums.new_zeros(h) for n in d.r.gates]
             return torch.cat(rows)
 
-        db_ih, db_hh = pick(g.x), pick(g.u)
+        db_ih, db_hh = pick(d.r.bias_slots[0]), pick(d.r.bias_slots[1]).clone()
     return [dw_ih, dw_hh, db_ih, db_hh, dw_hr]

@@ -3,8 +3,6 @@
 A kernel is `member(frame, thread, team)`: what one thread of a team does of a call.
 """
 
-# mypy: disable-error-code="call-arg, var-annotated"  (an intrinsic is called without its typing context)
-
 from __future__ import annotations
 
 from collections.abc import Callable
