@@ -194,7 +194,7 @@ class Direction:
             return zero, zero
         start = self.rows_of(self.b_ih, p.start_gates)
         if len(p.shared) == len(p.start_gates):
-            start = start + self.rows_of(self.b_hh, p.start_gates)
+            start = torch.add(start, self.rows_of(self.b_hh, p.start_gates))
         else:
             start = start.clone()
             for run, first in self.r.both_biases:
@@ -377,8 +377,8 @@ def backward(
     dfinals: Sequence[Tensor | None],
     wanted: Wanted,
     overwrite: bool,
-) -> tuple[Tensor | None, list[Tensor], list[list[Tensor | None]]]:
-    """Gradients of x, of the states and, a list for each direction, of the parameters, from those of y and the finals.
+) -> tuple[Tensor | None, list[Tensor | None], list[list[Tensor | None]]]:
+    """Gradients of x, the states (if wanted) and, a list for each direction, the parameters, from those of y and finals.
 
     overwrite: what forward saved is not needed again.
     """
@@ -394,7 +394,10 @@ def backward(
     dy = None if dy is None else usable(dy)
     dfinals = [None if t is None else usable(t) for t in dfinals]
     dx = None
-    dstates = [torch.empty((count, rows, hidden if j else width), dtype=dtype) for j in range(len(p.states))]
+    dstates = [
+        torch.empty((count, rows, hidden if j else width), dtype=dtype) if wanted.states or given is not None else None
+        for j, given in enumerate(dfinals)
+    ]
     dparameters: list[list[Tensor | None]] = []
     nothing = arena.zeros(max(width, hidden) * item)
     others = len(p.states) - 1
@@ -416,15 +419,22 @@ def backward(
             if j > 0:
                 views["s." + name] = view(saved.series[k * others + j - 1], sequences, 0, initial[j])
             if j > 0 or name in p.carried:
-                carry = dstates[j][k]
-                _ = carry.zero_() if given is None else carry.copy_(given[k])
-                views["carry." + name] = fixed(carry)
+                total_carry = dstates[j]
+                if total_carry is None:  # nobody asks for the state's gradient, at either end
+                    size = (hidden if j else width) * item
+                    views["carry." + name] = View(arena.zeros(rows * size), 0, size)
+                else:
+                    carry = total_carry[k]
+                    _ = carry.zero_() if given is None else carry.copy_(given[k])
+                    views["carry." + name] = fixed(carry)
             elif given is None:
                 views["carry." + name] = View(nothing, 0, 0, nothing, 0)
             else:
                 views["carry." + name] = View(nothing, 0, 0, given[k].data_ptr(), given.stride(1) * item)
-        projected = torch.empty((total if d.w_hr is not None else 0, width), dtype=dtype)
-        views["projected"] = view(projected, sequences)
+        projected = y
+        if d.w_hr is not None:
+            projected = torch.empty((total, width), dtype=dtype)
+            views["projected"] = view(projected, sequences)
         r.backward.run(
             sequences.times(descending=not d.reverse),
             views,
@@ -438,11 +448,9 @@ def backward(
             shares=sequences.shares(threads),
         )
         if wanted.x:
-            begins = dx is None
-            if dx is None:
-                dx = torch.empty(x.shape, dtype=dtype)
-            _input_gradient(d, dx, grad[:, : len(p.start_gates) * hidden], begins)
+            dx = _input_gradient(d, x.shape, dx, grad[:, : len(p.start_gates) * hidden])
         if wanted.states:
+            assert dstates[0] is not None
             _initial_gradient(d, dstates[0][k], sequences.edge(grad, last=d.reverse))
         if wanted.weights:
             previous = _previous(y, k * width, d, sequences, None if states is None else states[0][k])
@@ -452,16 +460,17 @@ def backward(
     return dx, dstates, dparameters
 
 
-def _input_gradient(d: Direction, dx: Tensor, grad: Tensor, begins: bool) -> None:
-    """Of the input, from that of its projections, [total, gates * H]; added to what dx holds unless this one begins."""
-    weight = d.rows_of(d.w_ih, d.r.programs.start_gates)
-    if grad.numel() * dx.shape[-1] < SMALL_PRODUCT:
-        flat = dx.view(-1, dx.shape[-1])
-        _ = torch.mm(grad, weight, out=flat) if begins else flat.addmm_(grad, weight)
-        return
-    steps = by_time(grad if dx.dim() == 2 else grad.unflatten(0, dx.shape[:2]))
-    start = arena.zeros(dx.shape[-1] * dx.element_size()) if begins else None
+def _input_gradient(d: Direction, shape: torch.Size, dx: Tensor | None, grad: Tensor) -> Tensor:
+    """Of the input, from that of its projections, [total, gates * H]; added to that of the other direction, if given."""
+    weight, inputs = d.rows_of(d.w_ih, d.r.programs.start_gates), shape[-1]
+    if grad.numel() * inputs < SMALL_PRODUCT:
+        return torch.mm(grad, weight).view(shape) if dx is None else dx.add_(torch.mm(grad, weight).view(shape))
+    start = None
+    if dx is None:
+        dx, start = torch.empty(shape, dtype=grad.dtype), arena.zeros(inputs * grad.element_size())
+    steps = by_time(grad if len(shape) == 2 else grad.unflatten(0, shape[:2]))
     product(steps, weight, by_time(dx), start, transposed=True, threads=team.size())
+    return dx
 
 
 def _over_time(a: Tensor, b: Tensor) -> Tensor:
@@ -495,6 +504,8 @@ def _previous(
     y: Tensor, column: int, d: Direction, sequences: Sequences, initial: Tensor | None
 ) -> list[tuple[slice, Tensor]]:
     """The hidden states that entered the recurrent products: (rows of the time steps, [rows, width]) in parts."""
+    if sequences.steps == 1 and initial is None:
+        return []
     flat = y.view(sequences.total, -1)[:, column : column + d.depth]
     rows = sequences.rows
     if sequences.counts is not None:
@@ -531,7 +542,7 @@ def _parameter_gradients(
     def assemble(like: Tensor, blocks: list[tuple[tuple[str, ...], int, list[tuple[slice, Tensor]]]]) -> Tensor:
         if blocks and blocks[0][0] == d.r.cell.gates:
             return block(*blocks[0])
-        whole = torch.zeros_like(like)
+        whole = like.new_zeros(like.shape)
         for gates, first, operand in blocks:
             part = block(gates, first, operand)
             for j, gate in enumerate(gates):
