@@ -60,7 +60,7 @@ class Arena(threading.local):
         """Begin a call: all that was taken is free again."""
         if self._full:
             self._full.append(self._block)
-            size = sum(len(b) for b in self._full)
+            size = sum(b.shape[0] for b in self._full)
             self._full, self._block = [], torch.empty(0, dtype=torch.uint8)  # first free, then take
             self._block = torch.empty(size, dtype=torch.uint8)
         self._used = 0
@@ -69,7 +69,7 @@ class Arena(threading.local):
         """Address of `size` bytes, aligned to a line of cache and a line apart from others."""
         begin = self._used
         self._used += (size + 2 * LINE - 1) // LINE * LINE
-        if self._used + LINE > len(self._block):
+        if self._used + LINE > self._block.shape[0]:
             self._full.append(self._block)
             self._block = torch.empty(max(self._used + LINE, 1 << 16), dtype=torch.uint8)
             begin, self._used = 0, (size + 2 * LINE - 1) // LINE * LINE
@@ -83,6 +83,14 @@ class Arena(threading.local):
 
 
 arena = Arena()
+_zeros = [torch.zeros(1 << 14, dtype=torch.uint8)]
+
+
+def zeros(size: int) -> int:
+    """Address of at least `size` zero bytes, to be read only."""
+    if size > _zeros[-1].shape[0]:
+        _zeros.append(torch.zeros(2 * size, dtype=torch.uint8))  # the shorter ones may be in use, and are half as long
+    return _zeros[-1].data_ptr()
 
 
 class Runner:

@@ -14,7 +14,7 @@ from ..cell import Cell
 from ..plan import Plan, Shape, plan
 from ..program import Programs, Weights, build, runs
 from . import team
-from .engine import Runner, Times, View, arena, product
+from .engine import Runner, Times, View, arena, product, zeros
 
 Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
@@ -101,7 +101,8 @@ class Sequences:
     def edge(self, t: Tensor, last: bool) -> Tensor:
         """[N, ...]: rows of `t` ([T, N, ...] or [total, ...]) at the last or first step of every sequence."""
         if self.counts is None:
-            return (t if t.dim() == 3 else t.view(self.steps, self.rows, -1))[-1 if last else 0]
+            time = t if t.dim() == 3 else t.view(self.steps, self.rows, t.shape[1])
+            return time.select(0, self.steps - 1 if last else 0)
         return t[self.offsets[self.lengths - 1] + torch.arange(self.rows)] if last else t[: self.rows]
 
     def previous(self, reverse: bool) -> tuple[Tensor, Tensor]:
@@ -190,7 +191,7 @@ class Direction:
         """Addresses of what the input projections, and the recurrent products with a bias of their own, start from."""
         p, h = self.r.programs, self.hidden
         if self.b_ih is None or self.b_hh is None:
-            zero = arena.zeros(max(len(p.start_gates), len(p.bias_gates)) * h * self.w_ih.element_size())
+            zero = zeros(max(len(p.start_gates), len(p.bias_gates)) * h * self.w_ih.element_size())
             return zero, zero
         start = self.rows_of(self.b_ih, p.start_gates)
         if len(p.shared) == len(p.start_gates):
@@ -252,17 +253,19 @@ class Direction:
 def planned(cell: Cell, weights: Sequence[Tensor], sequences: Sequences) -> Plan:
     """The schedule that a direction with these weights (weight_ih, weight_hh) takes now."""
     w_ih, w_hh = weights[:2]
+    gates = len(cell.gates)
+    rows, inputs = w_ih.shape
     return plan(
         Shape(
-            steps=sequences.steps,
-            rows=sequences.rows,
-            total=sequences.total,
-            inputs=w_ih.shape[1],
-            hidden=w_ih.shape[0] // len(cell.gates),
-            depth=w_hh.shape[1],
-            gates=len(cell.gates),
-            item=w_ih.element_size(),
-            threads=team.size(),
+            sequences.steps,
+            sequences.rows,
+            sequences.total,
+            inputs,
+            rows // gates,
+            w_hh.shape[1],
+            gates,
+            w_ih.element_size(),
+            team.size(),
         )
     )
 
@@ -287,7 +290,7 @@ def forward(
     states = None if states is None else tuple(usable(s) for s in states)
     y = torch.empty((*x.shape[:-1], count * width), dtype=dtype)
     finals = tuple([torch.empty((count, rows, hidden if j else width), dtype=dtype) for j in range(len(p.states))])
-    nothing = arena.zeros(max(width, hidden) * r.forward.item) if states is None else 0
+    nothing = zeros(max(width, hidden) * r.forward.item)
     saved = Saved([], [], [])
     for k, d in enumerate(directions):
         schedule = d.plan(sequences)
@@ -345,7 +348,7 @@ def forward(
         )
         for j, t in enumerate([y, *series]):
             final = sequences.edge(t, last=not d.reverse)
-            finals[j][k] = final if j or count == 1 else final[:, k * width : (k + 1) * width]
+            finals[j].select(0, k).copy_(final if j or count == 1 else final[:, k * width : (k + 1) * width])
         saved.slots.append(slots)
         saved.series += series
         saved.plans.append(schedule)
@@ -399,7 +402,7 @@ def backward(
         for j, given in enumerate(dfinals)
     ]
     dparameters: list[list[Tensor | None]] = []
-    nothing = arena.zeros(max(width, hidden) * item)
+    nothing = zeros(max(width, hidden) * item)
     others = len(p.states) - 1
     for k, d in enumerate(directions):
         schedule = saved.plans[k]
@@ -467,7 +470,7 @@ def _input_gradient(d: Direction, shape: torch.Size, dx: Tensor | None, grad: Te
         return torch.mm(grad, weight).view(shape) if dx is None else dx.add_(torch.mm(grad, weight).view(shape))
     start = None
     if dx is None:
-        dx, start = torch.empty(shape, dtype=grad.dtype), arena.zeros(inputs * grad.element_size())
+        dx, start = torch.empty(shape, dtype=grad.dtype), zeros(inputs * grad.element_size())
     steps = by_time(grad if len(shape) == 2 else grad.unflatten(0, shape[:2]))
     product(steps, weight, by_time(dx), start, transposed=True, threads=team.size())
     return dx
