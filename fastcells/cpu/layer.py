@@ -381,7 +381,7 @@ def backward(
     wanted: Wanted,
     overwrite: bool,
 ) -> tuple[Tensor | None, list[Tensor | None], list[list[Tensor | None]]]:
-    """Gradients of x, the states (if wanted) and, a list for each direction, the parameters, from those of y and finals.
+    """Gradients of x, the states (if wanted) and, a list for each direction, the parameters.
 
     overwrite: what forward saved is not needed again.
     """
@@ -464,7 +464,7 @@ def backward(
 
 
 def _input_gradient(d: Direction, shape: torch.Size, dx: Tensor | None, grad: Tensor) -> Tensor:
-    """Of the input, from that of its projections, [total, gates * H]; added to that of the other direction, if given."""
+    """Of the input, from that of its projections, [total, gates * H]; added to the other direction's, if given."""
     weight, inputs = d.rows_of(d.w_ih, d.r.programs.start_gates), shape[-1]
     if grad.numel() * inputs < SMALL_PRODUCT:
         return torch.mm(grad, weight).view(shape) if dx is None else dx.add_(torch.mm(grad, weight).view(shape))

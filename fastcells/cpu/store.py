@@ -136,7 +136,7 @@ def compile_object(function: Callable) -> bytes:
             f.linkage = "internal"
     machine = _target_machine()
     # The tile is vector code already; unrolling or vectorising around it only costs registers.
-    tuning = llvm.create_pipeline_tuning_options(speed_level=3)
+    tuning = llvm.create_pipeline_tuning_options(speed_level=1)
     tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False
     passes = llvm.create_pass_builder(machine, tuning)
     passes.getModulePassManager().run(module, passes)

@@ -72,6 +72,9 @@ def make_tile(program: Program, dtype: str, shapes: list[Shape]) -> Callable:
     return intrinsic(scope["tile"])
 
 
+UNROLL = 2  # steps of the depth in one turn of the inner loop: loads and multiply-adds alone almost fill the pipeline
+
+
 class _Tile:
     """Emits one variant."""
 
@@ -225,20 +228,21 @@ class _Tile:
         line = len(segment.targets) * self.vector_bytes  # of one vector of units, one k
         address = b.add(address, b.mul(b.mul(self.arg["unit"], depth), i64(line)))
         panels = [b.add(address, b.mul(depth, i64(p * self.block * line))) for p in range(self.width // self.block)]
-        begin, sums = self.loop(segment, sums, keys, panels, line, begin, end, interleave)
-        if interleave > 1:
-            _, rest = self.loop(segment, sums[:1], keys, panels, line, begin, end, 1)
-            total = rest + sums[1:]
-            while len(total) > 1:
-                half = len(total) // 2
-                total = [
-                    {key: b.fadd(x[key], y[key]) for key in keys}
-                    for x, y in zip(total[:half], total[half:], strict=True)
-                ]
-            sums = total
-        return {**accumulators, **sums[0]}
+        stride = interleave if self.single else UNROLL
+        begin, sums = self.loop(segment, sums, keys, panels, line, begin, end, stride)
+        rest = sums[:1]
+        if stride > 1:
+            _, rest = self.loop(segment, rest, keys, panels, line, begin, end, 1)
+        total = rest + sums[1:]
+        while len(total) > 1:
+            half = len(total) // 2
+            total = [
+                {key: b.fadd(x[key], y[key]) for key in keys} for x, y in zip(total[:half], total[half:], strict=True)
+            ]
+        return {**accumulators, **total[0]}
 
     def loop(self, segment, sums: list[dict], keys, panels, line: int, begin, end, stride: int):
+        """`stride` steps of the depth at a time, each added to the next of the sums in turn; (where it ended, sums)."""
         b, v = self.b, self.v
         before, body, done = b.block, b.append_basic_block("k"), b.append_basic_block("k.done")
         last = b.sub(end, i64(stride))  # the last k that a whole stride fits at
@@ -247,9 +251,10 @@ class _Tile:
         k = b.phi(I64)
         k.add_incoming(begin, before)
         current = [{key: b.phi(v.type) for key in keys} for _ in sums]
-        new: list[dict] = []
+        new: list[dict] = list(current)
         rows = self.row_addresses(segment.rows)
-        for i, part in enumerate(current):
+        for i in range(stride):
+            part = new[i % len(sums)]
             at_k = b.add(k, i64(i))
             scalar = [v.splat(b.load(v.pointer(b.add(r, b.mul(at_k, i64(self.bytes))), v.fmt.scalar))) for r in rows]
             out = {}
@@ -260,7 +265,7 @@ class _Tile:
                     weight = v.load(b.add(base, i64(inner)))
                     for m in range(self.rows):
                         out[m, w, a] = v.fma(scalar[m], weight, part[m, w, a])
-            new.append(out)
+            new[i % len(sums)] = out
         k_next = b.add(k, i64(stride))
         k.add_incoming(k_next, b.block)
         for phis, first, out in zip(current, sums, new, strict=True):
