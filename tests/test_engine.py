@@ -136,6 +136,17 @@ def test_any_shape(which, steps, rows, inputs, hidden, directions, given_states)
     agree(*problem(which, steps, rows, inputs, hidden, directions=directions, given=given_states))
 
 
+EDGES = [1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 20, 23, 24, 25, 31, 32, 33, 36, 63, 64, 65, 100, 127, 128, 129, 130]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("hidden", EDGES)
+def test_hidden_sizes_around_the_edges_of_tiles(hidden, dtype):
+    """A single row has tiles of its own; five rows are cut into tiles of three and two, or four and one."""
+    for c, rows in ((cells.lstm, 1), (cells.gru, 5), (cells.rnn_tanh, 4)):
+        agree(*problem(c, 2, rows, 3, hidden, dtype=dtype), tolerance=1e-11 if dtype is torch.float64 else 2e-5)
+
+
 @pytest.mark.parametrize(("rows", "hidden"), [(24, 200), (9, 400), (130, 40), (200, 7)])
 def test_sizes_that_are_taken_in_blocks(rows, hidden):
     """Depth beyond a panel, rows beyond a block."""
@@ -235,15 +246,19 @@ def test_python_threads_at_once():
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("script", ["guard_pages.py", "forked.py"])
-def test_in_a_process_of_its_own(script):
-    """Buffers that end at an unreadable page; layers in forked workers after the parent ran one with a thread team."""
+@pytest.mark.parametrize(
+    ("script", "environment"),
+    [("guard_pages.py", {}), ("forked.py", {}), ("plain_processor.py", {"NUMBA_CPU_NAME": "generic"})],
+)
+def test_in_a_process_of_its_own(script, environment):
+    """Buffers that end at an unreadable page; layers in forked workers after the parent ran one with a thread team; a
+    processor without wide vectors or fused multiply-adds."""
     result = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "scripts" / script)],
         capture_output=True,
         text=True,
-        timeout=300,
-        env={**os.environ, "FASTCELLS_QUIET": "1"},
+        timeout=600,
+        env={**os.environ, "FASTCELLS_QUIET": "1", **environment},
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.split()[-1] == "done"

@@ -6,9 +6,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import llvmlite.binding as llvm
 import pytest
 
 from fastcells.cpu import store
+from fastcells.cpu.host import Host
 
 
 def kernel_source(value: str) -> str:
@@ -110,6 +112,28 @@ def test_code_is_not_loaded_from_a_folder_that_others_may_write_to(tmp_path):
     tmp_path.chmod(0o777)
     assert store._read(path) is None
     assert not store._write(path, b"code")
+
+
+WIDE = {
+    "avx512": Host(
+        "x86_64-unknown-linux-gnu", "skylake-avx512", "+avx,+avx2,+fma,+avx512f,+avx512vl,+avx512dq", 64, 32
+    ),
+    "avx2": Host("x86_64-unknown-linux-gnu", "haswell", "+avx,+avx2,+fma", 32, 16),
+    "plain": Host("x86_64-unknown-linux-gnu", "generic", "", 16, 16),
+}
+
+
+@pytest.mark.skipif(not llvm.get_process_triple().startswith("x86_64"), reason="code for another architecture")
+@pytest.mark.parametrize("kind", WIDE)
+def test_every_vector_width_compiles(kind, monkeypatch):
+    """Widths that this processor lacks cannot run here, but their code can be made."""
+    from fastcells.cpu.engine import PRODUCT
+    from fastcells.cpu.loops import make_recurrence
+
+    monkeypatch.setattr(store, "host", lambda: WIDE[kind])
+    lanes = WIDE[kind].lanes(4)
+    code = store.compile_object(make_recurrence(PRODUCT, "float32", WIDE[kind].registers, lanes))
+    assert len(code) > 1000
 
 
 def test_digest_covers_source_machine_and_versions():
