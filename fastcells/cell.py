@@ -47,7 +47,7 @@ class Cell:
         return f"<cell {self.name}: gates {' '.join(self.gates)}; states {' '.join(self.states)}>"
 
     def __reduce__(self):
-        return self.function.__module__ and _lookup, (self.function.__module__, self.function.__qualname__)
+        return _lookup, (self.function.__module__, self.function.__qualname__)
 
     def __call__(self, x: Any, u: Any, s: Any) -> Any:
         """The declared function itself: new state(s) from `x`, `u`, `s`, each with an attribute per gate or state."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from . import unrolled
 from .cell import Cell
@@ -48,24 +49,100 @@ def layer(
     parameters: Sequence[Parameters],
     batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Run a layer over time.
+    """Run a recurrent layer over time, differentiably.
 
     cell: the recurrent cell. x: [T, N, I], any strides, or packed rows [total, I] with batch_sizes, an int64 tensor [T]
     that does not increase. states: None for zeros, or [D, N, H] for each of the cell's states (the first one [D, N, P]
     with a projection). parameters: (weight_ih [G * H, I], weight_hh [G * H, H or P], bias_ih, bias_hh [G * H] or None,
     weight_hr [P, H] or None) for each of the D directions; the second one runs backward in time.
 
-    Returns y, [T, N, D * H] or [total, D * H], and the final states, shaped as the initial ones. Everything must be of
-    one dtype, float32 or float64, on the CPU: see `refusal`. T and N must be at least 1.
+    Returns y, [T, N, D * H] or [total, D * H], and the final states, shaped as the initial ones.
+
+    Raises TypeError, ValueError for arguments that do not fit together, RuntimeError for tensors that the engine does
+    not take (see `refusal`): float32 or float64 throughout, on the CPU.
     """
+    _check(cell, x, states, parameters, batch_sizes)
+    return unchecked_layer(cell, x, states, parameters, batch_sizes)
+
+
+def unchecked_layer(
+    cell: Cell,
+    x: Tensor,
+    states: tuple[Tensor, ...] | None,
+    parameters: Sequence[Parameters],
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`layer` for callers that have checked the arguments themselves: kernels go by raw addresses."""
     flat = [w for p in parameters for w in p]
     tensors = [x, *(states or ()), *flat]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
         y, *finals = _Layer.apply(cell, batch_sizes, len(parameters), states is not None, x, *(states or ()), *flat)
         return y, tuple(finals)
     sequences = cpu.Sequences(x, batch_sizes)
     y, finals, _ = cpu.forward(cell, x, states, parameters, sequences, training=False)
     return y, finals
+
+
+def _check(cell, x, states, parameters, batch_sizes) -> None:
+    """Raise for the first argument of `layer` that does not fit."""
+
+    def want(condition: bool, name: str, expected: str, given: object, error: type[Exception] = ValueError) -> None:
+        if not condition:
+            raise error(f"{name} must be {expected}, got {given}")
+
+    def want_tensor(t: object, name: str, shape: Sequence[int | None]) -> None:
+        want(isinstance(t, Tensor), name, "a Tensor", type(t).__name__, TypeError)
+        given = tuple(t.shape)  # type: ignore[attr-defined]
+        fits = len(given) == len(shape) and all(b is None or a == b for a, b in zip(given, shape, strict=True))
+        want(fits, name, "of shape [" + ", ".join("any" if n is None else str(n) for n in shape) + "]", given)
+
+    want(isinstance(cell, Cell), "cell", "a Cell", type(cell).__name__, TypeError)
+    want_tensor(x, "x", [None] * (3 if batch_sizes is None else 2))
+    want(0 not in x.shape, "x", "of sizes of at least 1", tuple(x.shape))
+    rows = x.shape[1]
+    if batch_sizes is not None:
+        want_tensor(batch_sizes, "batch_sizes", [None])
+        want(
+            batch_sizes.dtype is torch.int64 and batch_sizes.is_cpu,
+            "batch_sizes",
+            "int64 on the CPU",
+            batch_sizes.dtype,
+        )
+        counts = batch_sizes.tolist()
+        fits = counts and counts[-1] > 0 and counts == sorted(counts, reverse=True) and sum(counts) == len(x)
+        want(fits, "batch_sizes", f"positive, never increasing, with sum {len(x)}", counts)
+        rows = counts[0]
+    want(len(parameters) in (1, 2), "parameters", "those of 1 or 2 directions", len(parameters))
+    tensors = [x]
+    for k, given in enumerate(parameters):
+        name = f"parameters[{k}]"
+        want(len(given) == 5, name, "(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)", f"{len(given)} items")
+        w_ih, w_hh, b_ih, b_hh, w_hr = given
+        want_tensor(w_ih, f"{name}: weight_ih", [None, x.shape[-1]])
+        total, gates = w_ih.shape[0], len(cell.gates)
+        want(total > 0 and total % gates == 0, f"{name}: weight_ih", f"of {gates} gates' rows", tuple(w_ih.shape))
+        hidden = total // gates
+        if k == 0:
+            first, size = hidden, hidden if w_hr is None else len(w_hr)
+        want(hidden == first, f"{name}: weight_ih", f"of hidden size {first}, as the first direction's", hidden)
+        want_tensor(w_hh, f"{name}: weight_hh", [total, size])
+        want((b_ih is None) == (b_hh is None), f"{name}: bias_ih, bias_hh", "both given or both None", (b_ih, b_hh))
+        if b_ih is not None:
+            want_tensor(b_ih, f"{name}: bias_ih", [total])
+            want_tensor(b_hh, f"{name}: bias_hh", [total])
+        want((w_hr is None) == (parameters[0][4] is None), f"{name}: weight_hr", "as the first direction's", w_hr)
+        if w_hr is not None:
+            want_tensor(w_hr, f"{name}: weight_hr", [size, hidden])
+        tensors += [t for t in given if t is not None]
+    if states is not None:
+        want(len(states) == len(cell.states), "states", f"one Tensor each for {cell.states}", f"{len(states)} items")
+        for j, (s, name) in enumerate(zip(states, cell.states, strict=True)):
+            want_tensor(s, f"states[{j}] ({name})", [len(parameters), rows, hidden if j else size])
+            tensors.append(s)
+    reason = refusal(*tensors)
+    want(reason is None, "the call", "one that the engine takes", reason, RuntimeError)
+    dtypes = {t.dtype for t in tensors}
+    want(len(dtypes) == 1, "all tensors", f"of x's dtype {x.dtype}", sorted(map(str, dtypes)))
 
 
 def _split(cell: Cell, directions: int, given: bool, tensors: Sequence) -> tuple:
@@ -90,29 +167,36 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, *dstates):
-        tensors = ctx.saved_tensors
-        inputs, (y, *rest) = tensors[: ctx.inputs], tensors[ctx.inputs :]
-        needs = ctx.needs_input_grad[4:]
-        if torch.is_grad_enabled():  # create_graph: the derivative must itself be differentiable
-            return None, None, None, None, *_differentiable(ctx, inputs, needs, dy, dstates)
-        x, states, parameters = _split(ctx.cell, ctx.directions, ctx.given, inputs)
-        count = len(states or ())
-        wanted = cpu.Wanted(needs[0], any(needs[1 : 1 + count]), any(needs[1 + count :]))
-        dx, d0, dparameters = cpu.backward(
-            ctx.cell,
-            x,
-            states,
-            y,
-            parameters,
-            ctx.sequences,
-            cpu.Saved(rest[: ctx.directions], rest[ctx.directions :], ctx.plans),
-            dy,
-            dstates,
-            wanted,
-            overwrite=not _keeps_graph(),
-        )
-        found = [dx, *(d0 if ctx.given else ()), *(g for p in dparameters for g in p)]
-        return None, None, None, None, *(g if need else None for g, need in zip(found, needs, strict=True))
+        if torch.autograd._profiler_enabled():
+            with record_function(f"fastcells::{ctx.cell.name}_backward"):
+                return _backward(ctx, dy, *dstates)
+        return _backward(ctx, dy, *dstates)
+
+
+def _backward(ctx, dy, *dstates):
+    tensors = ctx.saved_tensors
+    inputs, (y, *rest) = tensors[: ctx.inputs], tensors[ctx.inputs :]
+    needs = ctx.needs_input_grad[4:]
+    if torch.is_grad_enabled():  # create_graph: the derivative must itself be differentiable
+        return None, None, None, None, *_differentiable(ctx, inputs, needs, dy, dstates)
+    x, states, parameters = _split(ctx.cell, ctx.directions, ctx.given, inputs)
+    count = len(states or ())
+    wanted = cpu.Wanted(needs[0], any(needs[1 : 1 + count]), any(needs[1 + count :]))
+    dx, d0, dparameters = cpu.backward(
+        ctx.cell,
+        x,
+        states,
+        y,
+        parameters,
+        ctx.sequences,
+        cpu.Saved(rest[: ctx.directions], rest[ctx.directions :], ctx.plans),
+        dy,
+        dstates,
+        wanted,
+        overwrite=not _keeps_graph(),
+    )
+    found = [dx, *(d0 if ctx.given else ()), *(g for p in dparameters for g in p)]
+    return None, None, None, None, *(g if need else None for g, need in zip(found, needs, strict=True))
 
 
 def _keeps_graph() -> bool:

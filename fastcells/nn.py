@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import cells
 from .cell import Cell
-from .functional import Parameters, layer, refusal
+from .functional import Parameters, refusal, unchecked_layer
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -191,7 +191,7 @@ class DropIn(torch.nn.Module):
         for k, directions in enumerate(parameters):
             if k and self.dropout and self.training:
                 y = torch.dropout(y, self.dropout, True)  # as torch.nn does: same draws from the same generator
-            y, final = layer(cell, y, given[k], directions, batch.batch_sizes)
+            y, final = unchecked_layer(cell, y, given[k], directions, batch.batch_sizes)
             finals.append(final)
         if count > 1:
             final = tuple(torch.cat(state) for state in zip(*finals, strict=True))

@@ -262,3 +262,43 @@ def test_in_a_process_of_its_own(script, environment):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.split()[-1] == "done"
+
+
+def _changed(**changes):
+    """Arguments of functional.layer with some replaced: by name, or `weights` for items of the first direction."""
+    (c, x, states, parameters, _), _, _ = problem(cells.lstm, 3, 2, 4, 5)
+    weights = list(parameters[0])
+    for index, value in changes.pop("weights", {}).items():
+        weights[index] = value
+    arguments = {"cell": c, "x": x, "states": states, "parameters": [tuple(weights)], "batch_sizes": None}
+    return arguments | changes
+
+
+f64 = {"dtype": torch.float64}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"cell": "lstm"}, TypeError, "cell must be a Cell, got str"),
+        ({"x": [1.0]}, TypeError, "x must be a Tensor, got list"),
+        ({"x": torch.ones(3, 4, **f64)}, ValueError, "x must be of shape"),
+        ({"x": torch.ones(0, 2, 4, **f64)}, ValueError, "sizes of at least 1"),
+        ({"x": torch.ones(3, 2, 7, **f64)}, ValueError, r"weight_ih must be of shape \[any, 7\], got \(20, 4\)"),
+        ({"x": torch.ones(3, 2, 4)}, ValueError, "all tensors must be of x's dtype torch.float32"),
+        ({"weights": {0: torch.ones(18, 4, **f64)}}, ValueError, "weight_ih must be of 4 gates' rows"),
+        ({"weights": {1: torch.ones(20, 6, **f64)}}, ValueError, r"weight_hh must be of shape \[20, 5\]"),
+        ({"weights": {2: None}}, ValueError, "both given or both None"),
+        ({"weights": {3: torch.ones(19, **f64)}}, ValueError, r"bias_hh must be of shape \[20\]"),
+        ({"weights": {4: torch.ones(3, 9, **f64)}}, ValueError, "weight_hh must be of shape"),
+        ({"states": (torch.ones(1, 2, 5, **f64),)}, ValueError, "states must be one Tensor each"),
+        ({"states": (torch.ones(1, 3, 5, **f64),) * 2}, ValueError, r"states\[0\] \(h\) must be of shape \[1, 2, 5\]"),
+        ({"parameters": []}, ValueError, "parameters must be those of 1 or 2 directions, got 0"),
+        ({"x": torch.ones(3, 4, **f64), "batch_sizes": torch.tensor([1, 2])}, ValueError, "never increasing"),
+        ({"x": torch.ones(3, 4, **f64), "batch_sizes": torch.tensor([2, 1]).int()}, ValueError, "int64"),
+        ({"x": torch.ones(3, 2, 4, dtype=torch.float16)}, RuntimeError, "dtype torch.float16"),
+    ],
+)
+def test_arguments_are_checked_before_any_kernel_runs(changes, error, words):
+    with pytest.raises(error, match=words):
+        functional.layer(**_changed(**changes))

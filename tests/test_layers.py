@@ -666,9 +666,9 @@ def test_compiled_model(training, monkeypatch):
 
     def counted(*args):
         calls.append(args[0].name)
-        return fastcells.functional.layer(*args)
+        return fastcells.functional.unchecked_layer(*args)
 
-    monkeypatch.setattr(fastcells.nn, "layer", counted)
+    monkeypatch.setattr(fastcells.nn, "unchecked_layer", counted)
 
     class Model(torch.nn.Module):
         def __init__(self, nn):
