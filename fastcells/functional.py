@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from . import unrolled
+from . import cells, unrolled
 from .cell import Cell
 from .cpu import layer as cpu
 from .cpu.engine import DTYPES
+from .plan import STEP_ROWS, few_at_once
 
 Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+STEPS: dict[Cell, Callable] = {
+    cells.lstm: torch._VF.lstm_cell,
+    cells.gru: torch._VF.gru_cell,
+    cells.rnn_tanh: torch._VF.rnn_tanh_cell,
+    cells.rnn_relu: torch._VF.rnn_relu_cell,
+}
+"""torch's operation for one step of a cell."""
 
 
 def refusal(*tensors: Tensor) -> str | None:
@@ -73,6 +83,11 @@ def unchecked_layer(
     batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """`layer` for callers that have checked the arguments themselves: kernels go by raw addresses."""
+    step = STEPS.get(cell)
+    if step is not None and parameters[0][4] is None:
+        rows = x.shape[-2] if batch_sizes is None or batch_sizes.shape[0] == 1 else STEP_ROWS
+        if few_at_once(x.shape[0] if batch_sizes is None else 1, rows):
+            return _single_step(step, cell, x, states, parameters)
     flat = [w for p in parameters for w in p]
     tensors = [x, *(states or ()), *flat]
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
@@ -81,6 +96,24 @@ def unchecked_layer(
     sequences = cpu.Sequences(x, batch_sizes)
     y, finals, _ = cpu.forward(cell, x, states, parameters, sequences, training=False)
     return y, finals
+
+
+def _single_step(
+    step: Callable, cell: Cell, x: Tensor, states: tuple[Tensor, ...] | None, parameters: Sequence[Parameters]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The same for one time step by torch's cell operation."""
+    rows = x if x.dim() == 2 else x[0]
+    results = []
+    for k, (w_ih, w_hh, b_ih, b_hh, _) in enumerate(parameters):
+        zero = rows.new_zeros(rows.shape[0], w_hh.shape[1]) if states is None else None
+        initial = [zero if states is None else states[j][k] for j in range(len(cell.states))]
+        result = step(rows, initial if len(initial) > 1 else initial[0], w_ih, w_hh, b_ih, b_hh)
+        results.append(result if isinstance(result, tuple) else (result,))
+    outputs = [r[0] for r in results]
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+    # Clones: outputs of a layer are tensors of their own, and may be changed in place.
+    finals = [torch.stack(s) for s in zip(*results, strict=True)]
+    return y.view(*x.shape[:-1], -1), tuple(finals)
 
 
 def _check(cell, x, states, parameters, batch_sizes) -> None:

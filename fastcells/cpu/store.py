@@ -14,6 +14,7 @@ import ctypes
 import hashlib
 import importlib.metadata
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -29,6 +30,7 @@ import llvmlite.binding as llvm
 from .host import host
 
 SYMBOL = "fastcells_kernel"
+FILE = re.compile(r".+-[0-9a-f]{32}\.o")  # a name and a digest
 Member = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
 
@@ -175,6 +177,20 @@ def folders() -> list[Path]:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     user = getattr(os, "getuid", lambda: "user")()
     return [Path(base) / "fastcells", Path(tempfile.gettempdir()) / f"fastcells-{user}"]
+
+
+def stored() -> list[Path]:
+    """The files of kernels in all folders, of this version and of others."""
+    trusted = [folder for folder in folders() if folder.is_dir() and _trusted(folder)]
+    return [file for folder in trusted for file in sorted(folder.glob("*.o")) if FILE.fullmatch(file.name)]
+
+
+def clear() -> list[Path]:
+    """Delete all stored kernels; the files that are gone. Those in use stay in memory. Raises OSError as `unlink`."""
+    gone = stored()
+    for file in gone:
+        file.unlink(missing_ok=True)
+    return gone
 
 
 def _trusted(folder: Path) -> bool:

@@ -1,0 +1,338 @@
+"""The command line: ``python -m fastcells profile | info | warmup | clear-cache``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from . import __version__, cells, nn
+from .cell import Cell
+from .cpu import layer as cpu
+from .cpu import store, team
+from .cpu.engine import DTYPES
+from .cpu.host import host
+
+DTYPE = {name: dtype for dtype, name in DTYPES.items()}
+CELLS = {name: cell for name, cell in vars(cells).items() if isinstance(cell, Cell)}
+LAYERS: dict[str, Callable[..., nn.LayerModule]] = {
+    "lstm": nn.LSTM,
+    "gru": nn.GRU,
+    "rnn": nn.RNN,
+    "rnn_relu": partial(nn.RNN, nonlinearity="relu"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help shows what there is)\n")
+
+
+def whole(most: int) -> Callable[[str], int]:
+    """An argument type: a whole number from 1 to `most`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """An argument type: a number greater than 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number greater than 0, got {text!r}")
+    return number
+
+
+# ---- profile ----
+def add_profile(commands: Any) -> None:
+    parser = commands.add_parser(
+        "profile",
+        help="throughput of a layer, share of the machine's limits, and where the time goes",
+        description="Throughput of a layer, share of the machine's limits, and where the time goes.",
+    )
+    parser.add_argument("cell", choices=list(LAYERS))
+    size = whole(1 << 20)
+    parser.add_argument("--hidden", type=size, default=128, metavar="H", help="hidden size; default: 128")
+    parser.add_argument("--batch", type=size, default=32, metavar="N", help="sequences; default: 32")
+    parser.add_argument("--steps", type=size, default=100, metavar="T", help="sequence length; default: 100")
+    parser.add_argument("--input", type=size, metavar="I", help="input size; default: the hidden size")
+    parser.add_argument("--layers", type=whole(64), default=1, metavar="L", help="default: 1")
+    parser.add_argument("--bidirectional", action="store_true")
+    parser.add_argument("--dtype", choices=list(DTYPE), default="float32", help="default: float32")
+    parser.add_argument("--threads", type=whole(1024), metavar="N", help="default: as many as torch would use")
+    parser.add_argument("--train", action="store_true", help="forward and backward; default: inference")
+    parser.add_argument("--rate", type=positive, metavar="HZ", help="time steps of the signal a second")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a roofline plot (PNG, SVG, PDF)")
+    parser.set_defaults(run=run_profile, fail=parser.error)
+
+
+def run_profile(arguments: argparse.Namespace) -> None:
+    profiler = importlib.import_module("fastcells.profile")  # the package shows the function of that name
+    if arguments.plot is not None:
+        check_plot(arguments)
+    with profiler.using_threads(arguments.threads or torch.get_num_threads()):
+        torch.manual_seed(0)
+        dtype = DTYPE[arguments.dtype]
+        inputs = arguments.input or arguments.hidden
+        try:
+            module = LAYERS[arguments.cell](
+                inputs,
+                arguments.hidden,
+                num_layers=arguments.layers,
+                bidirectional=arguments.bidirectional,
+                dtype=dtype,
+            )
+            x = torch.randn(arguments.steps, arguments.batch, inputs, dtype=dtype)
+            found = profiler.profile_layer(module, x, train=arguments.train, rate=arguments.rate)
+        except (RuntimeError, MemoryError) as error:
+            if "memory" not in str(error).lower():
+                raise
+            arguments.fail("not enough memory for these sizes")
+    if arguments.plot is not None:
+        profiler.roofline([found], arguments.plot)
+    if arguments.json:
+        print(json.dumps({"machine": machine(), "cache": cache(), **found.to_dict()}, indent=2))
+        return
+    print(found)
+    stored = cache()
+    print(f"  cache: {stored['kernels']} kernels in {stored['folder']}")
+    if arguments.plot is not None:
+        print(f"plot: {arguments.plot}")
+
+
+def check_plot(arguments: argparse.Namespace) -> None:
+    """Before the measuring: can this file be written?"""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    plot, endings = arguments.plot, FigureCanvasBase.get_supported_filetypes()
+    if plot.suffix[1:].lower() not in endings:
+        arguments.fail(f"argument --plot: cannot write {str(plot)!r}; endings: {', '.join(sorted(endings))}")
+    try:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        plot.open("ab").close()
+    except OSError as error:
+        arguments.fail(f"argument --plot: cannot write {str(plot)!r}: {error.strerror}")
+
+
+# ---- info ----
+def add_info(commands: Any) -> None:
+    text = "the processor and its limits, threads, kernel cache, versions, and torch's own routes"
+    parser = commands.add_parser("info", help=text, description=f"Show {text}.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run_info)
+
+
+def machine() -> dict[str, Any]:
+    """What results depend on, in words and numbers."""
+    h = host()
+    return {
+        "processor": processor(),
+        "cpu": h.cpu,
+        "features": sorted(f[1:] for f in h.features.split(",") if f.startswith("+")),
+        "vector_bytes": h.vector_bytes,
+        "vector_registers": h.registers,
+        "cores": os.cpu_count(),
+        "threads": team.size(),
+        "team_library": team.library(),
+        "versions": {
+            "fastcells": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "numba", "llvmlite", "numpy")},
+        },
+    }
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def cache() -> dict[str, Any]:
+    """State of the kernel cache."""
+    files = store.stored()
+    folder = files[0].parent if files else store.folders()[0]
+    return {"folder": str(folder), "kernels": len(files), "bytes": sum(f.stat().st_size for f in files)}
+
+
+def run_info(arguments: argparse.Namespace) -> None:
+    profiler = importlib.import_module("fastcells.profile")
+    threads = team.size()
+    levels = [*profiler.caches()]
+    sizes = [(name, size // 2) for name, size in levels] + [
+        ("memory", 4 * max([s for _, s in levels], default=1 << 25))
+    ]
+    facts = {
+        **machine(),
+        "peak_flops": {name: profiler.peak_flops(dtype, threads) for name, dtype in DTYPE.items()},
+        "bandwidth": {name: profiler.bandwidth(min(size, 1 << 28), threads) for name, size in sizes},
+        "cache": cache(),
+        "torch_routes": torch_routes(),
+    }
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return
+    q = profiler.quantity
+    widths = {name: host().lanes(dtype.itemsize) for name, dtype in DTYPE.items()}
+    rows = [
+        ("processor", f"{facts['processor']} ({facts['cpu']}), {facts['cores']} cores"),
+        ("features", " ".join(facts["features"])),
+        ("vectors", f"{8 * host().vector_bytes} bits ({', '.join(f'{n} {k}' for k, n in widths.items())}), "
+         f"{host().registers} registers"),
+        ("multiply-adds", ", ".join(f"{q(v)}FLOP/s {k}" for k, v in facts["peak_flops"].items())),
+        ("bandwidth", ", ".join(f"{q(v)}B/s {k}" for k, v in facts["bandwidth"].items())),
+        ("threads", f"{threads}, of {facts['team_library'] or 'no OpenMP library: kernels run on the calling thread'}"),
+        ("cache", f"{facts['cache']['folder']}: {facts['cache']['kernels']} kernels, "
+         f"{q(facts['cache']['bytes'], 1024)}B"),
+        ("versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())),
+    ]  # fmt: skip
+    print("\n".join(profiler.table(rows)))
+    print("\nwhat torch.nn does for each kind of layer (inference)")
+    print("\n".join(profiler.table([(f"  {kind}", route) for kind, route in facts["torch_routes"].items()])))
+
+
+def torch_routes() -> dict[str, str]:
+    """How torch.nn runs each kind of layer here, by the operators that it calls."""
+    from torch.nn.modules import rnn
+    from torch.nn.utils.rnn import pack_padded_sequence
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    layers: list[tuple[str, Callable[..., torch.nn.Module], torch.dtype, bool]] = [
+        (f"{kind.__name__} {name}", kind, dtype, False)
+        for kind in (rnn.LSTM, rnn.GRU, rnn.RNN)
+        for name, dtype in DTYPE.items()
+    ]
+    layers.append(("LSTM float32, proj_size", lambda *a, **k: rnn.LSTM(*a, proj_size=4, **k), torch.float32, False))
+    layers += [(f"{k.__name__} float32, packed", k, torch.float32, True) for k in (rnn.LSTM, rnn.GRU, rnn.RNN)]
+
+    class Calls(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    def calls(module: torch.nn.Module, input: Any) -> list[str]:
+        with warnings.catch_warnings(), torch.no_grad(), Calls() as seen:
+            warnings.simplefilter("ignore")
+            module(input)
+        return seen.names
+
+    found = {}
+    for name, kind, dtype, packed in layers:
+        module = kind(8, 8, dtype=dtype)
+        counts = []
+        for steps in (2, 12):
+            x: Any = torch.zeros(steps, 3, 8, dtype=dtype)
+            if packed:
+                x = pack_padded_sequence(x, torch.tensor([steps, steps, 1]))
+            counts.append(calls(module, x))
+        fused = [key for key in counts[0] if "mkldnn_rnn" in key]
+        each = (len(counts[1]) - len(counts[0])) / 10
+        found[name] = f"oneDNN ({fused[0]})" if fused else f"step by step, {each:.0f} operator calls each"
+    for cell in (rnn.LSTMCell, rnn.GRUCell, rnn.RNNCell):
+        count = len(calls(cell(8, 8), torch.zeros(3, 8)))
+        found[f"{cell.__name__} float32"] = f"{count} operator calls"
+    return found
+
+
+# ---- the kernel cache ----
+def add_warmup(commands: Any) -> None:
+    parser = commands.add_parser(
+        "warmup",
+        help="compile kernels ahead of their use",
+        description="Compile kernels ahead of their use, and keep them. A process that loads them needs no compiler.",
+        epilog=f"cells: {', '.join(CELLS)}",
+    )
+    default = [cell.name for cell in (cells.lstm, cells.gru, cells.rnn_tanh, cells.rnn_relu)]
+    parser.add_argument("cells", nargs="*", metavar="CELL", default=default, help=f"default: {' '.join(default)}")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPE), default=["float32"], help="default: float32")
+    parser.add_argument("--projection", action="store_true", help="of layers with proj_size")
+    parser.set_defaults(run=run_warmup, fail=parser.error)
+
+
+def run_warmup(arguments: argparse.Namespace) -> None:
+    from .cpu.engine import _pack, _product
+
+    profiler = importlib.import_module("fastcells.profile")
+    for name in arguments.cells:
+        if name not in CELLS:
+            arguments.fail(f"argument CELL: invalid choice: {name!r} (choose from {', '.join(CELLS)})")
+    os.environ.setdefault("FASTCELLS_QUIET", "1")  # each kernel has a line of its own
+    width = max(len(name) for name in CELLS) + len("_projected_backward_float64")
+    for name in arguments.dtype:
+        dtype = DTYPE[name]
+        makers = [partial(_pack, dtype), partial(getattr, _product(dtype), "kernel")]
+        for cell in arguments.cells:
+            ready = cpu.ready(CELLS[cell], arguments.projection, dtype)
+            makers += [partial(getattr, r, "kernel") for r in (ready.forward, ready.backward)]
+        for make in makers:
+            kernel = make()
+            print(f"{kernel.name:{width}}  {profiler.compiled(kernel.compiled)}", flush=True)
+    print(f"kept in {cache()['folder']}")
+
+
+def add_clear(commands: Any) -> None:
+    text = "delete all stored kernels"
+    parser = commands.add_parser("clear-cache", help=text, description=f"{text.capitalize()}.")
+    parser.set_defaults(run=run_clear)
+
+
+def run_clear(arguments: argparse.Namespace) -> None:
+    size = cache()["bytes"]
+    try:
+        gone = store.clear()
+    except OSError as error:
+        sys.exit(f"cannot delete {error.filename}: {error.strerror}")
+    where = ", ".join(sorted({str(f.parent) for f in gone})) or str(store.folders()[0])
+    print(f"deleted {len(gone)} kernels, {size / 1024:.0f} KiB, in {where}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; exit status 2 where the arguments are bad, 1 where a package is missing."""
+    parser = Parser(prog="python -m fastcells", description="Fused recurrent layers: profiler and kernel cache.")
+    parser.add_argument("--version", action="version", version=f"fastcells {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (add_profile, add_info, add_warmup, add_clear):
+        add(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        sys.exit("matplotlib is not installed: pip install fastcells[bench]")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
