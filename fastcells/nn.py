@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import cells
 from .cell import Cell
 from .functional import Parameters, refusal, unchecked_layer
+from .plan import few_at_once
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -96,9 +97,22 @@ class DropIn(torch.nn.Module):
         try:
             return super().forward(input, hx)
         except Exception as error:
-            if isinstance(reason, Mistake):
-                raise type(error)(f"{type(self).__name__}: {reason}") from error
+            mistake = reason if isinstance(reason, Mistake) else self._mistake(input, hx)
+            if mistake is not None:
+                raise type(error)(f"{type(self).__name__}: {mistake}") from error
             raise
+
+    def _mistake(self, input: Any, hx: Any) -> Mistake | None:
+        """What is wrong with a call that torch refused, if that can be told."""
+        try:
+            self._read(input, hx, thorough=True)
+        except NotTaken as reason:
+            return reason if isinstance(reason, Mistake) else None
+        return None
+
+    def _better(self, input: Any) -> str | None:
+        """Why torch's own implementation is the better one for this input, as far as a glance can tell."""
+        return None
 
     def _route(self, input: Any, hx: Any = None) -> str | None:
         """Why `forward(input, hx)` is left to torch's own implementation, or None where the engine runs it."""
@@ -108,8 +122,13 @@ class DropIn(torch.nn.Module):
             return str(reason)
         return None
 
-    def _read(self, input: Any, hx: Any) -> Call:
-        """The call as the engine takes it. Raises NotTaken. Every call comes here, so each check is a cheap one."""
+    def _read(self, input: Any, hx: Any, thorough: bool = False) -> Call:
+        """The call as the engine takes it. Raises NotTaken. Every call comes here, so each check is a cheap one.
+
+        thorough: read it also where torch's own implementation is the better one.
+        """
+        if not thorough and (better := self._better(input)):
+            raise NotTaken(better)
         cell = self._cell()
         batch = self._batch(input)
         if batch.x.shape[-1] != self.input_size:
@@ -295,6 +314,9 @@ class LayerModule(DropIn, original.RNNBase):
 
 class CellModule(DropIn, original.RNNCellBase):
     """What the cells have to themselves: they are layers over one step."""
+
+    def _better(self, input: Any) -> str | None:
+        return few_at_once(1, input.shape[0] if input.dim() == 2 else 1) if isinstance(input, Tensor) else None
 
     def _batch(self, input: Any) -> Batch:
         if not isinstance(input, Tensor):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 PANEL_BYTES = 24 * 1024  # of weights that a tile may go through: most of a first-level cache, the rows need the rest
 SINGLE_ROW_DEPTH = 256  # of a single row's products
 FUSED_BYTES = 1 << 19  # of weights that fused time steps may read: half of a common second-level cache
+STEP_ROWS = 32  # of a single step, from which a kernel pays for packing the weights
 ROW_BLOCK = 96  # rows that go through all time steps together
 THREAD_FLOPS = 400_000  # of a call, below which waking a team costs more than it brings
 STEP_FLOPS = 60_000  # of a time step, below which a barrier costs more than the second thread brings
@@ -78,6 +79,13 @@ def plan(shape: Shape) -> Plan:
         reasons.append(f"input projection fused into the recurrent product: {why}")
     row_block = shape.rows if shape.rows <= ROW_BLOCK else -(-shape.rows // -(-shape.rows // ROW_BLOCK))
     return Plan(threads, split, project_ahead, row_block, tuple(reasons))
+
+
+def few_at_once(steps: int, rows: int) -> str | None:
+    """Why torch's own cell operation is the better way for so few numbers, or None where the engine is."""
+    if steps > 1 or rows >= STEP_ROWS:
+        return None
+    return f"one step of {rows} sequence(s): torch's cell operation, which packs no weights, costs less than a kernel"
 
 
 def share(rows: int, flops: int, step_flops: int, threads: int) -> tuple[int, str]:

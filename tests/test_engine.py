@@ -136,6 +136,15 @@ def test_any_shape(which, steps, rows, inputs, hidden, directions, given_states)
     agree(*problem(which, steps, rows, inputs, hidden, directions=directions, given=given_states))
 
 
+@pytest.mark.parametrize("given_states", [False, True])
+@pytest.mark.parametrize("rows", [1, 31, 32, 40])
+@pytest.mark.parametrize("c", BUILT_IN, ids=lambda c: c.name)
+def test_a_single_step(c, rows, given_states):
+    """Of few sequences by torch's cell operation (where it has one), of more by the engine."""
+    agree(*problem(c, 1, rows, 4, 13, directions=2, given=given_states))
+    agree(*problem(c, 1, rows, 4, 13, given=given_states, lengths=[1] * rows))
+
+
 EDGES = [1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 20, 23, 24, 25, 31, 32, 33, 36, 63, 64, 65, 100, 127, 128, 129, 130]
 
 

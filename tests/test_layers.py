@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence, unpack_seque
 
 import fastcells.functional
 import fastcells.nn
+from fastcells.plan import STEP_ROWS
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -91,13 +92,15 @@ def test_long_sequence(case):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("leading", [(), (1,), (2,), (7,)])
+@pytest.mark.parametrize("leading", [(), (1,), (7,), (STEP_ROWS,), (STEP_ROWS + 5,)])
 @pytest.mark.parametrize(("kind", "options"), CELL_KINDS)
 def test_cell(kind, options, leading, bias, dtype):
+    """A few rows go to torch's own cell, more to the engine."""
+    engine = bool(leading) and leading[0] >= STEP_ROWS
     ours, theirs = cell_pair(kind, options, dtype, bias=bias)
     x, hx = cell_data(kind, *leading, dtype=dtype)
-    compare(ours, theirs, x, hx)
-    compare(ours, theirs, x)
+    compare(ours, theirs, x, hx, engine=engine)
+    compare(ours, theirs, x, engine=engine)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
