@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks tasks`` lists the tasks, ``python -m benchmarks tasks NAME`` runs one."""
+"""The command line: ``python -m benchmarks run`` measures, ``python -m benchmarks tasks NAME`` trains; see --help."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from benchmarks import commands as suite
 from benchmarks import tasks
 
 
@@ -92,10 +93,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; exit status 2 where the arguments are bad, 1 where a package is missing."""
     parser = Parser(prog="python -m benchmarks", description="Training runs and measurements of fastcells.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    suite.add(commands)
     add_tasks(commands)
     arguments = parser.parse_args(argv)
     try:
-        arguments.run(arguments)
+        status = arguments.run(arguments)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in {"torch", "numpy", "numba", "matplotlib", "rich"}:
@@ -103,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"{package} is not installed: pip install .[bench]")
     except KeyboardInterrupt:
         sys.exit(130)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

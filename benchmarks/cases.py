@@ -1,0 +1,171 @@
+"""What is measured: cases, and the suites that hold them. Adding a case, a mode or a suite is adding an entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+CELLS = ("lstm", "gru", "rnn")
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What a call does, and to which kind of layer.
+
+    call: "forward" without gradients, "training" (forward and backward, gradients of x and of all parameters) or
+    "backward" alone. unit: of what is measured. stateful: an initial state is given. packed: sequences of lengths
+    between T/4 and T as a PackedSequence.
+    """
+
+    what: str
+    call: Literal["forward", "training", "backward"] = "forward"
+    unit: Literal["s", "bytes"] = "s"
+    layers: int = 1
+    directions: int = 1
+    stateful: bool = False
+    packed: bool = False
+
+
+MODES = {
+    "inference": Mode("forward, no gradients"),
+    "training": Mode("forward and backward", "training"),
+    "backward": Mode("backward alone, its forward not timed", "backward"),
+    "streaming": Mode("one step with a given state, through the public layer", stateful=True),
+    "packed": Mode("forward over sequences of different lengths", packed=True),
+    "packed-training": Mode("forward and backward over sequences of different lengths", "training", packed=True),
+    "bidirectional": Mode("forward through two layers of two directions", layers=2, directions=2),
+    "bidirectional-training": Mode("forward and backward, two layers of two directions", "training", "s", 2, 2),
+    "memory": Mode("what one training step adds to the memory of the process, at its peak", "training", "bytes"),
+}
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """One measurement: a cell, a shape (N sequences of T steps, I inputs, H units), a mode, dtype and thread count."""
+
+    cell: str
+    N: int
+    T: int
+    I: int  # noqa: E741 - the field's name
+    H: int
+    mode: str = "inference"
+    dtype: str = "float32"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        allowed: dict[str, Any] = {"cell": CELLS, "mode": tuple(MODES), "dtype": ("float32", "float64")}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: expected one of {', '.join(values)}, got {getattr(self, name)!r}")
+        for name in ("N", "T", "I", "H", "threads"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1, got {getattr(self, name)!r}")
+
+    def __str__(self) -> str:
+        more = "" if self.dtype == "float32" else f" {self.dtype}"
+        return f"{self.cell} {self.shape} {self.mode}{more}" + (f" x{self.threads}" if self.threads > 1 else "")
+
+    @property
+    def kind(self) -> Mode:
+        return MODES[self.mode]
+
+    @property
+    def shape(self) -> str:
+        return f"{self.N},{self.T},{self.I},{self.H}"
+
+    @property
+    def item_bytes(self) -> int:
+        return 4 if self.dtype == "float32" else 8
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """Recurrent weights of one direction of one layer."""
+        return GATES[self.cell] * self.H * self.H * self.item_bytes
+
+    def flops(self, steps: int) -> float:
+        """Floating-point operations of the matrix products, `steps` being the sequence lengths summed.
+
+        The backward pass has two products for each of the forward pass: for the inputs' and the weights' gradients.
+        """
+        mode = self.kind
+        width = sum(self.I if k == 0 else mode.directions * self.H for k in range(mode.layers)) + mode.layers * self.H
+        forward = 2.0 * steps * mode.directions * GATES[self.cell] * self.H * width
+        return forward * {"forward": 1, "training": 3, "backward": 2}[mode.call]
+
+    def fields(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+SHAPES = (
+    (1, 1, 64, 64),
+    (1, 100, 32, 32),
+    (1, 100, 128, 128),
+    (1, 100, 512, 512),
+    (8, 64, 64, 64),
+    (16, 128, 128, 128),
+    (32, 100, 256, 256),
+    (64, 50, 512, 512),
+    (128, 100, 64, 64),
+    (256, 28, 28, 128),
+    (1, 1000, 16, 16),
+    (64, 200, 1, 32),
+    (20, 35, 650, 650),
+)
+
+
+def core() -> list[Case]:
+    """Every shape for every cell, inference and training; then each other mode at a shape typical of it."""
+    cases = [Case(cell, *shape, mode) for mode in ("inference", "training") for shape in SHAPES for cell in CELLS]
+    typical = {
+        "streaming": (1, 1, 64, 64),
+        "backward": (16, 128, 128, 128),
+        "packed": (32, 100, 64, 64),
+        "packed-training": (32, 100, 64, 64),
+        "bidirectional": (16, 64, 64, 64),
+        "bidirectional-training": (16, 64, 64, 64),
+        "memory": (32, 200, 128, 128),
+    }
+    cases += [Case(cell, *shape, mode) for mode, shape in typical.items() for cell in CELLS]
+    return cases + [Case(cell, 16, 64, 64, 64, "training", "float64") for cell in CELLS]
+
+
+def quick() -> list[Case]:
+    """A few small shapes: within a minute."""
+    cases = [Case(cell, *shape, "inference") for cell in CELLS for shape in ((1, 100, 32, 32), (16, 32, 64, 64))]
+    cases += [Case(cell, 16, 32, 64, 64, "training") for cell in CELLS]
+    return [*cases, Case("lstm", 1, 1, 64, 64, "streaming"), Case("gru", 16, 32, 32, 32, "packed")]
+
+
+def scaling() -> list[Case]:
+    """T, N, H and the thread count, one at a time around one shape."""
+    base = Case("lstm", 16, 64, 128, 128)
+    values: dict[str, tuple[int, ...]] = {
+        "T": (1, 4, 16, 64, 256),
+        "N": (1, 2, 4, 8, 16, 32, 64),
+        "H": (16, 32, 64, 128, 256, 512),
+        "threads": (1, 2),
+    }
+    sweep = [
+        replace(base, mode=mode, **{axis: v})  # type: ignore[arg-type]
+        for mode in ("inference", "training")
+        for axis in values
+        for v in values[axis]
+    ]
+    return list(dict.fromkeys(sweep))
+
+
+SUITES: dict[str, Callable[[], list[Case]]] = {"core": core, "quick": quick, "scaling": scaling}
+
+COMPILED = ((1, 1, 64, 64), (8, 64, 64, 64), (16, 128, 128, 128), (32, 100, 256, 256))
+
+
+def left_out(suite: str, case: Case, provider: str) -> str | None:
+    """Why a suite leaves a provider out of a case, which its results then say, or None."""
+    if provider == "torch.compile":  # some 10 s a case
+        if suite != "core":
+            return f"compiles for longer than the suite {suite} can wait"
+        if case.cell != "lstm" or (case.N, case.T, case.I, case.H) not in COMPILED:
+            return "compiles for too long to be in every case of the suite core"
+    return None

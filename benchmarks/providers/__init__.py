@@ -1,0 +1,74 @@
+"""Who is measured: fastcells and its peers. Adding a provider is adding an entry to `PROVIDERS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from benchmarks.problem import Problem
+
+
+class Unsupported(Exception):
+    """Why a provider cannot run a case."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case ready to run.
+
+    call: what is timed. answer: its result as arrays by name (see `Problem.truth`). setup: run before each call and not
+    timed. held: bytes that the forward pass keeps for the backward pass. note: what a reader of the time should know.
+    """
+
+    call: Callable[[], Any]
+    answer: Callable[[Any], Mapping[str, np.ndarray]]
+    setup: Callable[[], Any] | None = None
+    held: Callable[[], int] | None = None
+    note: str = ""
+
+
+class Provider:
+    """One implementation of recurrent layers.
+
+    name: in results. packages: that it needs. device: "cpu", or else it is shown but is no peer to be faster than.
+    """
+
+    name: str
+    packages: tuple[str, ...] = ()
+    device = "cpu"
+
+    def available(self) -> str | None:
+        """Why this provider cannot run here, or None."""
+        missing = [package for package in self.packages if find_spec(package) is None]
+        return f"not installed: {', '.join(missing)}" if missing else None
+
+    def prepare(self, problem: Problem) -> Prepared:
+        """Build, load the weights, compile. Raises Unsupported."""
+        raise NotImplementedError
+
+
+def load() -> dict[str, Provider]:
+    """All providers by name, fastcells first. Imports torch; each peer's own package is imported when it prepares."""
+    from . import compiled_loop, jax_scan, numpy_reference, onnx_runtimes, torch_layers
+
+    providers: list[Provider] = [
+        torch_layers.Fastcells(),
+        torch_layers.TorchCPU(),
+        torch_layers.TorchCUDA(),
+        torch_layers.Loop(),
+        compiled_loop.CompiledLoop(),
+        numpy_reference.NumPy(),
+        onnx_runtimes.OnnxRuntime(),
+        onnx_runtimes.OpenVINO(),
+        jax_scan.Jax(),
+    ]
+    return {provider.name: provider for provider in providers}
+
+
+#: The provider that all ratios are against.
+OURS = "fastcells"

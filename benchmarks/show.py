@@ -1,0 +1,133 @@
+"""Results on a terminal: progress, the table with its losses marked, what moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import geometric_mean
+
+import rich.progress
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import machine
+from benchmarks.cases import Case
+from benchmarks.providers import OURS
+from benchmarks.results import Move, Results, Row, best_peer, ratios
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Progress:
+    """A bar with the time left. Drawn only between cases: a thread of its own would run inside the time measured."""
+
+    def __init__(self, total: int) -> None:
+        columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn())
+        columns += (rich.progress.MofNCompleteColumn(), rich.progress.TimeRemainingColumn(elapsed_when_finished=True))  # type: ignore[assignment]
+        options = {"auto_refresh": False, "transient": True, "speed_estimate_period": 1800}
+        self.bar = rich.progress.Progress(*columns, console=console, **options)  # type: ignore[arg-type]
+        self.task = self.bar.add_task("measuring", total=total)
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        self.bar.refresh()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def now(self, case: Case) -> None:
+        self.bar.update(self.task, description=str(case))
+
+    def done(self) -> None:
+        self.bar.advance(self.task)
+        self.bar.refresh()
+
+
+def amount(row: Row) -> str:
+    """The median, in microseconds where no unit says otherwise, or what there is in its place."""
+    if row.median is None:
+        return {"unsupported": "-"}.get(row.status, row.status)
+    value = row.median * (1e6 if row.unit == "s" else 1 / 1024)
+    return (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + (" KiB" if row.unit == "bytes" else "")
+
+
+def heading(ratio: float) -> str:
+    """A ratio to the best peer, losses marked in words so that a file shows them too."""
+    return f"{ratio:.2f}x" + ("" if ratio >= 1 else " LOSS")
+
+
+def columns(results: Results) -> list[str]:
+    """The providers that have at least one measurement or wrong answer, fastcells first."""
+    return list(dict.fromkeys(row.provider for row in results.rows if row.status not in ("absent", "unsupported")))
+
+
+def cells(results: Results) -> list[list[str]]:
+    """The table, with its heading: a row a case."""
+    names = columns(results)
+    against = ratios(results)
+    lines = [["case", *names, "best peer", "speed-up", "of roof"]]
+    for case, rows in results.by_case.items():
+        peer, ours = best_peer(rows), rows.get(OURS)
+        line = [str(case), *(amount(rows[name]) if name in rows else "" for name in names)]
+        line += [peer.provider, heading(against[case])] if peer is not None else ["", ""]
+        line.append(f"{ours.share:.0%} {ours.roof}" if ours is not None and ours.share is not None else "")
+        lines.append(line)
+    return lines
+
+
+def summary(results: Results) -> list[str]:
+    """The machine lines, the means, and each reason why something has no number."""
+    lines = [machine.line(facts) for facts in results.machines.values()]
+    against = ratios(results)
+    if against:
+        worst, least = min(against.items(), key=lambda item: item[1])
+        lost = sum(ratio < 1 for ratio in against.values())
+        lines.append(
+            f"against the best peer of each of {len(against)} cases: "
+            f"geometric mean {geometric_mean(against.values()):.2f}x, worst {least:.2f}x ({worst}), {lost} lost"
+        )
+    for name in columns(results):
+        found = [row.ratio for row in results.rows if row.provider == name and row.ratio and name != OURS]
+        if found:
+            lines.append(f"against {name}: geometric mean {geometric_mean(found):.2f}x over {len(found)} cases")
+    reasons: dict[tuple[str, str, str], int] = {}
+    for row in results.rows:
+        if row.reason:
+            key = (row.provider, row.status, row.reason)
+            reasons[key] = reasons.get(key, 0) + 1
+    for (name, status, reason), count in reasons.items():
+        lines.append(f"{name}: {'' if status == 'ok' else status + ': '}{reason} ({count} case{'s' * (count > 1)})")
+    return lines
+
+
+def results(measured: Results) -> None:
+    """Print the table and what belongs to it."""
+    head, *lines = cells(measured)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in head:
+        table.add_column(name, justify="left" if name in ("case", "best peer", "of roof") else "right", no_wrap=True)
+    for line in lines:
+        style = "red" if any("LOSS" in cell or cell in ("wrong", "failed") for cell in line) else None
+        table.add_row(*line, style=style)
+    # As wide as it is: better wrapped by the terminal than cut.
+    width = sum(max(map(len, column)) + 2 for column in zip(head, *lines, strict=True))
+    console.print(table, width=max(width, console.width), no_wrap=True, crop=False)
+    console.print("\nmedians in microseconds; speed-up: median of the ratios round by round")
+    for text in summary(measured):
+        console.print(text, markup=False)
+
+
+def moves(found: Sequence[Move], everything: bool) -> None:
+    """Print what changed, the largest gain first."""
+    shown = [move for move in found if everything or move.moved]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("case", "provider", "B / A", ""):
+        table.add_column(name, no_wrap=True)
+    for move in shown:
+        verdict = "within the noise" if not move.moved else "better" if move.change < 1 else "worse"
+        style = "red" if verdict == "worse" else "green" if verdict == "better" else None
+        table.add_row(str(move.case), move.provider, f"{move.change:.2f}", verdict, style=style)
+    if shown:
+        console.print(table)
+    moved = sum(move.moved for move in found)
+    console.print(f"{moved} of {len(found)} measurements moved beyond the noise of both files")
