@@ -82,7 +82,23 @@ def unchecked_layer(
     parameters: Sequence[Parameters],
     batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`layer` for callers that have checked the arguments themselves: kernels go by raw addresses."""
+    """`layer` for callers that have checked the arguments themselves: kernels go by raw addresses.
+
+    Under torch.profiler it is named after the cell, fastcells::lstm, and its backward fastcells::lstm_backward.
+    """
+    if torch.autograd._profiler_enabled():
+        with record_function(f"fastcells::{cell.name}"):
+            return _run(cell, x, states, parameters, batch_sizes)
+    return _run(cell, x, states, parameters, batch_sizes)
+
+
+def _run(
+    cell: Cell,
+    x: Tensor,
+    states: tuple[Tensor, ...] | None,
+    parameters: Sequence[Parameters],
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     step = STEPS.get(cell)
     if step is not None and parameters[0][4] is None:
         rows = x.shape[-2] if batch_sizes is None or batch_sizes.shape[0] == 1 else STEP_ROWS
@@ -109,9 +125,8 @@ def _single_step(
         initial = [zero if states is None else states[j][k] for j in range(len(cell.states))]
         result = step(rows, initial if len(initial) > 1 else initial[0], w_ih, w_hh, b_ih, b_hh)
         results.append(result if isinstance(result, tuple) else (result,))
-    outputs = [r[0] for r in results]
-    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-    # Clones: outputs of a layer are tensors of their own, and may be changed in place.
+    # Copies: outputs of a layer are tensors of their own, and may be changed in place.
+    y = torch.cat([r[0] for r in results], -1)
     finals = [torch.stack(s) for s in zip(*results, strict=True)]
     return y.view(*x.shape[:-1], -1), tuple(finals)
 

@@ -145,6 +145,19 @@ def test_a_single_step(c, rows, given_states):
     agree(*problem(c, 1, rows, 4, 13, given=given_states, lengths=[1] * rows))
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("c", BUILT_IN, ids=lambda c: c.name)
+def test_outputs_share_no_memory(c, steps):
+    """y and the final states are tensors of their own, as torch's are: changing one does not change another."""
+    arguments, _, _ = problem(c, steps, 2, 4, 5)
+    y, finals = functional.layer(*arguments)
+    before = [f.detach().clone() for f in finals]
+    with torch.no_grad():
+        y.zero_()
+    for final, value in zip(finals, before, strict=True):
+        assert torch.equal(final, value)
+
+
 EDGES = [1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 20, 23, 24, 25, 31, 32, 33, 36, 63, 64, 65, 100, 127, 128, 129, 130]
 
 
