@@ -55,6 +55,7 @@ PARTS = (
 SAMPLE = 1e-3  # seconds that a sample takes at least; shorter calls are repeated
 AGREE = 0.02  # of the parts' sum and the whole, at which measuring ends
 ROUNDS = 5  # at least
+PATIENCE = 3  # times the budget, as long as they do not agree
 
 clock = time.perf_counter
 
@@ -62,6 +63,10 @@ clock = time.perf_counter
 # ---- what the machine can do ----
 def peak_flops(dtype: torch.dtype, threads: int) -> float:
     """Floating-point operations a second in large matrix products: the better of torch's and the engine's."""
+    return max(_peak_flops(dtype, n) for n in {1, threads})  # on a busy machine one thread may do more than a team
+
+
+def _peak_flops(dtype: torch.dtype, threads: int) -> float:
     n = 384
     with using_threads(threads):
         a, b, out = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype), torch.empty(n, n, dtype=dtype)
@@ -79,6 +84,10 @@ def peak_flops(dtype: torch.dtype, threads: int) -> float:
 
 def bandwidth(size: int, threads: int) -> float:
     """Bytes a second that `threads` threads together read, each going through `size` bytes again and again."""
+    return max(_bandwidth(size, n) for n in {1, threads})
+
+
+def _bandwidth(size: int, threads: int) -> float:
     numbers = max(size, 4096) // 4
     passes = max(8 * threads, (1 << 24) // (4 * numbers))
     with using_threads(threads):
@@ -402,15 +411,17 @@ class LayerProfile:
             *(f"  {reason}" for reason in self.reasons),
             "",
             f"kernels (first call {duration(self.first_call)})",
+            *([] if self.kernels else ["  none"]),
             *table([(f"  {name}", compiled(seconds)) for name, seconds in self.kernels.items()]),
         ]
         return "\n".join(lines)
 
     def _limit(self) -> str:
+        busy = " (the machine was too busy to measure it well)" if self.share_of_roof > 1 else ""
         if self.roof.binds == "peak":
-            return f"which is the peak of multiply-adds, {quantity(self.roof.peak)}FLOP/s"
+            return f"which is the peak of multiply-adds, {quantity(self.roof.peak)}FLOP/s{busy}"
         return (
-            f"which is the bandwidth of {self.roof.level}, {quantity(self.roof.bandwidth)}B/s, "
+            f"which is the bandwidth of {self.roof.level}, {quantity(self.roof.bandwidth)}B/s{busy}, "
             f"where {quantity(self.roof.working_set, 1024)}B of weights are read at every step"
         )
 
@@ -729,25 +740,18 @@ def roofline(profiles: Sequence[LayerProfile], path: str | Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    points = [p.roof.flops / p.roof.bytes for p in profiles]
-    for p, intensity in zip(profiles, points, strict=True):
-        roof = p.roof
-        ridge = roof.peak / roof.bandwidth
-        low, high = min(intensity, ridge) / 8, max(intensity, ridge) * 8
-        across = [low, ridge, high]
-        axes.plot(across, [min(roof.peak, x * roof.bandwidth) / 1e9 for x in across], color="0.3")
-        axes.annotate(
-            f"multiply-adds: {quantity(roof.peak)}FLOP/s", (high, roof.peak / 1e9), ha="right", va="bottom", fontsize=9
-        )
-        axes.annotate(f"{roof.level}: {quantity(roof.bandwidth)}B/s", (low, low * roof.bandwidth / 1e9), fontsize=9)
-        axes.plot([intensity], [p.flops_per_second / 1e9], "o", color="C3")
-        axes.annotate(
-            f"{p.layer}: {p.share_of_roof:.0%} of the roof",
-            (intensity, p.flops_per_second / 1e9),
-            xytext=(0, -14),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-        )
+    for k, p in enumerate(profiles):
+        roof, colour = p.roof, f"C{k}"
+        point, ridge = (roof.flops / roof.bytes, p.flops_per_second / 1e9), roof.peak / roof.bandwidth
+        low, high = min(point[0], ridge) / 8, max(point[0], ridge) * 8
+        axes.plot([low, ridge, high], [low * roof.bandwidth / 1e9, roof.peak / 1e9, roof.peak / 1e9], color=colour)
+        axes.plot(*point, "o", color=colour, label=f"{p.layer}: {p.share_of_roof:.0%} of the roof")
+        axes.vlines(point[0], point[1], point[1] / p.share_of_roof, colors=colour, linestyles=":")
+        for text, at, shift, side in (
+            (f"multiply-adds, {quantity(roof.peak)}FLOP/s", (high, roof.peak / 1e9), (0, 4), "right"),
+            (f"{roof.level}, {quantity(roof.bandwidth)}B/s", (low, low * roof.bandwidth / 1e9), (14, 0), "left"),
+        ):
+            axes.annotate(text, at, xytext=shift, textcoords="offset points", ha=side, fontsize=9)
+    axes.legend(loc="lower right", fontsize=9)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte of weights read", ylabel="GFLOP/s")
     figure.savefig(path, dpi=150)

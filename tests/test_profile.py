@@ -1,0 +1,341 @@
+"""The profiler and the command line."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastcells
+from fastcells import cells
+from fastcells.__main__ import main
+from fastcells.cpu import engine, store, team
+from fastcells.cpu import layer as cpu
+from fastcells.program import build
+
+profiler = importlib.import_module("fastcells.profile")  # the package may show the function of that name
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The machine's limits are taken as given, to save the time of measuring them."""
+    monkeypatch.setattr(profiler, "peak_flops", lambda dtype, threads: 1e11)
+    monkeypatch.setattr(profiler, "bandwidth", lambda size, threads: 1e11)
+
+
+# ---- where the time goes ----
+@pytest.mark.parametrize("threads", [1, 2])
+def test_parts_are_told_apart_exactly(monkeypatch, threads):
+    """On a clock that moves only where the engine works, every part is known."""
+    now = [0.0]
+    program = build(cells.lstm, False).forward
+    kernels = {n: SimpleNamespace(name=n) for n in ("pack_float32", "product_float32", "lstm_forward_float32")}
+    cost = {
+        "pack": 0.25,
+        "ahead": 4.0,
+        "pointwise": 1.0,
+        "s.h": 8.0,
+        "x": 2.0,
+        "weights": 3.0,
+        "previous": 0.5,
+        "torch": 1.5,
+    }
+    wait = 0.75 if threads > 1 else 0.0
+
+    def spend(seconds):
+        now[0] += seconds
+
+    def run(self, times, views, segments):
+        buffers = [s.rows.buffer for stage in program.stages for s in stage.segments]
+        depths = [d for row in segments for d, _ in row]
+        work = cost["pointwise"] + sum(cost[b] for b, d in zip(buffers, depths, strict=True) if d)
+        used = torch.get_num_threads()
+        team.run(kernels["lstm_forward_float32"], work / used + (wait if used > 1 else 0), used)
+
+    monkeypatch.setattr(profiler, "clock", lambda: now[0])
+    monkeypatch.setattr(profiler, "watch_cost", lambda: 0.0)
+    monkeypatch.setattr(team, "run", lambda kernel, seconds, threads: spend(seconds))
+    monkeypatch.setattr(engine.Runner, "run", run)
+    monkeypatch.setattr(cpu, "_parameter_gradients", lambda: spend(cost["weights"]))
+    monkeypatch.setattr(cpu, "_previous", lambda: spend(cost["previous"]))
+    monkeypatch.setattr(cpu, "_input_gradient", lambda: team.run(kernels["product_float32"], cost["ahead"], 1))
+
+    def call():
+        spend(cost["torch"])
+        team.run(kernels["pack_float32"], cost["pack"], 1)
+        team.run(kernels["product_float32"], cost["ahead"], 1)
+        segments = [[(1, 0) for _ in stage.segments] for stage in program.stages]
+        engine.Runner.run(SimpleNamespace(program=program), None, None, segments)
+        cpu._previous()
+        cpu._parameter_gradients()
+        cpu._input_gradient()
+
+    with profiler.using_threads(threads):
+        timing = profiler.take_apart(call, units_shared=threads > 1)
+    expected = {
+        profiler.INPUT: cost["ahead"] + cost["x"] / threads,
+        profiler.PRODUCT: cost["s.h"] / threads,
+        profiler.POINTWISE: cost["pointwise"] / threads,
+        profiler.BARRIER: wait,
+        profiler.INPUT_GRADIENT: cost["ahead"],
+        profiler.WEIGHT_GRADIENTS: cost["weights"] + cost["previous"],
+        profiler.PACKING: cost["pack"],
+        profiler.REST: cost["torch"],
+    }
+    assert timing.parts == pytest.approx({k: v for k, v in expected.items() if v})
+    assert timing.best == pytest.approx(sum(expected.values()))
+
+
+@pytest.mark.parametrize(("kind", "train"), [("LSTM", True), ("GRU", False), ("RNN", True)])
+def test_sum_of_parts_is_the_whole(quick, kind, train):
+    layer = getattr(fastcells.nn, kind)(16, 32)
+    timing = profiler.profile_layer(layer, torch.randn(40, 8, 16), train=train, budget=1.0).timing
+    assert timing.sum_of_parts == pytest.approx(timing.best, rel=0.05)
+    expected = {profiler.INPUT, profiler.PRODUCT, profiler.POINTWISE, profiler.PACKING, profiler.REST}
+    if train:
+        expected |= {profiler.BACK_PRODUCT, profiler.BACK_POINTWISE}
+        expected |= {profiler.INPUT_GRADIENT, profiler.WEIGHT_GRADIENTS}
+    assert expected - set(timing.parts) <= {profiler.INPUT}  # fused and small, it may vanish in the noise
+    assert set(timing.parts) <= expected
+
+
+def test_the_engine_is_left_as_it_was(quick):
+    def engine_functions():
+        return team.run, engine.Runner.run, cpu._parameter_gradients, cpu._previous, cpu._input_gradient
+
+    before = engine_functions()
+    with pytest.raises(ZeroDivisionError), profiler.watching(profiler.Watch()):
+        raise ZeroDivisionError
+    profiler.profile_layer(fastcells.nn.RNN(3, 4), torch.randn(5, 2, 3), train=True, budget=0.01)
+    assert engine_functions() == before
+
+
+def test_rates_follow_from_the_counts(quick):
+    layer = fastcells.nn.LSTM(6, 8, num_layers=2, bidirectional=True, proj_size=4)
+    lengths = torch.tensor([9, 5, 2])
+    packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(9, 3, 6), lengths)
+    for train in (False, True):
+        p = profiler.profile_layer(layer, packed, train=train, rate=100.0, budget=0.01)
+        t = p.timing.best
+        assert (p.steps, p.sequences, p.tokens, p.cells) == (9, 3, 16, 4)
+        weights = sum(w.numel() for w in layer.parameters() if w.dim() == 2)
+        assert p.roof.flops == 2 * 16 * weights * (3 if train else 1)
+        assert p.flops_per_second == pytest.approx(p.roof.flops / t)
+        assert p.cell_steps_per_second == pytest.approx(16 * 4 / t)
+        assert p.sequences_per_second == pytest.approx(3 / t)
+        assert p.times_real_time == pytest.approx(9 / 100 / t)
+        assert p.share_of_roof == pytest.approx(max(p.roof.flops / 1e11, p.roof.bytes / 1e11) / t)
+        assert p.route == "engine"
+        assert {"lstm_projected_forward_float32", "pack_float32"} & set(p.kernels)
+
+
+def test_limits_are_measured():
+    assert profiler.peak_flops(torch.float64, 1) > 0
+    assert profiler.bandwidth(1 << 14, 1) > 0
+    capacities = [size for _, size in profiler.caches()]
+    assert capacities == sorted(capacities)
+    for name, size in profiler.caches():
+        assert profiler.level(size) == name
+
+
+# ---- a model ----
+class Model(torch.nn.Module):
+    """A layer, a cell in a loop, a subclass that stays as it is, and a layer that is not run."""
+
+    class Own(torch.nn.RNN):
+        pass
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.LSTM(3, 4)
+        self.cell = torch.nn.GRUCell(4, 4)
+        self.own = self.Own(4, 2)
+        self.idle = torch.nn.GRU(3, 3)
+        self.converted = fastcells.nn.GRU(4, 4)
+
+    def forward(self, x):
+        y, _ = self.encoder(x)
+        y, _ = self.converted(input=y, hx=None)
+        h = None
+        for step in y:
+            h = self.cell(step, h)
+        return {"sequence": self.own(y)[0], "last": h}
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_row_for_every_layer_of_a_model(quick, train):
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(6, 2, 3)
+    classes = {n: type(m) for n, m in model.named_modules()}
+    state = torch.get_rng_state()
+    report = profiler.profile(model, x, train=train, budget=0.02)
+    assert {n: type(m) for n, m in model.named_modules()} == classes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+    rows = {r.name: r for r in report.rows}
+    assert {n: r.calls for n, r in rows.items()} == {"encoder": 1, "converted": 1, "cell": 6, "own": 1}
+    assert rows["own"].after is None
+    assert "subclass" in rows["own"].note
+    assert rows["encoder"].after.layer == "LSTM(3, 4)"
+    assert rows["encoder"].after.route == rows["converted"].after.route == "engine"
+    assert rows["encoder"].ratio == pytest.approx(rows["encoder"].before / rows["encoder"].after.timing.best)
+    assert json.loads(json.dumps(report.to_dict()))["rows"][0]["name"] == "encoder"
+    assert [line.split()[0] for line in str(report).splitlines()][1:-1] == list(rows)
+
+
+def test_profile_says_what_it_cannot_take():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
+        profiler.profile(3)
+    with pytest.raises(ValueError, match="at least one recurrent layer"):
+        profiler.profile(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+    with pytest.raises(TypeError, match=r"layer or cell of fastcells\.nn, got LSTM"):
+        profiler.profile_layer(torch.nn.LSTM(2, 2), torch.zeros(1, 1, 2))
+    model = Model()
+    with pytest.raises(RuntimeError):
+        profiler.profile(model, torch.zeros(2, 2, 5))
+    assert type(model.encoder) is torch.nn.LSTM
+
+
+# ---- torch.profiler ----
+@pytest.mark.parametrize(("kind", "name"), [("LSTM", "lstm"), ("GRU", "gru"), ("RNN", "rnn_tanh")])
+def test_layers_have_names_in_torch_profiler(kind, name):
+    layer, x = getattr(fastcells.nn, kind)(3, 4), torch.randn(5, 2, 3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        with torch.no_grad():
+            layer(x)
+        layer(x)[0].sum().backward()
+    count = {e.key: e.count for e in seen.key_averages() if e.key.startswith("fastcells::")}
+    assert count == {f"fastcells::{name}": 2, f"fastcells::{name}_backward": 1}
+
+
+# ---- the command line ----
+SCHEMA = {
+    "machine": dict, "cache": dict, "layer": str, "dtype": str, "threads": int, "train": bool, "steps": int,
+    "sequences": int, "tokens": int, "cells": int, "first_call": float, "route": str, "reasons": list, "kernels": dict,
+    "rate": float, "seconds": float, "median_seconds": float, "rounds": int, "parts": dict, "sum_of_parts": float,
+    "cell_steps_per_second": float, "sequences_per_second": float, "flops_per_second": float, "share_of_roof": float,
+    "times_real_time": float, "roof": dict,
+}  # fmt: skip
+
+
+def test_json(quick, capsys, tmp_path):
+    plot = tmp_path / "plots" / "roofline.png"
+    main(
+        "profile gru --hidden 8 --batch 3 --steps 7 --input 5 --layers 2 --bidirectional --dtype float64 --threads 1 "
+        f"--train --rate 50 --json --plot {plot}".split()
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert {k: type(v) for k, v in found.items()} == SCHEMA
+    assert found["layer"] == "GRU(5, 8, num_layers=2, bidirectional=True)"
+    assert (found["steps"], found["sequences"], found["dtype"], found["threads"]) == (7, 3, "float64", 1)
+    assert set(found["parts"]) <= set(profiler.PARTS)
+    assert sum(found["parts"].values()) == pytest.approx(found["sum_of_parts"])
+    assert set(found["roof"]) == {"flops", "bytes", "peak", "bandwidth", "working_set", "level", "seconds", "binds"}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_text(quick, capsys):
+    threads = torch.get_num_threads()
+    main(["profile", "lstm", *["--hidden", "8", "--batch", "3", "--steps", "7", "--threads", "2"]])
+    out = capsys.readouterr().out
+    assert torch.get_num_threads() == threads
+    assert out.startswith("LSTM(8, 8), 7 steps, 3 sequences, float32, 2 threads, inference\n")
+    for words in (
+        "cell steps",
+        "share of the roof",
+        "where the time goes",
+        "of the whole",
+        "schedule: engine",
+        "cache:",
+    ):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("", "COMMAND"),
+        ("unknown", "COMMAND"),
+        ("profile", "cell"),
+        ("profile transformer", "cell"),
+        ("profile lstm --hidden 0", "--hidden"),
+        ("profile lstm --batch many", "--batch"),
+        ("profile lstm --steps -3", "--steps"),
+        ("profile lstm --dtype float16", "--dtype"),
+        ("profile lstm --rate nan", "--rate"),
+        ("profile lstm --plot roofline.unknown", "--plot"),
+        ("profile lstm --plot /dev/null/roofline.png", "--plot"),
+        ("profile lstm --bogus", "--bogus"),
+        ("warmup lstm transformer", "CELL"),
+        ("warmup --dtype float16", "--dtype"),
+        ("clear-cache now", "now"),
+    ],
+)
+def test_bad_arguments_get_one_line_and_status_2(capsys, line, named):
+    with pytest.raises(SystemExit) as stop:
+        main(line.split())
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert named in err
+
+
+def test_a_plot_without_matplotlib(capsys, monkeypatch):
+    for name in [n for n in sys.modules if n.partition(".")[0] == "matplotlib"] + ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as stop:
+        main(["profile", "lstm", "--plot", "roofline.png"])
+    assert stop.value.code == "matplotlib is not installed: pip install fastcells[bench]"
+
+
+def test_the_life_of_a_cache(tmp_path, monkeypatch, capsys, quick):
+    env = {k: v for k, v in os.environ.items() if k != "FASTCELLS_QUIET"} | {"FASTCELLS_CACHE": str(tmp_path)}
+
+    def warmup():
+        command = [sys.executable, "-m", "fastcells", "warmup", "rnn_relu"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+        *kernels, folder = done.stdout.splitlines()
+        assert folder == f"kept in {tmp_path}"
+        return dict(line.split(maxsplit=1) for line in kernels)
+
+    names = {"pack_float32", "product_float32", "rnn_relu_forward_float32", "rnn_relu_backward_float32"}
+    first, second = warmup(), warmup()
+    assert set(first) == names
+    assert all(re.fullmatch(r"compiled in \d.* m?s", what) for what in first.values())
+    assert second == dict.fromkeys(names, "stored")
+
+    monkeypatch.setenv("FASTCELLS_CACHE", str(tmp_path))
+    other = tmp_path / "other.o"
+    other.write_bytes(b"not a kernel")
+    main(["info", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["cache"]["kernels"] == 4
+    assert facts["cache"]["folder"] == str(tmp_path)
+    assert facts["cache"]["bytes"] == sum(f.stat().st_size for f in store.stored())
+    assert facts["vector_bytes"] == store.host().vector_bytes
+    assert facts["torch_routes"]["GRU float32"].startswith("step by step")
+    assert set(facts["versions"]) == {"fastcells", "python", "torch", "numba", "llvmlite", "numpy"}
+    main(["info"])
+    assert f"{tmp_path}: 4 kernels" in capsys.readouterr().out
+
+    main(["clear-cache"])
+    assert capsys.readouterr().out.startswith("deleted 4 kernels")
+    assert list(tmp_path.iterdir()) == [other]
+    main(["clear-cache"])
+    assert capsys.readouterr().out.startswith("deleted 0 kernels")
+
+
+def test_clearing_leaves_folders_that_others_may_write_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTCELLS_CACHE", str(tmp_path))
+    file = tmp_path / f"kernel-{'0' * 32}.o"
+    file.write_bytes(b"")
+    tmp_path.chmod(0o777)
+    assert store.clear() == []
+    tmp_path.chmod(0o700)
+    assert store.clear() == [file]
