@@ -92,24 +92,23 @@ def run_profile(arguments: argparse.Namespace) -> None:
     profiler = importlib.import_module("fastcells.profile")  # the package shows the function of that name
     if arguments.plot is not None:
         check_plot(arguments)
+    needed, there_is = memory_needed(arguments), memory()
+    if there_is is not None and needed > there_is:
+        q = profiler.quantity
+        arguments.fail(f"these sizes need about {q(needed, 1024)}B of memory, and there is {q(there_is, 1024)}B")
     with profiler.using_threads(arguments.threads or torch.get_num_threads()):
         torch.manual_seed(0)
         dtype = DTYPE[arguments.dtype]
         inputs = arguments.input or arguments.hidden
-        try:
-            module = LAYERS[arguments.cell](
-                inputs,
-                arguments.hidden,
-                num_layers=arguments.layers,
-                bidirectional=arguments.bidirectional,
-                dtype=dtype,
-            )
-            x = torch.randn(arguments.steps, arguments.batch, inputs, dtype=dtype)
-            found = profiler.profile_layer(module, x, train=arguments.train, rate=arguments.rate)
-        except (RuntimeError, MemoryError) as error:
-            if "memory" not in str(error).lower():
-                raise
-            arguments.fail("not enough memory for these sizes")
+        module = LAYERS[arguments.cell](
+            inputs,
+            arguments.hidden,
+            num_layers=arguments.layers,
+            bidirectional=arguments.bidirectional,
+            dtype=dtype,
+        )
+        x = torch.randn(arguments.steps, arguments.batch, inputs, dtype=dtype)
+        found = profiler.profile_layer(module, x, train=arguments.train, rate=arguments.rate)
     if arguments.plot is not None:
         profiler.roofline([found], arguments.plot)
     if arguments.json:
@@ -120,6 +119,28 @@ def run_profile(arguments: argparse.Namespace) -> None:
     print(f"  cache: {stored['kernels']} kernels in {stored['folder']}")
     if arguments.plot is not None:
         print(f"plot: {arguments.plot}")
+
+
+def memory_needed(arguments: argparse.Namespace) -> int:
+    """Bytes, about: weights, their panels and gradients; input, and what every layer leaves at each time step."""
+    gates = {"lstm": 4, "gru": 3}.get(arguments.cell, 1)
+    hidden, directions = arguments.hidden, 1 + arguments.bidirectional
+    weights = values = 0
+    inputs = arguments.input or hidden
+    for _ in range(arguments.layers):
+        weights += directions * gates * hidden * (inputs + hidden)
+        values += inputs + directions * hidden * (2 + gates * arguments.train)
+        inputs = directions * hidden
+    numbers = weights * (3 if arguments.train else 2) + arguments.steps * arguments.batch * values
+    return numbers * DTYPE[arguments.dtype].itemsize
+
+
+def memory() -> int | None:
+    """Bytes of the machine's memory, None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def check_plot(arguments: argparse.Namespace) -> None:
@@ -270,29 +291,51 @@ def add_warmup(commands: Any) -> None:
         "warmup",
         help="compile kernels ahead of their use",
         description="Compile kernels ahead of their use, and keep them. A process that loads them needs no compiler.",
-        epilog=f"cells: {', '.join(CELLS)}",
+        epilog=f"cells: {', '.join(CELLS)}, or MODULE:NAME for a cell of your own",
     )
     default = [cell.name for cell in (cells.lstm, cells.gru, cells.rnn_tanh, cells.rnn_relu)]
     parser.add_argument("cells", nargs="*", metavar="CELL", default=default, help=f"default: {' '.join(default)}")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPE), default=["float32"], help="default: float32")
+    parser.add_argument("--dtype", action="append", choices=list(DTYPE), help="may be repeated; default: float32")
     parser.add_argument("--projection", action="store_true", help="of layers with proj_size")
     parser.set_defaults(run=run_warmup, fail=parser.error)
+
+
+def find_cell(name: str) -> Cell:
+    """A built-in cell by name, or another one by MODULE:NAME. Raises ValueError where there is none."""
+    if name in CELLS:
+        return CELLS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"invalid choice: {name!r} (choose from {', '.join(CELLS)}, or give MODULE:NAME)")
+    sys.path.insert(0, "")  # as python -c: modules of the current folder
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"cannot import {module!r}: {error}") from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(found, Cell):
+        raise ValueError(f"{name!r} must name a Cell, got {type(found).__name__}")
+    return found
 
 
 def run_warmup(arguments: argparse.Namespace) -> None:
     from .cpu.engine import _pack, _product
 
     profiler = importlib.import_module("fastcells.profile")
+    chosen = []
     for name in arguments.cells:
-        if name not in CELLS:
-            arguments.fail(f"argument CELL: invalid choice: {name!r} (choose from {', '.join(CELLS)})")
+        try:
+            chosen.append(find_cell(name))
+        except ValueError as error:
+            arguments.fail(f"argument CELL: {error}")
     os.environ.setdefault("FASTCELLS_QUIET", "1")  # each kernel has a line of its own
-    width = max(len(name) for name in CELLS) + len("_projected_backward_float64")
-    for name in arguments.dtype:
+    width = max(len(cell.name) for cell in chosen) + len("_projected_backward_float64")
+    for name in arguments.dtype or ["float32"]:
         dtype = DTYPE[name]
         makers = [partial(_pack, dtype), partial(getattr, _product(dtype), "kernel")]
-        for cell in arguments.cells:
-            ready = cpu.ready(CELLS[cell], arguments.projection, dtype)
+        for cell in chosen:
+            ready = cpu.ready(cell, arguments.projection, dtype)
             makers += [partial(getattr, r, "kernel") for r in (ready.forward, ready.backward)]
         for make in makers:
             kernel = make()

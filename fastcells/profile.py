@@ -340,7 +340,7 @@ class LayerProfile:
     roof: Roof
     route: str
     reasons: tuple[str, ...]
-    kernels: dict[str, float]  # seconds that each took to compile, 0 where it was stored
+    kernels: dict[str, float]  # seconds that each took this process to compile, 0 where it was stored
     rate: float | None  # time steps of the signal a second
 
     @property
@@ -386,9 +386,9 @@ class LayerProfile:
     def __str__(self) -> str:
         t = self.timing
         mode = "forward and backward" if self.train else "inference"
-        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         lines = [
-            f"{self.layer}, {self.steps} steps, {self.sequences} sequences, {self.dtype}, {threads}, {mode}",
+            f"{self.layer}, {plural(self.steps, 'step')}, {plural(self.sequences, 'sequence')}, {self.dtype}, "
+            f"{plural(self.threads, 'thread')}, {mode}",
             "",
             *table(
                 [
@@ -437,7 +437,6 @@ def profile_layer(
     if not isinstance(module, DropIn):
         raise TypeError(f"module must be a layer or cell of fastcells.nn, got {type(module).__name__}")
     call = step(module, (input,) if hx is None else (input, hx), {}, train)
-    known = {id(k) for k in store.loaded()}
     began = clock()
     call()
     first_call = clock() - began
@@ -449,8 +448,6 @@ def profile_layer(
     timing = take_apart(call, schedule.split == "units" and schedule.threads > 1, budget)
     _, roof = _roof(module, batch.x.dtype, sequences, train)  # both sides of the timing, as other load comes and goes
     roof = replace(roof, peak=max(before.peak, roof.peak), bandwidth=max(before.bandwidth, roof.bandwidth))
-    used = _kernels(call)
-    fresh = {k.name: k.compiled for k in store.loaded() if id(k) not in known}
     return LayerProfile(
         layer=repr(module),
         dtype=str(batch.x.dtype).removeprefix("torch."),
@@ -465,7 +462,7 @@ def profile_layer(
         roof=roof,
         route=explained.route,
         reasons=explained.reasons,
-        kernels={k.name: fresh.get(k.name, 0.0) for k in used},
+        kernels={k.name: k.compiled for k in _kernels(call)},
         rate=rate,
     )
 
@@ -721,6 +718,10 @@ def quantity(value: float, base: int = 1000) -> str:
     while value >= base and k < len(prefixes) - 1:
         value, k = value / base, k + 1
     return f"{value:.3g} {prefixes[k]}" if value < 1000 else f"{value:.0f} {prefixes[k]}"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def compiled(seconds: float) -> str:

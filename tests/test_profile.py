@@ -271,7 +271,10 @@ def test_text(quick, capsys):
         ("profile lstm --plot roofline.unknown", "--plot"),
         ("profile lstm --plot /dev/null/roofline.png", "--plot"),
         ("profile lstm --bogus", "--bogus"),
+        ("profile lstm --hidden 1000000 --batch 1000000", "memory"),
         ("warmup lstm transformer", "CELL"),
+        ("warmup no_such_module:mine", "no_such_module"),
+        ("warmup fastcells.cells:sigmoid", "Cell"),
         ("warmup --dtype float16", "--dtype"),
         ("clear-cache now", "now"),
     ],
@@ -297,7 +300,7 @@ def test_the_life_of_a_cache(tmp_path, monkeypatch, capsys, quick):
     env = {k: v for k, v in os.environ.items() if k != "FASTCELLS_QUIET"} | {"FASTCELLS_CACHE": str(tmp_path)}
 
     def warmup():
-        command = [sys.executable, "-m", "fastcells", "warmup", "rnn_relu"]
+        command = [sys.executable, "-m", "fastcells", "warmup", "fastcells.cells:rnn_relu", "--dtype", "float32"]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert (done.returncode, done.stderr) == (0, "")
         *kernels, folder = done.stdout.splitlines()
