@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,8 @@ def run_run(arguments: argparse.Namespace) -> int | None:
                     progress.now(row.case)
         except KeyboardInterrupt:
             stopped = True
+        except runner.Broken as error:
+            sys.exit(f"{error}; what was measured before is in {os.fspath(out)}")
     show.results(measured)
     print(f"results: {os.fspath(out)}" + (", up to where it was stopped" if stopped else ""))
     if stopped:

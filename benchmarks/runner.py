@@ -21,6 +21,10 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 15
 SAMPLE = 2e-3  # seconds that one sample takes at least, by repeating the call
 
 
+class Broken(Exception):
+    """The process that measures did not come to its end."""
+
+
 def prepare(provider: Provider, problem: Problem, row: Row) -> Prepared | None:
     """A provider ready to be timed, its answer checked; or None, and `row` says why."""
     if (reason := provider.available()) is not None:
@@ -129,7 +133,7 @@ def run(
 ) -> Iterator[str]:
     """Lines of results, from one process for each thread count, which is pinned to as many cores.
 
-    providers: names, None for all. done: called when a case is done.
+    providers: names, None for all. done: called when a case is done. Raises Broken.
     """
     for threads in sorted({case.threads for case in cases}):
         group = [case for case in cases if case.threads == threads]
@@ -139,10 +143,14 @@ def run(
         root = Path(__file__).parents[1]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
             assert process.stdout is not None
-            for text in process.stdout:
-                if text.startswith("{"):
-                    yield text
-                elif text.startswith("done"):
-                    done()
+            try:
+                for text in process.stdout:
+                    if text.startswith("{") and text.endswith("\n"):
+                        yield text
+                    elif text.startswith("done"):
+                        done()
+            except BaseException:  # Ctrl-C here, or a reader that has enough
+                process.terminate()
+                raise
         if process.returncode:
-            raise RuntimeError(f"the process that measures ended with status {process.returncode}")
+            raise Broken(f"the process that measures ended with status {process.returncode}")

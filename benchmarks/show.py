@@ -111,7 +111,7 @@ def results(measured: Results) -> None:
         table.add_row(*line, style=style)
     # As wide as it is: better wrapped by the terminal than cut.
     width = sum(max(map(len, column)) + 2 for column in zip(head, *lines, strict=True))
-    console.print(table, width=max(width, console.width), no_wrap=True, crop=False)
+    Console(highlight=False, width=max(width, console.width)).print(table)
     console.print("\nmedians in microseconds; speed-up: median of the ratios round by round")
     for text in summary(measured):
         console.print(text, markup=False)

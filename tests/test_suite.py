@@ -1,0 +1,368 @@
+"""The suite of benchmarks: no time without a right answer, fair rounds, results that say what was lost."""
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic, sleep
+
+import pytest
+
+pytest.importorskip("rich", reason="the suite needs pip install .[bench]")
+pytest.importorskip("matplotlib", reason="the suite needs pip install .[bench]")
+
+from benchmarks import machine, memory, providers, report, results, runner, show
+from benchmarks.__main__ import main
+from benchmarks.cases import CELLS, MODES, SHAPES, SUITES, Case, left_out
+from benchmarks.problem import Problem
+from benchmarks.providers import OURS, Prepared, Provider, Unsupported
+from benchmarks.results import Results, Row
+
+PROVIDERS = providers.load()
+SMALL = Case("gru", 2, 3, 4, 5)
+PEAKS = {
+    "gigaflops": {"float32": 100.0, "float64": 50.0},
+    "levels": [
+        {"name": "L1", "bytes": 1 << 15, "gigabytes_per_s": 80.0},
+        {"name": "memory", "bytes": 1 << 15, "gigabytes_per_s": 20.0},
+    ],
+}
+
+
+class OffByOnePercent(type(PROVIDERS["torch.nn"])):
+    """torch.nn with one of its results made wrong by 1 %."""
+
+    def __init__(self, name, place):
+        self.name, self.place = name, place
+
+    def prepare(self, problem):
+        prepared = super().prepare(problem)
+
+        def answer(result):
+            given = dict(prepared.answer(result))
+            name = list(given)[self.place]
+            return given | {name: given[name] * 1.01}
+
+        return replace(prepared, answer=answer)
+
+
+def row(provider, samples, case=SMALL, ours=None, **more):
+    made = Row(case, provider, "ok", samples=list(samples), **more)
+    made.summarise(samples if ours is None else ours)
+    return made
+
+
+def two(ratio, case=SMALL):
+    """fastcells and one peer that takes `ratio` times as long."""
+    ours = [1e-3, 1.1e-3, 1.2e-3]
+    return [row(OURS, ours, case), row("torch.nn", [ratio * s for s in ours], case, ours)]
+
+
+def measured(*rows):
+    facts = machine.describe(1) | {"roof": PEAKS}
+    return Results({1: facts}, list(rows))
+
+
+def save(path, found):
+    lines = [json.dumps({"kind": "machine", **facts}) for facts in found.machines.values()]
+    path.write_text("\n".join([*lines, *(r.to_json() for r in found.rows)]) + "\n")
+    return path
+
+
+# Cases ----------------------------------------------------------------------------------------------------------------
+
+
+def test_core_has_every_shape_for_every_cell_and_every_mode():
+    core = SUITES["core"]()
+    found = {(case.cell, case.N, case.T, case.I, case.H, case.mode) for case in core}
+    assert {(c, *shape, mode) for c in CELLS for shape in SHAPES for mode in ("inference", "training")} <= found
+    assert {case.mode for case in core} == set(MODES)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_no_suite_has_a_case_twice(suite):
+    cases = SUITES[suite]()
+    assert len(cases) == len(set(cases))
+
+
+def test_the_scaling_suite_changes_one_thing_at_a_time():
+    for mode in ("inference", "training"):
+        cases = [case.fields() for case in SUITES["scaling"]() if case.mode == mode]
+        base = max(cases, key=lambda a: sum(sum(a[n] != b[n] for n in a) <= 1 for b in cases))
+        assert all(sum(case[name] != base[name] for name in case) <= 1 for case in cases)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("cell", "tree"), ("mode", "fast"), ("dtype", "int8"), ("N", 0), ("T", 1.5)]
+)
+def test_a_wrong_case_says_which_field(name, value):
+    with pytest.raises(ValueError, match=f"{name}: expected .* got {value!r}"):
+        Case(**(SMALL.fields() | {name: value}))
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
+
+
+FAST = ("fastcells", "torch.nn", "torch loop", "NumPy", "ONNX Runtime", "OpenVINO")
+ANSWERS = [(name, cell, mode) for name in FAST for cell in CELLS for mode in MODES]
+# JAX compiles for a second a case: its cells are an expression each, and share all modes.
+ANSWERS += [("JAX scan", cell, "inference") for cell in CELLS]
+ANSWERS += [
+    ("JAX scan", "gru", mode) for mode in ("backward", "streaming", "packed-training", "bidirectional-training")
+]
+
+
+@pytest.mark.parametrize(("name", "cell", "mode"), ANSWERS)
+def test_every_provider_is_right_or_says_why_not(name, cell, mode):
+    if (absent := PROVIDERS[name].available()) is not None:
+        pytest.skip(absent)
+    problem = Problem(Case(cell, 3, 1 if mode == "streaming" else 5, 4, 6, mode))
+    if name in ("ONNX Runtime", "OpenVINO") and MODES[mode].call != "forward":
+        with pytest.raises(Unsupported, match="inference only"):
+            PROVIDERS[name].prepare(problem)
+        return
+    prepared = PROVIDERS[name].prepare(problem)
+    for _ in range(2):  # a call leaves nothing behind that changes the next
+        if prepared.setup is not None:
+            prepared.setup()
+        assert problem.mistake(prepared.answer(prepared.call())) is None
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_provider_wrong_by_one_percent_has_no_time_and_fails_the_gate(mode, place):
+    case = replace(SMALL, mode=mode)
+    chosen = {OURS: PROVIDERS[OURS], "wrong": OffByOnePercent("wrong", place), "torch.nn": PROVIDERS["torch.nn"]}
+    rows = runner.measure(case, chosen, seconds=0.01, peaks=PEAKS)
+    status = {r.provider: r.status for r in rows}
+    assert status == {OURS: "ok", "wrong": "wrong", "torch.nn": "ok"}
+    wrong = next(r for r in rows if r.provider == "wrong")
+    assert wrong.samples == []
+    assert wrong.median is wrong.ratio is wrong.gigaflops is None
+    found = results.gate(measured(*rows), None, None)
+    assert len(found) == 1
+    assert "wrong is wrong" in found[0]
+    assert "wrong" in show.cells(measured(*rows))[1]
+
+
+def test_the_command_line_fails_the_gate_when_fastcells_is_wrong(monkeypatch, tmp_path, capsys):
+    chosen = {OURS: OffByOnePercent(OURS, 0), "torch.nn": PROVIDERS["torch.nn"]}
+
+    def run(cases, names, suite, seconds, done):
+        yield json.dumps({"kind": "machine", **machine.describe(1), "roof": PEAKS}) + "\n"
+        for found in runner.measure(SMALL, chosen, seconds=0.01):
+            yield found.to_json() + "\n"
+
+    monkeypatch.setattr(runner, "run", run)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--quick", "--gate", "--out", str(tmp_path / "a.jsonl")])
+    assert ended.value.code == 1
+    assert "gate: gru 2,3,4,5 inference: fastcells is wrong: y is off by" in capsys.readouterr().out
+
+
+def test_a_missing_or_misshapen_or_infinite_result_is_a_mistake():
+    problem = Problem(SMALL)
+    right = problem.truth
+    assert problem.mistake(right) is None
+    assert "expected h_n, y, got y" in problem.mistake({"y": right["y"]})
+    assert "shape" in problem.mistake(right | {"y": right["y"][:1]})
+    assert "y is off" in problem.mistake(right | {"y": right["y"] * float("nan")})
+
+
+class Peer(Provider):
+    name = "peer"
+
+    def __init__(self, error=None, absent=None):
+        self.error, self.absent = error, absent
+
+    def available(self):
+        return self.absent
+
+    def prepare(self, problem):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("peer", "status", "reason"),
+    [
+        (Peer(absent="not installed: peer"), "absent", "not installed: peer"),
+        (Peer(Unsupported("no kernel")), "unsupported", "no kernel"),
+        (Peer(RuntimeError("broke\nmore")), "failed", "RuntimeError: broke"),
+    ],
+)
+def test_a_provider_without_a_time_is_named_with_its_reason(peer, status, reason):
+    rows = runner.measure(SMALL, {OURS: PROVIDERS[OURS], "peer": peer}, seconds=0.01)
+    assert (rows[1].status, rows[1].reason) == (status, reason)
+    assert f"peer: {status}: {reason} (1 case)" in show.summary(measured(*rows))
+
+
+def test_a_case_with_more_threads_than_cores_is_not_measured(monkeypatch):
+    monkeypatch.setattr(runner, "cores", lambda: [0])
+    (found,) = runner.measure(replace(SMALL, threads=2), {OURS: PROVIDERS[OURS]})
+    assert (found.status, found.samples) == ("unsupported", [])
+
+
+def test_what_a_suite_leaves_out_is_named():
+    case = SUITES["quick"]()[0]
+    rows = runner.measure(case, {"torch.compile": PROVIDERS["torch.compile"]}, suite="quick")
+    assert rows[0].reason == left_out("quick", case, "torch.compile") or rows[0].status == "absent"
+
+
+# Method ---------------------------------------------------------------------------------------------------------------
+
+
+def test_providers_alternate_and_setup_comes_before_each_call():
+    log = []
+
+    def prepared(name):
+        return Prepared(lambda: log.append(name), dict, setup=lambda: log.append(f"setup {name}"))
+
+    samples = runner.rounds({OURS: prepared(OURS), "peer": prepared("peer")}, seconds=0.0)
+    assert {name: len(values) for name, values in samples.items()} == dict.fromkeys((OURS, "peer"), runner.LEAST_ROUNDS)
+    assert log[::2] == [f"setup {name}" for name in log[1::2]]
+    turns = [name for name, before in zip(log[1::2], [None, *log[1::2]], strict=False) if name != before]
+    assert len(turns) >= runner.LEAST_ROUNDS  # none has all its rounds at once
+
+
+def test_statistics_are_of_the_samples_and_ratios_of_pairs():
+    made = row("peer", [2.0, 4.0, 9.0, 8.0, 5.0], ours=[1.0, 4.0, 3.0, 2.0, 2.0])
+    assert (made.minimum, made.quartile_1, made.median, made.quartile_3) == (2.0, 4.0, 5.0, 8.0)
+    assert (made.ratio_quartile_1, made.ratio, made.ratio_quartile_3) == (2.0, 2.5, 3.0)
+
+
+def test_the_roof_is_the_slower_of_products_and_reading_the_weights():
+    wide, narrow = Case("lstm", 64, 10, 64, 64), Case("lstm", 1, 10, 64, 64)
+    seconds, name = machine.bound(wide, wide.flops(640), PEAKS)
+    assert (name, seconds) == ("compute", pytest.approx(2 * 640 * 4 * 64 * 128 / 100e9))
+    seconds, name = machine.bound(narrow, narrow.flops(10), PEAKS)
+    assert (name, seconds) == ("memory", pytest.approx(10 * 4 * 64 * 64 * 4 / 20e9))
+
+
+def test_the_best_peer_is_on_the_same_device():
+    ours, slow = two(2.0)
+    other = row("torch.nn CUDA", [1e-5] * 3, ours=ours.samples, device="cuda")
+    assert results.best_peer({r.provider: r for r in (ours, slow, other)}) is slow
+
+
+@pytest.mark.skipif(not memory.CLEAR.exists(), reason="needs /proc of Linux")
+def test_memory_sees_what_a_call_holds_at_its_peak():
+    size = 64 << 20
+    prepared = Prepared(lambda: sum(bytearray(b"1") * size) and None, dict)
+    assert 0.9 * size < memory.peak(prepared) < 3 * size  # the kernel counts pages in batches
+
+
+def test_memory_rows_have_bytes():
+    rows = runner.measure(replace(SMALL, mode="memory"), {n: PROVIDERS[n] for n in (OURS, "torch.nn")})
+    assert all(r.unit == "bytes" and r.status == "ok" and r.held_bytes > 0 and r.gigaflops is None for r in rows)
+
+
+# Results --------------------------------------------------------------------------------------------------------------
+
+
+def test_results_survive_the_file(tmp_path):
+    found = measured(*two(0.5), Row(SMALL, "absent one", "absent", "not installed"))
+    assert results.read(save(tmp_path / "a.jsonl", found)) == found
+
+
+def test_a_line_that_is_no_result_is_named(tmp_path):
+    path = save(tmp_path / "a.jsonl", measured(*two(2.0)))
+    path.write_text(path.read_text() + '{"kind": "measurement"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 4: not a result"):
+        results.read(path)
+
+
+@pytest.mark.parametrize(("geomean", "worst", "passes"), [(0.9, 0.4, True), (1.1, 0.4, False), (0.9, 0.6, False)])
+def test_the_gate_has_both_thresholds(geomean, worst, passes):
+    found = measured(*two(0.5), *two(2.0, replace(SMALL, T=7)))  # geometric mean 1
+    assert (results.gate(found, geomean, worst) == []) is passes
+
+
+def test_the_gate_does_not_pass_without_a_comparison():
+    assert results.gate(measured(two(2.0)[0]), None, None) == ["no case has both fastcells and a peer to compare"]
+
+
+def test_compare_tells_a_move_from_noise():
+    other = replace(SMALL, T=9)
+    before = measured(row(OURS, [1.0, 1.1, 1.2]), row(OURS, [1.0, 1.5, 2.0], other))
+    after = measured(row(OURS, [0.5, 0.6, 0.7]), row(OURS, [1.2, 1.6, 1.9], other))
+    assert [(m.case, m.moved, m.change < 1) for m in results.compare(before, after)] == [
+        (SMALL, True, True),
+        (other, False, False),
+    ]
+
+
+def test_the_report_marks_losses_and_has_plots(tmp_path):
+    sweep = [replace(SMALL, T=t) for t in (2, 4, 8, 16)]
+    rows = [r for k, case in enumerate(sweep) for r in two(0.5 + k, case)]
+    for r in rows:
+        r.share, r.roof = 0.5, "compute"
+    paths = list(report.write(measured(*rows), tmp_path))
+    assert {path.name for path in paths} == {"report.md", "speedup.png", "roof.png", "scaling.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths if path.suffix == ".png")
+    text = (tmp_path / "report.md").read_text()
+    assert text.count("LOSS") == 1
+    assert "**0.50x LOSS**" in text
+    assert "![scaling](scaling.png)" in text
+
+
+# Command line ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "run huge",
+        "run core --quick",
+        "run --threads 0",
+        "run --threads 100000",
+        "run --provider nobody",
+        "run --shape 9,9,9,9",
+        "run --cell tree",
+        "run --geomean 1.0",
+        "run --gate --worst much",
+        "run --quick --out /dev",
+        "compare a.jsonl",
+        "compare /nowhere/a.jsonl /nowhere/b.jsonl",
+        "report /nowhere/a.jsonl",
+        "list huge",
+    ],
+)
+def test_bad_arguments_get_one_line_and_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_list_names_suites_modes_and_providers(capsys):
+    main(["list"])
+    text = capsys.readouterr().out
+    assert all(f" {name} " in text for name in (*SUITES, *MODES, *PROVIDERS))
+
+
+def test_compare_and_report_from_the_command_line(tmp_path, capsys):
+    a, b = save(tmp_path / "a.jsonl", measured(*two(2.0))), save(tmp_path / "b.jsonl", measured(*two(9.0)))
+    main(["compare", str(a), str(b)])
+    assert "1 of 2 measurements moved" in capsys.readouterr().out
+    main(["report", str(a), "--out", str(tmp_path / "folder")])
+    assert str(tmp_path / "folder" / "report.md") in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is a signal on POSIX")
+def test_a_run_that_is_stopped_leaves_valid_results(tmp_path):
+    path = tmp_path / "a.jsonl"
+    command = [sys.executable, "-m", "benchmarks", "run", "--quick", "--provider", "torch.nn", "--out", str(path)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+    end = monotonic() + 100
+    while process.poll() is None and monotonic() < end and not (path.exists() and path.read_text().count("\n") > 2):
+        sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "up to where it was stopped" in output
+    found = results.read(path)
+    assert found.machines.keys() == {1}
+    assert 2 <= len(found.rows) < 2 * len(SUITES["quick"]())
+    assert found.rows[0].status == "ok"
