@@ -142,15 +142,23 @@ def using_threads(threads: int) -> Iterator[None]:
 
 # ---- where the time goes ----
 class Watch:
-    """Seconds inside wrapped functions by label, each without those of wrapped functions that it calls."""
+    """Seconds inside wrapped functions by label, each without those of wrapped functions that it calls.
+
+    Functions stay wrapped whether the watch is on or off: to exchange them at every sample would undo what Python's
+    interpreter has specialised, and cost more than is measured.
+    """
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.calls = 0
+        self.on = False
+        self.leave_out: Callable[[str], bool] | None = None  # the buffers whose products the time loops do not take
         self._open: list[tuple[str, list[float]]] = []  # label, seconds of each inner call
 
     def wrap(self, function: Callable, label: Callable[..., str]) -> Callable:
         def timed(*args: Any, **kwargs: Any) -> Any:
+            if not self.on:
+                return function(*args, **kwargs)
             name, inner = frame = label(*args), list[float]()
             self._open.append(frame)
             began = clock()
@@ -166,6 +174,10 @@ class Watch:
 
         return timed
 
+    def reset(self, on: bool, leave_out: Callable[[str], bool] | None = None) -> None:
+        self.seconds.clear()
+        self.calls, self.on, self.leave_out = 0, on, leave_out
+
     def kernel(self, kernel: store.Kernel, *_: Any) -> str:
         """The part that a kernel belongs to."""
         if kernel.name.startswith("pack_"):
@@ -176,11 +188,12 @@ class Watch:
 
 
 @contextmanager
-def watching(watch: Watch, leave_out: Callable[[str], bool] | None = None) -> Iterator[None]:
-    """Time the engine's calls within the block. leave_out: the buffers whose products the time loops do not take."""
+def watching(watch: Watch) -> Iterator[None]:
+    """The engine's functions are wrapped within the block."""
     before = team.run, cpu._parameter_gradients, cpu._previous, cpu._input_gradient, engine.Runner.run
 
     def without(self: engine.Runner, times: Any, views: Any, segments: Any, *args: Any, **kwargs: Any) -> None:
+        leave_out = watch.leave_out
         if leave_out is not None and self.program is not engine.PRODUCT:
             segments = [
                 [
@@ -205,17 +218,17 @@ def watching(watch: Watch, leave_out: Callable[[str], bool] | None = None) -> It
 
 @lru_cache
 def watch_cost() -> float:
-    """Seconds that a timed call takes longer, outside of what it measures."""
-    watch, count = Watch(), 2000
+    """Seconds that a wrapped call takes longer when the watch is on."""
+    watch, count = Watch(), 500
     nothing = watch.wrap(lambda: None, lambda: PACKING)
 
     def loop() -> None:
         for _ in range(count):
             nothing()
 
-    watch.seconds.clear()
-    total = best(loop, 0.01)
-    return max(0.0, total / count - watch.seconds[PACKING] / watch.calls)
+    off = best(loop, 0.01)
+    watch.on = True
+    return max(0.0, best(loop, 0.01) - off) / count
 
 
 @dataclass(frozen=True)
@@ -241,45 +254,43 @@ def take_apart(call: Callable[[], Any], units_shared: bool, budget: float = 1.5)
     threads = torch.get_num_threads()
     alone = 1 if units_shared else threads  # what a product costs is seen without waiting
 
-    def sample(watch: Watch | None, threads: int, leave_out: Callable[[str], bool] | None = None) -> float:
+    watch = Watch()
+
+    def sample(
+        threads: int, on: bool, leave_out: Callable[[str], bool] | None = None
+    ) -> tuple[float, dict[str, float]]:
+        """Seconds of a call, and of its parts."""
         with using_threads(threads):
-            if watch is None:
-                began = clock()
-                for _ in range(repeats):
-                    call()
-                return (clock() - began) / repeats
-            with watching(watch, leave_out):
-                began = clock()
-                for _ in range(repeats):
-                    call()
-                return (clock() - began - watch.calls * watch_cost()) / repeats
+            watch.reset(on, leave_out)
+            began = clock()
+            for _ in range(repeats):
+                call()
+            took = clock() - began - watch.calls * watch_cost()
+        return took / repeats, {name: s / repeats for name, s in watch.seconds.items()}
 
     whole: list[float] = []
-    found: list[tuple[float, Watch]] = []
-    ablated: dict[str, list[Watch]] = {"all": [], "no x": [], "none": []}
+    found: list[tuple[float, dict[str, float]]] = []
+    ablated: dict[str, list[dict[str, float]]] = {"all": [], "no x": [], "none": []}
     watch_cost()
     begin = clock()
-    while True:
-        whole.append(sample(None, threads))
-        watch = Watch()
-        found.append((sample(watch, threads), watch))
-        for name, leave_out in (("all", None), ("no x", lambda b: b == "x"), ("none", lambda b: True)):
-            if len(whole) > 2 * ROUNDS:  # known well enough: the rest is for the parts' sum and the whole
+    with watching(watch):
+        while True:
+            whole.append(sample(threads, on=False)[0])
+            found.append(sample(threads, on=True))
+            for name, leave_out in (("all", None), ("no x", lambda b: b == "x"), ("none", lambda b: True)):
+                if len(whole) <= 2 * ROUNDS:  # then known well enough: the rest is for the parts' sum and the whole
+                    ablated[name].append(sample(alone, True, leave_out)[1])
+            total, parts = min(found, key=lambda f: abs(f[0] - min(whole)))  # the one most like the best
+            spent = (clock() - begin) / budget
+            agree = abs(total - min(whole)) <= AGREE * min(whole)
+            if len(whole) >= ROUNDS and ((spent > 0.25 and agree) or spent > PATIENCE):
                 break
-            watch = Watch()
-            sample(watch, alone, leave_out)
-            ablated[name].append(watch)
-        total, watch = min(found, key=lambda f: f[0])
-        spent = clock() - begin
-        agree = abs(total - min(whole)) <= AGREE * min(whole)
-        if len(whole) >= ROUNDS and ((spent > budget / 4 and agree) or spent > budget):
-            break
 
-    seconds = defaultdict(float, {name: s / repeats for name, s in watch.seconds.items()})
-    seconds[REST] = max(0.0, total - sum(seconds.values()))
+    seconds = defaultdict(float, parts)
+    seconds[REST] = max(0.0, total - sum(parts.values()))
     least = {
-        name: {label: min(w.seconds[label] for w in watches) / repeats for label in (PRODUCT, BACK_PRODUCT)}
-        for name, watches in ablated.items()
+        name: {label: min(p.get(label, 0.0) for p in found) for label in (PRODUCT, BACK_PRODUCT)}
+        for name, found in ablated.items()
     }
     for label, pointwise in ((PRODUCT, POINTWISE), (BACK_PRODUCT, BACK_POINTWISE)):
         kernel, full = seconds.pop(label, 0.0), least["all"][label]

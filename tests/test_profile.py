@@ -94,7 +94,10 @@ def test_parts_are_told_apart_exactly(monkeypatch, threads):
 @pytest.mark.parametrize(("kind", "train"), [("LSTM", True), ("GRU", False), ("RNN", True)])
 def test_sum_of_parts_is_the_whole(quick, kind, train):
     layer = getattr(fastcells.nn, kind)(16, 32)
-    timing = profiler.profile_layer(layer, torch.randn(40, 8, 16), train=train, budget=1.0).timing
+    for _ in range(4):  # other load may spoil a measurement; what is wrong with the profiler spoils all
+        timing = profiler.profile_layer(layer, torch.randn(40, 8, 16), train=train, budget=0.7).timing
+        if timing.sum_of_parts == pytest.approx(timing.best, rel=0.05):
+            break
     assert timing.sum_of_parts == pytest.approx(timing.best, rel=0.05)
     expected = {profiler.INPUT, profiler.PRODUCT, profiler.POINTWISE, profiler.PACKING, profiler.REST}
     if train:
