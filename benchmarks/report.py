@@ -61,8 +61,8 @@ def panels(results: Results) -> dict[str, list[Case]]:
     return found
 
 
-def bars(title: str, values: dict[Case, float], label: str, line: float) -> Figure | None:
-    """A panel for each mode with a bar for each case; a line where the value is as good as it need be."""
+def bars(title: str, values: dict[Case, float], label: str, start: float) -> Figure | None:
+    """A panel for each mode with a bar for each case, drawn from `start` and labelled with its value."""
     modes: dict[str, list[Case]] = {}
     for case in values:
         modes.setdefault(case.mode, []).append(case)
@@ -78,8 +78,10 @@ def bars(title: str, values: dict[Case, float], label: str, line: float) -> Figu
             f"{name} x{case.threads}" if case.threads > 1 else name for name, case in zip(names, cases, strict=True)
         ]
         colors = [COLORS[case.cell] for case in cases]
-        panel.barh(names, [values[case] for case in cases], color=colors)
-        panel.axvline(line, color="black", linewidth=1)
+        drawn = panel.barh(names, [values[case] - start for case in cases], left=start, color=colors)
+        panel.bar_label(drawn, [f"{values[case]:.2f}" for case in cases], fontsize=7, padding=2)
+        panel.axvline(1.0, color="black", linewidth=1)
+        panel.margins(x=0.12)
         panel.invert_yaxis()
         panel.set_title(mode, fontsize=10)
         panel.tick_params(labelsize=8)
@@ -92,13 +94,16 @@ def speedup(results: Results) -> Figure | None:
     figure = bars("Speed-up over the best peer", ratios(results), "times faster (log scale; N,T,I,H)", 1.0)
     if figure is not None:
         figure.axes[0].set_xscale("log")
+        for axis in figure.axes[0].xaxis, figure.axes[-1].xaxis:
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}")
     return figure
 
 
 def roof(results: Results) -> Figure | None:
     shares = {case: rows[OURS].share for case, rows in results.by_case.items() if OURS in rows}
     known = {case: share for case, share in shares.items() if share is not None}
-    return bars("fastcells' share of the measured roof", known, "share", 1.0)
+    return bars("fastcells' share of the measured roof", known, "share", 0.0)
 
 
 def scaling(results: Results) -> Figure | None:
@@ -131,6 +136,7 @@ def scaling(results: Results) -> Figure | None:
                 width = 2.5 if name == OURS else 1.2
                 panel.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=width, label=name)
         panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
         panel.set_yscale("log")
         panel.set_title(f"{mode}, {cases[0].cell}: {axis}", fontsize=10)
         panel.set_xlabel(axis)

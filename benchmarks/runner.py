@@ -81,8 +81,8 @@ def rounds(prepared: Mapping[str, Prepared], seconds: float) -> dict[str, list[f
     try:
         for number in range(MOST_ROUNDS):
             names = [name for name in prepared if number < LEAST_ROUNDS or spent[name] < share or name == OURS]
-            if number >= LEAST_ROUNDS and names == [OURS] and spent[OURS] >= share:
-                break
+            if number >= LEAST_ROUNDS and names == [OURS] and (len(prepared) > 1 or spent[OURS] >= share):
+                break  # no one is left to compare with
             for name in names if number % 2 else reversed(names):
                 start = perf_counter()
                 samples[name].append(sample(prepared[name], calls[name]))
