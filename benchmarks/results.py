@@ -112,8 +112,8 @@ def best_peer(rows: Mapping[str, Row]) -> Row | None:
 
 
 def ratios(results: Results) -> dict[Case, float]:
-    """For each case, how many times faster than its best peer fastcells is."""
-    peers = {case: best_peer(rows) for case, rows in results.by_case.items()}
+    """For each timed case, how many times faster than its best peer fastcells is."""
+    peers = {case: best_peer(rows) for case, rows in results.by_case.items() if case.kind.unit == "s"}
     return {case: peer.ratio for case, peer in peers.items() if peer is not None and peer.ratio is not None}
 
 

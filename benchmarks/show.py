@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import machine
-from benchmarks.cases import Case
+from benchmarks.cases import CELLS, Case
 from benchmarks.providers import OURS
 from benchmarks.results import Move, Results, Row, best_peer, ratios
 
@@ -64,15 +64,20 @@ def columns(results: Results) -> list[str]:
 def cells(results: Results) -> list[list[str]]:
     """The table, with its heading: a row a case."""
     names = columns(results)
-    against = ratios(results)
     lines = [["case", *names, "best peer", "speed-up", "of roof"]]
     for case, rows in results.by_case.items():
         peer, ours = best_peer(rows), rows.get(OURS)
         line = [str(case), *(amount(rows[name]) if name in rows else "" for name in names)]
-        line += [peer.provider, heading(against[case])] if peer is not None else ["", ""]
+        line += [peer.provider, heading(peer.ratio)] if peer is not None and peer.ratio is not None else ["", ""]
         line.append(f"{ours.share:.0%} {ours.roof}" if ours is not None and ours.share is not None else "")
         lines.append(line)
     return lines
+
+
+def mean(rows: Sequence[Row]) -> str:
+    """Of their ratios."""
+    found = [row.ratio for row in rows if row.ratio]
+    return f"{geometric_mean(found):.2f}x" if found else "-"
 
 
 def summary(results: Results) -> list[str]:
@@ -87,9 +92,10 @@ def summary(results: Results) -> list[str]:
             f"geometric mean {geometric_mean(against.values()):.2f}x, worst {least:.2f}x ({worst}), {lost} lost"
         )
     for name in columns(results):
-        found = [row.ratio for row in results.rows if row.provider == name and row.ratio and name != OURS]
+        found = [row for row in results.rows if row.provider == name != OURS and row.ratio and row.unit == "s"]
         if found:
-            lines.append(f"against {name}: geometric mean {geometric_mean(found):.2f}x over {len(found)} cases")
+            means = [f"{cell} {mean([row for row in found if row.case.cell == cell])}" for cell in CELLS]
+            lines.append(f"against {name}: geometric mean {mean(found)} over {len(found)} cases ({', '.join(means)})")
     reasons: dict[tuple[str, str, str], int] = {}
     for row in results.rows:
         if row.reason:

@@ -279,6 +279,13 @@ def test_the_gate_has_both_thresholds(geomean, worst, passes):
     assert (results.gate(found, geomean, worst) == []) is passes
 
 
+def test_bytes_do_not_count_as_speed():
+    case = replace(SMALL, mode="memory")
+    found = measured(*two(2.0), *two(0.1, case))
+    assert list(results.ratios(found)) == [SMALL]
+    assert "0.10x LOSS" in show.cells(found)[2]
+
+
 def test_the_gate_does_not_pass_without_a_comparison():
     assert results.gate(measured(two(2.0)[0]), None, None) == ["no case has both fastcells and a peer to compare"]
 
