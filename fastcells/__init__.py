@@ -9,10 +9,12 @@ from . import cells, expression, functional, nn, reference
 from .cell import Cell, cell
 from .convert import convert, revert
 from .explain import Explanation, explain
+from .profile import Report, profile
 
 __all__ = [
     "Cell",
     "Explanation",
+    "Report",
     "cell",
     "cells",
     "convert",
@@ -20,6 +22,7 @@ __all__ = [
     "expression",
     "functional",
     "nn",
+    "profile",
     "reference",
     "revert",
 ]
