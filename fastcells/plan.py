@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-PANEL_BYTES = 24 * 1024  # of weights that a tile may go through: most of a first-level cache, the rows need the rest
+PANEL_BYTES = 32 * 1024  # of weights that a tile may go through at a time: about a first-level cache
 SINGLE_ROW_DEPTH = 256  # of a single row's products
 FUSED_BYTES = 1 << 19  # of weights that fused time steps may read: half of a common second-level cache
 STEP_ROWS = 32  # of a single step, from which a kernel pays for packing the weights
