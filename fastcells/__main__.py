@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import __version__, cells, nn
+from . import __version__, cells, nn, roof
 from .cell import Cell
 from .cpu import layer as cpu
 from .cpu import store, team
@@ -96,7 +96,7 @@ def run_profile(arguments: argparse.Namespace) -> None:
     if there_is is not None and needed > there_is:
         q = profiler.quantity
         arguments.fail(f"these sizes need about {q(needed, 1024)}B of memory, and there is {q(there_is, 1024)}B")
-    with profiler.using_threads(arguments.threads or torch.get_num_threads()):
+    with roof.using_threads(arguments.threads or torch.get_num_threads()):
         torch.manual_seed(0)
         dtype = DTYPE[arguments.dtype]
         inputs = arguments.input or arguments.hidden
@@ -205,14 +205,14 @@ def cache() -> dict[str, Any]:
 def run_info(arguments: argparse.Namespace) -> None:
     profiler = importlib.import_module("fastcells.profile")
     threads = team.size()
-    levels = [*profiler.caches()]
+    levels = [*roof.caches()]
     sizes = [(name, size // 2) for name, size in levels] + [
         ("memory", 4 * max([s for _, s in levels], default=1 << 25))
     ]
     facts = {
         **machine(),
-        "peak_flops": {name: profiler.peak_flops(dtype, threads) for name, dtype in DTYPE.items()},
-        "bandwidth": {name: profiler.bandwidth(min(size, 1 << 28), threads) for name, size in sizes},
+        "peak_flops": {name: roof.peak_flops(dtype, threads) for name, dtype in DTYPE.items()},
+        "bandwidth": {name: roof.bandwidth(min(size, 1 << 28), threads) for name, size in sizes},
         "cache": cache(),
         "torch_routes": torch_routes(),
     }

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastcells
-from fastcells import cells
+from fastcells import cells, roof
 from fastcells.__main__ import main
 from fastcells.cpu import engine, store, team
 from fastcells.cpu import layer as cpu
@@ -24,8 +24,9 @@ profiler = importlib.import_module("fastcells.profile")  # the package may show 
 @pytest.fixture
 def quick(monkeypatch):
     """The machine's limits are taken as given, to save the time of measuring them."""
-    monkeypatch.setattr(profiler, "peak_flops", lambda dtype, threads: 1e11)
-    monkeypatch.setattr(profiler, "bandwidth", lambda size, threads: 1e11)
+    for module in (profiler, roof):
+        monkeypatch.setattr(module, "peak_flops", lambda dtype, threads: 1e11)
+        monkeypatch.setattr(module, "bandwidth", lambda size, threads: 1e11)
 
 
 # ---- where the time goes ----
@@ -75,7 +76,7 @@ def test_parts_are_told_apart_exactly(monkeypatch, threads):
         cpu._parameter_gradients()
         cpu._input_gradient()
 
-    with profiler.using_threads(threads):
+    with roof.using_threads(threads):
         timing = profiler.take_apart(call, units_shared=threads > 1)
     expected = {
         profiler.INPUT: cost["ahead"] + cost["x"] / threads,
@@ -138,12 +139,12 @@ def test_rates_follow_from_the_counts(quick):
 
 
 def test_limits_are_measured():
-    assert profiler.peak_flops(torch.float64, 1) > 0
-    assert profiler.bandwidth(1 << 14, 1) > 0
-    capacities = [size for _, size in profiler.caches()]
+    assert roof.peak_flops(torch.float64, 1) > 0
+    assert roof.bandwidth(1 << 14, 1) > 0
+    capacities = [size for _, size in roof.caches()]
     assert capacities == sorted(capacities)
-    for name, size in profiler.caches():
-        assert profiler.level(size) == name
+    for name, size in roof.caches():
+        assert roof.level(size) == name
 
 
 # ---- a model ----
