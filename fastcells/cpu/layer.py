@@ -137,15 +137,19 @@ def view(t: Tensor, sequences: Sequences, column: int = 0, initial: Tensor | int
         step = row = strides[0]
         if sequences.counts is None:
             step *= sequences.rows
-    address = t.data_ptr() + column * item
+    return View(t.data_ptr() + column * item, step * item, row * item, *_rows(initial))
+
+
+def fixed(t: Tensor, initial: Tensor | int = 0) -> View:
+    """[N, width], the same at all steps; initial: as for `view`."""
+    return View(t.data_ptr(), 0, t.stride(0) * t.element_size(), *_rows(initial))
+
+
+def _rows(initial: Tensor | int) -> tuple[int, int]:
+    """Address, and bytes from row to row, of [N, width] or of one zero row given by its address."""
     if isinstance(initial, int):
-        return View(address, step * item, row * item, initial, 0)
-    return View(address, step * item, row * item, initial.data_ptr(), initial.stride(0) * item)
-
-
-def fixed(t: Tensor) -> View:
-    """[N, width], the same at all steps."""
-    return View(t.data_ptr(), 0, t.stride(0) * t.element_size())
+        return initial, 0
+    return initial.data_ptr(), initial.stride(0) * initial.element_size()
 
 
 def by_time(t: Tensor) -> Tensor:
@@ -301,12 +305,7 @@ def forward(
         series = []
         for j, name in enumerate(p.states[1:], 1):
             if in_place:
-                into = fixed(finals[j][k])
-                begin = initial[j]
-                at = (
-                    (begin, 0) if isinstance(begin, int) else (begin.data_ptr(), begin.stride(0) * begin.element_size())
-                )
-                views["s." + name] = View(*into[:3], *at)
+                views["s." + name] = fixed(finals[j][k], initial[j])
             else:
                 series.append(torch.empty((total, hidden), dtype=dtype))
                 views["s." + name] = view(series[-1], sequences, 0, initial[j])
