@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -42,12 +43,34 @@ class Cell:
         self.function, self.name, self.gates, self.states = function, name, tuple(gates), tuple(states)
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
+        self.made_by: tuple[Callable, tuple] | None = (
+            None  # the function, and its arguments, of a cell that has options
+        )
 
     def __repr__(self) -> str:
         return f"<cell {self.name}: gates {' '.join(self.gates)}; states {' '.join(self.states)}>"
 
     def __reduce__(self):
-        return _lookup, (self.function.__module__, self.function.__qualname__)
+        """Pickled as functions are: by name, or as the call that makes it."""
+        if self.made_by is not None:
+            return self.made_by
+        where = self.function.__module__, self.function.__qualname__
+        try:
+            found = _lookup(*where)
+        except (ImportError, AttributeError):
+            found = None
+        if found is not self:
+            raise pickle.PicklingError(
+                f"cell {self.name}: it is pickled by its name, but {'.'.join(where)} is "
+                f"{'not to be found' if found is None else 'another object by now'}. Declare it at the top of a module."
+            )
+        return _lookup, where
+
+    def __copy__(self) -> Cell:
+        return self
+
+    def __deepcopy__(self, memo: dict) -> Cell:
+        return self  # as functions do: a cell never changes
 
     def __call__(self, x: Any, u: Any, s: Any) -> Any:
         """The declared function itself: new state(s) from `x`, `u`, `s`, each with an attribute per gate or state."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
-from .nn import DROP_IN, DropIn
+from .nn import DROP_IN, DropIn, Recurrent
 
 BACK = {ours: theirs for theirs, ours in DROP_IN.items()}
 
@@ -85,6 +85,8 @@ def _obstacle(module: torch.nn.Module, classes: Mapping[type, type]) -> str | No
     if isinstance(module, torch.jit.ScriptModule):
         recurrent = getattr(module, "original_name", None) in {c.__name__ for c in classes}
         return "compiled by TorchScript: its code no longer comes from its class" if recurrent else None
+    if isinstance(module, Recurrent):
+        return f"already {_qualified(kind)}" if classes is DROP_IN else "torch.nn has no layer of any cell"
     if not isinstance(module, tuple(DROP_IN)):
         return None
     if kind in classes.values():

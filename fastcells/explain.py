@@ -11,7 +11,7 @@ from torch.nn.modules import rnn as original
 from .cpu.host import host
 from .cpu.layer import Sequences, planned
 from .functional import STEPS
-from .nn import DropIn
+from .nn import DropIn, Recurrent
 from .plan import few_at_once
 
 
@@ -39,7 +39,10 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         raise TypeError(f"explain: module must be a recurrent layer or cell, got {type(module).__name__}")
     reason = module._route(input, hx)
     if reason is not None:
-        return Explanation(name, "torch", (f"torch's own implementation: {reason}",))
+        form = (
+            "the cell as a loop of torch operations" if isinstance(module, Recurrent) else "torch's own implementation"
+        )
+        return Explanation(name, "torch", (f"{form}: {reason}",))
     call = module._read(input, hx)
     batch = call.batch
     layout = "packed" if batch.batch_sizes is not None else "padded"

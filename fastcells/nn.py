@@ -3,12 +3,14 @@
 Each class is a subclass of its torch.nn namesake and replaces `forward` alone, so initialisation, `repr`, pickling,
 hooks and `.to()` are torch's own. A call that the engine does not take (`fastcells.functional.refusal`, an empty batch)
 runs torch's implementation with the same weights. A wrong call raises the exception that torch.nn raises, with a
-message that names the argument, what was given and what was expected.
+message that names the argument, what was given and what was expected. `Recurrent`, the layer of any cell, has no
+namesake: it runs the cell's own torch form where the engine does not take the call.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,12 +19,13 @@ from torch import Tensor
 from torch.nn.modules import rnn as original  # the classes themselves: torch.nn.LSTM may be one of ours by now
 from torch.nn.utils.rnn import PackedSequence
 
-from . import cells
+from . import cells, unrolled
 from .cell import Cell
 from .functional import Parameters, refusal, unchecked_layer
 from .plan import few_at_once
+from .program import build
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "Recurrent"]
 
 Shape = tuple[int, ...]
 
@@ -32,7 +35,12 @@ class NotTaken(Exception):
 
 
 class Mistake(NotTaken):
-    """The call looks wrong. Torch's own implementation decides whether it is, and with which exception."""
+    """The call looks wrong. Where torch has an implementation, that decides whether it is, and with which exception;
+    else it is an `error`."""
+
+    def __init__(self, text: str, error: type[Exception] = RuntimeError) -> None:
+        super().__init__(text)
+        self.error = error
 
 
 class Batch(NamedTuple):
@@ -87,7 +95,7 @@ class DropIn(torch.nn.Module):
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As the torch.nn class of the same name: same arguments, results and exceptions."""
         if torch.compiler.is_compiling():  # before anything that it would have to trace
-            return super().forward(input, hx)
+            return self._forward_in_torch(input, hx)
         try:
             call = self._read(input, hx)
         except NotTaken as caught:
@@ -95,12 +103,18 @@ class DropIn(torch.nn.Module):
         else:
             return self._run(input, call)
         try:
-            return super().forward(input, hx)
+            return self._forward_in_torch(input, hx)
+        except Mistake as wrong:
+            raise wrong.error(f"{type(self).__name__}: {wrong}") from None
         except Exception as error:
             mistake = reason if isinstance(reason, Mistake) else self._mistake(input, hx)
             if mistake is not None:
                 raise type(error)(f"{type(self).__name__}: {mistake}") from error
             raise
+
+    def _forward_in_torch(self, input: Any, hx: Any) -> Any:
+        """The call as torch runs it."""
+        return super().forward(input, hx)
 
     def _mistake(self, input: Any, hx: Any) -> Mistake | None:
         """What is wrong with a call that torch refused, if that can be told."""
@@ -129,20 +143,14 @@ class DropIn(torch.nn.Module):
         """
         if not thorough and (better := self._better(input)):
             raise NotTaken(better)
-        cell = self._cell()
-        batch = self._batch(input)
-        if batch.x.shape[-1] != self.input_size:
-            raise Mistake(f"input must have input_size = {self.input_size} features, got {batch.x.shape[-1]}")
+        call, layers, tensors = self._parts(input, hx)
+        cell, batch, states, _ = call
         if not batch.size:
             raise NotTaken("batch size 0")
-        layers = self._weight_shapes(len(cell.gates))
-        parameters, weights = self._weights(layers)
-        states = None if hx is None else self._states(cell, input, batch, hx, out=layers[0][0][1][1][1])
-        tensors = [batch.x, *(states or ()), *weights]
         reason = refusal(*tensors)
         dtype = batch.x.dtype
         if reason is None and all([tensor.dtype is dtype for tensor in tensors]):
-            return Call(cell, batch, states, parameters)
+            return call
         names = ["input", *(_initial(cell) if states else ())]
         names += [item[0] for directions in layers for items in directions for item in items if item]
         for kind in ("device", "dtype"):
@@ -151,6 +159,17 @@ class DropIn(torch.nn.Module):
                 if given != expected:
                     raise Mistake(f"{name} must have the {kind} of input, {expected}, got {given}")
         raise NotTaken(reason)
+
+    def _parts(self, input: Any, hx: Any) -> tuple[Call, tuple, list[Tensor]]:
+        """The call, names and shapes of its parameters, and all its tensors. Raises Mistake for shapes that are off."""
+        cell = self._cell()
+        batch = self._batch(input)
+        if batch.x.shape[-1] != self.input_size:
+            raise Mistake(f"input must have input_size = {self.input_size} features, got {batch.x.shape[-1]}")
+        layers = self._weight_shapes(len(cell.gates))
+        parameters, weights = self._weights(layers)
+        states = None if hx is None else self._states(cell, input, batch, hx, out=layers[0][0][1][1][1])
+        return Call(cell, batch, states, parameters), layers, [batch.x, *(states or ()), *weights]
 
     def _weights(self, layers: tuple) -> tuple[list[tuple[Parameters, ...]], list[Tensor]]:
         """The parameters per layer and direction, and in one list. Read at each call, since they may be replaced."""
@@ -170,7 +189,8 @@ class DropIn(torch.nn.Module):
                     if weight is None:  # parametrized, or set as a plain tensor
                         weight = getattr(self, name, None)
                         if not isinstance(weight, Tensor):
-                            raise Mistake(f"{name} must be a Tensor of shape {shape}, got {type(weight).__name__}")
+                            got = type(weight).__name__
+                            raise Mistake(f"{name} must be a Tensor of shape {shape}, got {got}", TypeError)
                     if weight.shape != shape:
                         raise Mistake(f"{name} must have shape {shape}, got {tuple(weight.shape)}")
                     row.append(weight)
@@ -185,22 +205,20 @@ class DropIn(torch.nn.Module):
         given = hx if count > 1 else (hx,)
         if not isinstance(given, (tuple, list)) or len(given) != count:
             got = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
-            raise Mistake(f"hx must be a tuple of {count} Tensors ({', '.join(_initial(cell))}), got {got}")
+            raise Mistake(f"hx must be a tuple of {count} Tensors ({', '.join(_initial(cell))}), got {got}", TypeError)
         states = []
         for i, state in enumerate(given):
             if not isinstance(state, Tensor):
-                raise Mistake(f"hx ({_initial(cell)[i]}) must be a Tensor, got {type(state).__name__}")
+                raise Mistake(f"hx ({_initial(cell)[i]}) must be a Tensor, got {type(state).__name__}", TypeError)
             shape = (*batch.leading, self.hidden_size if i else out)
             if state.shape != shape:
                 name = _initial(cell)[i]
                 raise Mistake(f"hx ({name}) must have shape {shape} to go with input, got {tuple(state.shape)}")
             states.append(state if len(shape) == 3 else state.view(-1, batch.size, shape[-1]))
-        if batch.batch_sizes is not None and input.sorted_indices is not None:
-            return tuple(state.index_select(1, input.sorted_indices) for state in states)
-        return tuple(states)
+        return _reordered(tuple(states), input.sorted_indices if batch.batch_sizes is not None else None)
 
-    def _run(self, input: Any, call: Call) -> Any:
-        """The stack of layers, each with all its directions in one call of the engine."""
+    def _run(self, input: Any, call: Call, layer: Callable = unchecked_layer) -> Any:
+        """The stack of layers, each with all its directions in one call of `layer`."""
         cell, batch, states, parameters = call
         count = len(parameters)
         given: list = [states] * count
@@ -210,7 +228,7 @@ class DropIn(torch.nn.Module):
         for k, directions in enumerate(parameters):
             if k and self.dropout and self.training:
                 y = torch.dropout(y, self.dropout, True)  # as torch.nn does: same draws from the same generator
-            y, final = unchecked_layer(cell, y, given[k], directions, batch.batch_sizes)
+            y, final = layer(cell, y, given[k], directions, batch.batch_sizes)
             finals.append(final)
         if count > 1:
             final = tuple(torch.cat(state) for state in zip(*finals, strict=True))
@@ -268,18 +286,14 @@ def _packed_size(packed: PackedSequence) -> int:
 _not_compiled: Any = None  # DropIn.forward as torch.compile leaves it alone; made when needed, as it imports much
 
 
-class LayerModule(DropIn, original.RNNBase):
+class OverTime(DropIn):
     """What the layers over whole sequences have to themselves."""
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        """As the torch.nn class of the same name: same arguments, results and exceptions."""
-        # torch.compile breaks its graph at every RNNBase, then would compile what that calls, function by function.
-        global _not_compiled
-        if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
-            return super().forward(input, hx)
-        if _not_compiled is None:
-            _not_compiled = torch.compiler.disable(DropIn.forward)
-        return _not_compiled(self, input, hx)
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    bidirectional: bool
+    proj_size: int
 
     def _batch(self, input: Any) -> Batch:
         rows = self.num_layers * (2 if self.bidirectional else 1)
@@ -287,14 +301,15 @@ class LayerModule(DropIn, original.RNNBase):
             size = _packed_size(input)
             return Batch(input.data, size, (rows, size), input.batch_sizes)
         if not isinstance(input, Tensor):
-            raise Mistake(f"input must be a Tensor or a PackedSequence, got {type(input).__name__}")
+            raise Mistake(f"input must be a Tensor or a PackedSequence, got {type(input).__name__}", TypeError)
         rank = input.dim()
         if rank == 3:
             x = input.transpose(0, 1) if self.batch_first else input
         elif rank == 2:
             x = input.unsqueeze(1)
         else:
-            raise Mistake(f"input must have 3 dimensions, or 2 without a batch, got shape {tuple(input.shape)}")
+            got = tuple(input.shape)
+            raise Mistake(f"input must have 3 dimensions, or 2 without a batch, got shape {got}", ValueError)
         steps, size, _ = x.shape
         if not steps:
             raise Mistake(f"input must have a sequence length of at least 1, got 0 in shape {tuple(input.shape)}")
@@ -306,10 +321,33 @@ class LayerModule(DropIn, original.RNNBase):
 
     def _result(self, input: Any, batch: Batch, y: Tensor, states: Any) -> Any:
         if batch.batch_sizes is not None:
-            return PackedSequence(y, *input[1:]), self.permute_hidden(states, input.unsorted_indices)
+            return PackedSequence(y, *input[1:]), _reordered(states, input.unsorted_indices)
         if len(batch.leading) == 1:
             return y.squeeze(1), states
         return y.transpose(0, 1) if self.batch_first else y, states
+
+
+def _reordered(states: Any, order: Tensor | None) -> Any:
+    """The sequences of one state, or of each in a tuple, in the order asked for."""
+    if order is None:
+        return states
+    if isinstance(states, Tensor):
+        return states.index_select(1, order)
+    return tuple(state.index_select(1, order) for state in states)
+
+
+class LayerModule(OverTime, original.RNNBase):
+    """What torch.nn's layers over whole sequences have to themselves."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """As the torch.nn class of the same name: same arguments, results and exceptions."""
+        # torch.compile breaks its graph at every RNNBase, then would compile what that calls, function by function.
+        global _not_compiled
+        if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+            return super().forward(input, hx)
+        if _not_compiled is None:
+            _not_compiled = torch.compiler.disable(DropIn.forward)
+        return _not_compiled(self, input, hx)
 
 
 class CellModule(DropIn, original.RNNCellBase):
@@ -399,6 +437,70 @@ class GRUCell(CellModule, original.GRUCell):
 
     def _cell(self) -> Cell:
         return cells.gru
+
+
+class Recurrent(OverTime):
+    """Layers of any cell: one shipped in `fastcells.cells`, or your own function under `@fastcells.cell`.
+
+    The arguments after `cell` are those of `torch.nn.LSTM`, with the same meaning and defaults. For a cell of G gates:
+
+    - parameters: weight_ih_l{k} [G * H, I] (I = D * H, or D * proj_size, from the second layer on), weight_hh_l{k}
+      [G * H, H], bias_ih_l{k} and bias_hh_l{k} [G * H], in blocks in the order of `cell.gates`, weight_hr_l{k}
+      [proj_size, H] with a projection, and the same with _reverse. All start as torch's, uniform within 1 / sqrt(H);
+    - call: input [T, N, I] ([N, T, I] with batch_first, [T, I] without a batch, or a PackedSequence) and initial
+      states, one [num_layers * D, N, H] for each of `cell.states` (a Tensor where there is one state, else a tuple; the
+      hidden state has proj_size features with a projection; default: zeros) give (output [T, N, D * H], final states),
+      D = 2 if bidirectional, else 1.
+
+    The layer runs on the engine, and where that does not take the call (other devices and formats, torch.func,
+    torch.compile) as a loop of torch operations over the cell's function.
+
+    Raises TypeError if `cell` is no Cell; ValueError or TypeError for a cell that cannot be differentiated and for
+    wrong options; in a call RuntimeError, ValueError or TypeError as torch.nn's layers do.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(cell, Cell):
+            raise TypeError(f"cell must be a Cell, as the decorator fastcells.cell makes, got {type(cell).__name__}")
+        super().__init__()
+        options = num_layers, bias, batch_first, dropout, bidirectional, proj_size
+        original.LSTM(input_size, hidden_size, *options, device="meta")  # raises what torch.nn raises for wrong options
+        self.cell, self.input_size, self.hidden_size = cell, input_size, hidden_size
+        self.num_layers, self.bias, self.batch_first, self.dropout, self.bidirectional, self.proj_size = options
+        build(cell, bool(proj_size))  # raises for a cell that is wrong
+        for directions in self._weight_shapes(len(cell.gates)):
+            for name, shape in (item for items in directions for item in items if item):
+                self.register_parameter(name, torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, uniform within 1 / sqrt(hidden_size), as torch.nn's layers do."""
+        bound = self.hidden_size**-0.5
+        for weight in self.parameters():
+            torch.nn.init.uniform_(weight, -bound, bound)
+
+    def extra_repr(self) -> str:
+        """The cell's name and torch.nn's layers' arguments."""
+        return f"{self.cell.name}, {original.RNNBase.extra_repr(self)}"  # type: ignore[arg-type]
+
+    def _cell(self) -> Cell:
+        return self.cell
+
+    def _forward_in_torch(self, input: Any, hx: Any) -> Any:
+        return self._run(input, self._parts(input, hx)[0], unrolled.layer)
 
 
 DROP_IN: dict[type, type] = {kind.__bases__[1]: kind for kind in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)}

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+from fastcells.nn import Recurrent
+
 TOLERANCE = 1e-9  # float64, relative to the largest magnitude of the true tensor
 SLACK = 2.0  # float32: at most so many times torch.nn's own float32 error ...
 FLOOR = (
@@ -122,11 +124,16 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 def outputs(module: torch.nn.Module, result: Any) -> dict[str, Tensor]:
     """The tensors in what a layer or cell module returned, by name."""
     named = {}
-    if isinstance(module, torch.nn.RNNBase):
+    if isinstance(module, (torch.nn.RNNBase, Recurrent)):
         y, result = result
         named["output"] = y.data if isinstance(y, PackedSequence) else y
     states = result if isinstance(result, tuple) else (result,)
-    return {**named, **dict(zip(("h_n", "c_n"), states, strict=False))}
+    return {**named, **{f"{name}_n": state for name, state in zip(state_names(module), states, strict=False)}}
+
+
+def state_names(module: torch.nn.Module) -> tuple[str, ...]:
+    """Of the states of a layer or cell module, or more."""
+    return module.cell.states if isinstance(module, Recurrent) else ("h", "c")
 
 
 def leaves(module: torch.nn.Module, input: Any, hx: Any) -> tuple[Any, Any, dict[str, Tensor]]:
@@ -142,7 +149,7 @@ def leaves(module: torch.nn.Module, input: Any, hx: Any) -> tuple[Any, Any, dict
     else:
         input = fresh("input", input)
     if isinstance(hx, tuple):
-        hx = tuple(fresh(name, h) for name, h in zip(("h_0", "c_0"), hx, strict=True))
+        hx = tuple(fresh(f"{name}_0", h) for name, h in zip(state_names(module), hx, strict=True))
     elif hx is not None:
         hx = fresh("h_0", hx)
     return input, hx, {**named, **dict(module.named_parameters())}

@@ -1,0 +1,278 @@
+"""`nn.Recurrent`, the layer of any cell: shipped cells against their own torch form, what the module promises."""
+
+import copy
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from helpers import compare, outputs, pairwise, same
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastcells
+from fastcells import cell, cells, nn
+from fastcells.expression import sigmoid, tanh
+from fastcells.nn import NotTaken
+
+SHIPPED = [cells.lstm, cells.gru, cells.gru_reset_before, cells.rnn_tanh, cells.rnn_relu]
+DTYPES = (torch.float64, torch.float32)
+T, N, I, H = 5, 3, 4, 9  # noqa: E741
+
+
+class Loop(nn.Recurrent):
+    """The oracle: the cell's own function as a loop of torch operations, differentiated by autograd."""
+
+    def _read(self, *args, **options):
+        raise NotTaken("this is the oracle")
+
+
+def loop(layer):
+    """The oracle with a layer's own weights."""
+    oracle = copy.deepcopy(layer)
+    oracle.__class__ = Loop
+    return oracle
+
+
+def data(layer, layout="padded", states=True, steps=T, batch=N):
+    """Input and hx, the same values for every dtype."""
+    generator = torch.Generator().manual_seed(1)
+    dtype = next(layer.parameters()).dtype
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    leading = (layer.num_layers * (1 + layer.bidirectional), *([] if layout == "unbatched" else [batch]))
+    hx = tuple(draw(*leading, H if k else layer.proj_size or H) for k in range(len(layer.cell.states)))
+    hx = (hx if len(hx) > 1 else hx[0]) if states else None
+    if layout == "unbatched":
+        return draw(steps, I), hx
+    x = draw(batch, steps, I) if layer.batch_first else draw(steps, batch, I)
+    if layout == "packed":
+        lengths = [1 + 3 * n % steps for n in range(batch)]
+        x = pack_padded_sequence(x, lengths, batch_first=layer.batch_first, enforce_sorted=False)
+    return x, hx
+
+
+def make(cell, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    return nn.Recurrent(cell, I, H, **options, dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors this small gain nothing from a team, and torch's own stalls where test processes share the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# Values and gradients
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cell", SHIPPED, ids=lambda c: c.name)
+def test_every_cell_against_its_torch_form(cell, dtype):
+    layer = make(cell, dtype)
+    compare(layer, loop(layer), *data(layer))
+
+
+OPTIONS = pairwise(
+    cell=SHIPPED,
+    num_layers=(1, 2),
+    bidirectional=(False, True),
+    batch_first=(False, True),
+    bias=(True, False),
+    layout=("padded", "unbatched", "packed"),
+    states=(False, True),
+)
+
+
+@pytest.mark.parametrize("row", OPTIONS, ids=lambda row: " ".join(str(getattr(v, "name", v)) for v in row.values()))
+def test_every_cell_with_every_option(row):
+    row = dict(row)
+    layout, states = row.pop("layout"), row.pop("states")
+    layer = make(**row)
+    compare(layer, loop(layer), *data(layer, layout, states))
+
+
+@pytest.mark.parametrize("cell", SHIPPED, ids=lambda c: c.name)
+def test_gradcheck(cell):
+    torch.manual_seed(0)
+    layer = nn.Recurrent(cell, 2, 3, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(3, 2, 2, dtype=torch.float64)
+    hx = tuple(torch.randn(2, 2, 3, dtype=torch.float64) for _ in cell.states)
+    names = list(dict(layer.named_parameters()))
+
+    def run(x, *rest):
+        states, weights = rest[: len(hx)], dict(zip(names, rest[len(hx) :], strict=True))
+        result = torch.func.functional_call(layer, weights, (x, states if len(states) > 1 else states[0]))
+        return tuple(outputs(layer, result).values())
+
+    inputs = [t.detach().requires_grad_() for t in (x, *hx, *layer.parameters())]
+    assert layer._route(x) is None
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cell", "theirs", "options"),
+    [
+        (cells.lstm, torch.nn.LSTM, {}),
+        (cells.lstm, torch.nn.LSTM, {"proj_size": 4}),
+        (cells.gru, torch.nn.GRU, {}),
+        (cells.rnn_tanh, torch.nn.RNN, {}),
+        (cells.rnn_relu, torch.nn.RNN, {"nonlinearity": "relu"}),
+    ],
+)
+def test_torchs_cells_are_torchs_layers(cell, theirs, options):
+    """Same parameters from the same seed, same results, same dropout between the layers."""
+    shared = {"num_layers": 2, "bidirectional": True, "dropout": 0.5, "dtype": torch.float64}
+    torch.manual_seed(0)
+    theirs = theirs(I, H, **shared, **options)
+    options.pop("nonlinearity", None)
+    ours = make(cell, **shared, **options)
+    assert {n: p.tolist() for n, p in ours.named_parameters()} == {n: p.tolist() for n, p in theirs.named_parameters()}
+    compare(ours, theirs, *data(ours))
+
+
+# The module
+
+
+def test_what_torch_promises_of_a_module(tmp_path):
+    layer = make(cells.gru_reset_before, torch.float32, num_layers=2, bidirectional=True)
+    x, hx = data(layer)
+    expected = layer(x, hx)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.cell is layer.cell
+        assert same(twin(x, hx), expected)
+    torch.save(layer.state_dict(), tmp_path / "weights.pt")
+    torch.manual_seed(5)
+    other = nn.Recurrent(cells.gru_reset_before, I, H, 2, bidirectional=True)
+    other.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    assert same(other(x, hx), expected)
+    assert repr(layer) == "Recurrent(gru_reset_before, 4, 9, num_layers=2, bidirectional=True)"
+    names = [f"{kind}_l{k}{d}" for k in (0, 1) for d in ("", "_reverse") for kind in KINDS]
+    assert list(layer.state_dict()) == names
+
+
+KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def test_calls_the_engine_does_not_take_run_the_cells_torch_form():
+    layer = make(cells.gru_reset_before, num_layers=2, bidirectional=True)
+    x, hx = data(layer)
+    y, h = layer(x, hx)
+    half = copy.deepcopy(layer).bfloat16()
+    torch.testing.assert_close(half(x.bfloat16(), hx.bfloat16())[0].double(), y, rtol=0.1, atol=0.1)
+    assert "torch.bfloat16" in str(fastcells.explain(half, x.bfloat16()))
+    torch.testing.assert_close(
+        torch.vmap(layer, in_dims=(2, None), out_dims=2)(x.unsqueeze(2), None)[0], layer(x)[0].unsqueeze(2)
+    )
+    empty, last = layer(x[:, :0], hx[:, :0])
+    assert empty.shape == (T, 0, 2 * H)
+    assert last.shape == (4, 0, H)
+    meta = nn.Recurrent(cells.lstm, I, H, device="meta")
+    assert meta.weight_ih_l0.is_meta
+    y, (h, c) = meta(x.to("meta", torch.float32))
+    assert (y.shape, h.shape, c.shape) == ((T, N, H), (1, N, H), (1, N, H))
+
+
+def test_explain_convert_and_revert_know_it():
+    layer = make(cells.gru_reset_before)
+    assert fastcells.explain(layer, data(layer)[0]).route == "engine"
+    assert fastcells.convert(layer).left == {"": "already fastcells.nn.Recurrent"}
+    assert fastcells.revert(layer).left == {"": "torch.nn has no layer of any cell"}
+
+
+WRONG = {
+    "cell": (lambda: nn.Recurrent("lstm", I, H), TypeError, "cell must be a Cell, .* got str"),
+    "hidden_size": (lambda: nn.Recurrent(cells.lstm, I, 0), ValueError, "hidden_size must be greater than zero"),
+    "dropout": (lambda: nn.Recurrent(cells.lstm, I, H, dropout=2), ValueError, "dropout should be a number"),
+    "projection": (lambda: nn.Recurrent(cells.gru, I, H, proj_size=2), ValueError, "cell gru: a projection needs"),
+    "input kind": (lambda: call("x"), TypeError, "Recurrent: input must be a Tensor or a PackedSequence, got str"),
+    "input rank": (lambda: call(torch.zeros(1, T, N, I)), ValueError, "must have 3 dimensions, .* shape"),
+    "features": (lambda: call(torch.zeros(T, N, I + 1)), RuntimeError, "input_size = 4 features, got 5"),
+    "no steps": (lambda: call(torch.zeros(0, N, I)), RuntimeError, "sequence length of at least 1, got 0"),
+    "dtype": (lambda: call(torch.zeros(T, N, I).double()), RuntimeError, "weight_ih_l0 must have the dtype of input"),
+    "one state": (lambda: call(torch.zeros(T, N, I), torch.zeros(1, N, H)), TypeError, r"tuple of 2 .*\(h_0, c_0\)"),
+    "state": (
+        lambda: call(torch.zeros(T, N, I), (torch.zeros(1, N, H), torch.zeros(1, N, I))),
+        RuntimeError,
+        r"hx \(c_0\) must have shape \(1, 3, 9\) to go with input, got \(1, 3, 4\)",
+    ),
+}
+
+
+def call(*arguments):
+    return nn.Recurrent(cells.lstm, I, H)(*arguments)
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_options_and_calls_name_what_is_wrong(what):
+    function, error, words = WRONG[what]
+    with pytest.raises(error, match=words):
+        function()
+
+
+# Cells of one's own
+
+
+@cell(gates="f z")
+def own(x, u, s):
+    f = sigmoid(x.f + u.f)
+    return s.h + f * (tanh(x.z + u.z(f * s.h)) - s.h)
+
+
+def test_an_own_cell_pickles_by_name():
+    layer = make(own)
+    twin = pickle.loads(pickle.dumps(layer))
+    assert twin.cell is own
+    assert same(twin(*data(twin)), layer(*data(layer)))
+
+
+def edited(body):
+    """A cell as a notebook declares it anew: always the same name."""
+    scope = {"cell": cell, "tanh": tanh, "__name__": "__main__"}
+    exec(f"@cell(gates='h')\ndef mine(x, u, s):\n    return {body}", scope)
+    return scope["mine"]
+
+
+def test_an_edited_cell_is_never_served_stale():
+    first = make(edited("tanh(x.h + u.h)"))
+    second = make(edited("tanh(x.h + u.h) + s.h"))
+    assert first.cell.name == second.cell.name
+    for layer in (first, second, first):
+        compare(layer, loop(layer), *data(layer))
+    assert copy.deepcopy(first).cell is first.cell
+    with pytest.raises(pickle.PicklingError, match=r"cell mine: .* by its name, but __main__\.mine is not"):
+        pickle.dumps(first)
+
+
+def test_a_cell_of_a_script_pickles_and_one_declared_anew_does_not(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+            import pickle, torch, fastcells
+
+            def declare(power):
+                @fastcells.cell(gates="h", name="mine")
+                def mine(x, u, s):
+                    return x.h + u.h ** power
+                mine.function.__qualname__ = "mine"
+                return mine
+
+            mine = declare(1)
+            layer = fastcells.nn.Recurrent(mine, 2, 3)
+            assert pickle.loads(pickle.dumps(layer)).cell is mine
+            mine = declare(2)
+            try:
+                pickle.dumps(layer)
+            except pickle.PicklingError as error:
+                print(error)
+        """)
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert "__main__.mine is another object by now" in done.stdout
