@@ -17,8 +17,6 @@ from .expression import Node, Operators, leaf
 class Recurrent(Operators):
     """`u.g`: as a value the recurrent product U_g h + b'_g; `u.g(v)`: that of another vector, U_g v + b'_g."""
 
-    __array_ufunc__ = None  # NumPy arrays leave arithmetic with it to this class
-
     def __init__(self, product: Callable[[Any], Any], hidden: Any) -> None:
         self._product, self._hidden, self._value = product, hidden, None
 
@@ -30,6 +28,13 @@ class Recurrent(Operators):
 
     def __call__(self, vector: Any) -> Any:
         return self._product(getattr(vector, "__fastcells_value__", vector))
+
+
+class Names(SimpleNamespace):
+    """x, u or s: one attribute per name."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"there is no {name!r}, only {', '.join(self.__dict__)}")
 
 
 class Cell:
@@ -84,7 +89,7 @@ class Cell:
         """
         hidden = states[self.states[0]]
         u = {g: Recurrent(partial(product, g), hidden) for g in self.gates}
-        result = self.function(SimpleNamespace(**x), SimpleNamespace(**u), SimpleNamespace(**states))
+        result = self.function(Names(**x), Names(**u), Names(**states))
         result = result if isinstance(result, tuple) else (result,)
         if len(result) != len(self.states):
             raise TypeError(

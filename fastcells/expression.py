@@ -6,9 +6,11 @@ object, so common subexpressions are shared by construction; zeros and ones fold
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -71,6 +73,42 @@ class Operators:
     def __ge__(self, other: Any) -> Any:
         return apply("less_equal", other, self)
 
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "a cell cannot branch on a value (if, and, or, not, while, chained comparison): every unit of every "
+            "sequence has its own value. Write where(condition, a, b) instead."
+        )
+
+    def __iter__(self) -> Any:
+        raise TypeError("a cell's value is one number per unit and cannot be iterated over, unpacked or indexed")
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__iter__()
+
+    def __float__(self) -> float:
+        raise TypeError(
+            "a cell's value is one number per unit, not a single number: instead of math's functions and float() write "
+            "those of fastcells.expression, exp(v), log(v), ..."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        name, hint = name.rstrip("_"), ""
+        if _named(name) is not None:
+            hint = f" Write {name}(v), of fastcells.expression, instead."
+        raise AttributeError(f"a cell's value is no tensor and has no attribute {name!r}.{hint}")
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        return _foreign("numpy", ufunc if method == "__call__" else getattr(ufunc, method), inputs, options)
+
+    def __array_function__(self, function: Callable, types: Any, inputs: Sequence, options: dict) -> Any:
+        return _foreign("numpy", function, inputs, options)
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, inputs: Sequence = (), options: Any = None) -> Any:
+        return _foreign("torch", function, inputs, options or {})
+
 
 class Node(Operators):
     """One value of an expression graph. Make nodes through `leaf`, `constant` and the operations, never directly."""
@@ -101,15 +139,6 @@ class Node(Operators):
             return ".".join(map(str, self.value))
         tag = "" if self.value is None else f"[{self.value}]"
         return f"{self.op}{tag}({', '.join(map(repr, self.args))})"
-
-    def __bool__(self) -> bool:
-        raise TypeError(
-            "a cell cannot branch on a value (if, and, or, not, while, chained comparison): every unit of every "
-            "sequence has its own value. Write where(condition, a, b) instead."
-        )
-
-    def __iter__(self):
-        raise TypeError("a cell's value is one number per unit and cannot be iterated over, unpacked or indexed")
 
     __hash__ = object.__hash__
 
@@ -187,6 +216,9 @@ def _np_sigmoid(x):
         return 1.0 / (1.0 + np.exp(-x))
 
 
+_np_erf = np.vectorize(math.erf, otypes=[float])  # NumPy has none
+
+
 OPERATIONS: dict[str, Operation] = {
     "add": Operation(operator.add, operator.add, lambda y, g: (g, g), fold=_fold_add),
     "sub": Operation(operator.sub, operator.sub, lambda y, g: (g, -g), fold=_fold_sub),
@@ -204,6 +236,19 @@ OPERATIONS: dict[str, Operation] = {
     "sigmoid": Operation(_np_sigmoid, torch.sigmoid, lambda y, g: (g * (y * (1.0 - y)),), cost=2),
     "tanh": Operation(np.tanh, torch.tanh, lambda y, g: (g * (1.0 - y * y),), cost=2),
     "exp": Operation(np.exp, torch.exp, lambda y, g: (g * y,), cost=2),
+    "expm1": Operation(np.expm1, torch.expm1, lambda y, g: (g * (y + 1.0),), cost=2),
+    "log": Operation(np.log, torch.log, lambda y, g: (g / y.args[0],), cost=2),
+    "softplus": Operation(
+        lambda x: np.logaddexp(0.0, x),
+        lambda x: torch.nn.functional.softplus(x, threshold=40.0),  # beyond that the exact result is x in both formats
+        lambda y, g: (g * sigmoid(y.args[0]),),
+        cost=4,
+    ),
+    "sin": Operation(np.sin, torch.sin, lambda y, g: (g * cos(y.args[0]),), cost=2),
+    "cos": Operation(np.cos, torch.cos, lambda y, g: (-g * sin(y.args[0]),), cost=2),
+    "erf": Operation(
+        _np_erf, torch.erf, lambda y, g: (g * (2 / math.sqrt(math.pi)) * exp(-y.args[0] * y.args[0]),), cost=4
+    ),
     "sqrt": Operation(np.sqrt, torch.sqrt, lambda y, g: (g / (2.0 * y),), cost=1),
     "relu": Operation(
         lambda x: np.where(x <= 0, 0.0, x), torch.relu, lambda y, g: (where(less_equal(y, 0.0), 0.0, g),)
@@ -244,10 +289,35 @@ def _as_node(name: str, value: Any) -> Node:
         return value
     if isinstance(value, int | float | np.floating | np.integer):
         return constant(float(value))
+    hint = ""
+    if isinstance(value, np.ndarray | torch.Tensor):
+        hint = " Arrays and tensors cannot be part of a cell: declare them, as its parameters or its inputs."
     raise TypeError(
-        f"{name}: a cell computes with its gates, states and plain numbers, got {type(value).__name__}. "
-        "Arrays and tensors cannot be part of a cell."
+        f"{name}: a cell computes with its gates, states, parameters, inputs and plain numbers, got "
+        f"{type(value).__name__}.{hint}"
     )
+
+
+def _named(name: str) -> Callable | None:
+    """The function of this module that NumPy or torch has under a name."""
+    name = FOREIGN_NAMES.get(name, name)
+    return FUNCTIONS.get(name) or (partial(apply, name) if name in OPERATIONS else None)
+
+
+def _foreign(library: str, function: Callable, inputs: Sequence, options: dict) -> Any:
+    """A function of NumPy or torch on values of which some belong to a cell."""
+    values = [getattr(v, "__fastcells_value__", v) for v in inputs]
+    if not any(isinstance(v, Node) for v in values):
+        return function(*values, **options)
+    name = getattr(function, "__name__", str(function)).strip("_")
+    for v in values:
+        if not isinstance(v, Node | str):
+            _as_node(name, v)
+    ours = _named(name)
+    if ours is None:
+        raise TypeError(f"a cell cannot use {library}'s {name}; it may use operators and {', '.join(FUNCTIONS)}")
+    options.pop("inplace", None)
+    return ours(*values, **options)
 
 
 def sigmoid(v):
@@ -263,6 +333,36 @@ def tanh(v):
 def exp(v):
     """Exponential."""
     return apply("exp", v)
+
+
+def expm1(v):
+    """exp(v) - 1, exact near zero too."""
+    return apply("expm1", v)
+
+
+def log(v):
+    """Natural logarithm."""
+    return apply("log", v)
+
+
+def sin(v):
+    """Sine; kernels reduce |v| up to some 1e4 in float32, 1e6 in float64, accurately."""
+    return apply("sin", v)
+
+
+def cos(v):
+    """Cosine; see `sin` for its range."""
+    return apply("cos", v)
+
+
+def erf(v):
+    """Error function."""
+    return apply("erf", v)
+
+
+def softplus(v):
+    """log(1 + exp(v))"""
+    return apply("softplus", v)
 
 
 def sqrt(v):
@@ -316,8 +416,60 @@ def silu(v):
 
 
 def hard_sigmoid(v):
-    """clip(v / 6 + 1/2, 0, 1), as torch.nn.functional.hardsigmoid"""
+    """clip(v / 6 + 1/2, 0, 1), as torch's; clip(0.2 * v + 0.5, 0, 1) is that of ONNX and older Keras"""
     return clip(v * (1 / 6) + 0.5, 0.0, 1.0)
+
+
+def gelu(v, approximate="none"):
+    """v times the normal distribution's probability of less than v; approximate="tanh" for the form with tanh."""
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
+    if approximate == "tanh":
+        return 0.5 * v * (1.0 + tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * (v * v * v))))
+    return 0.5 * v * (1.0 + erf(v * math.sqrt(0.5)))
+
+
+def softsign(v):
+    """v / (1 + |v|)"""
+    return v / (1.0 + apply("abs", v))
+
+
+def leaky_relu(v, negative_slope=0.01):
+    """v where it is positive, else negative_slope * v"""
+    return where(less(0.0, v), v, negative_slope * v)
+
+
+def elu(v, alpha=1.0):
+    """v where it is positive, else alpha * (exp(v) - 1)"""
+    positive = less(0.0, v)
+    return where(positive, v, alpha * expm1(where(positive, 0.0, v)))  # no infinity in the part not taken
+
+
+def selu(v):
+    """Scaled exponential linear unit (Klambauer et al. 2017)."""
+    return 1.0507009873554804934193349852946 * elu(v, 1.6732632423543772848170429916717)
+
+
+FUNCTIONS: dict[str, Callable] = {
+    f.__name__: f
+    for f in (
+        sigmoid, tanh, exp, expm1, log, sin, cos, erf, softplus, sqrt, relu, maximum, minimum, clip, where, silu,
+        hard_sigmoid, gelu, softsign, leaky_relu, elu, selu,
+    )
+}  # fmt: skip
+"""What a cell may use besides Python's operators, by name."""
+
+FOREIGN_NAMES = {
+    "clamp": "clip",
+    "hardsigmoid": "hard_sigmoid",
+    "absolute": "abs",
+    "negative": "neg",
+    "multiply": "mul",
+    "subtract": "sub",
+    "divide": "div",
+    "true_divide": "div",
+}
+"""Operations that NumPy or torch has under another name."""
 
 
 def topological(outputs: Iterable[Node]) -> list[Node]:

@@ -1,5 +1,6 @@
 """Cells as functions: one definition on NumPy, torch and symbols; the derived graphs; what a cell may not do."""
 
+import math
 import pickle
 from types import SimpleNamespace
 
@@ -22,7 +23,19 @@ UNARY = {
     "relu": ex.relu,
     "abs": abs,
     "neg": lambda v: -v,
+    "expm1": ex.expm1,
+    "log": lambda v: ex.log(abs(v)),
+    "softplus": ex.softplus,
+    "sin": ex.sin,
+    "cos": ex.cos,
+    "erf": ex.erf,
     "silu": ex.silu,
+    "gelu": ex.gelu,
+    "gelu_tanh": lambda v: ex.gelu(v, approximate="tanh"),
+    "softsign": ex.softsign,
+    "leaky_relu": ex.leaky_relu,
+    "elu": ex.elu,
+    "selu": ex.selu,
     "hard_sigmoid": ex.hard_sigmoid,
     "cube": lambda v: v**3,
 }
@@ -69,6 +82,32 @@ def test_operation_means_the_same_on_numpy_torch_and_symbols(name):
     values = {**dict(zip(symbols, tensors, strict=True)), leaf("d"): grad}
     for symbol, wanted in zip(symbols, torch.autograd.grad(by_torch, tensors, grad), strict=True):
         torch.testing.assert_close(evaluate(derived[symbol], values), wanted, rtol=1e-12, atol=1e-12)
+
+
+TORCHS = ["softplus", "silu", "gelu", "softsign", "leaky_relu", "elu", "selu", "hardsigmoid", "relu", "sigmoid", "tanh"]
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_activations_are_torchs(name):
+    v = torch.linspace(-60, 60, 1001, dtype=torch.float64).requires_grad_()
+    # torch rounds softplus from 20 on, and takes 1 / 6 in float32 for the gradient of hardsigmoid
+    ours = ex.FUNCTIONS[ex.FOREIGN_NAMES.get(name, name)](v)
+    theirs = getattr(torch.nn.functional, name)(v)
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-15)
+    for a, b in zip(*(torch.autograd.grad(t.sum(), v) for t in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-15)
+
+
+def test_functions_of_torch_and_numpy_mean_this_packages_in_a_cell():
+    a, b = leaf("v", "a"), leaf("v", "b")
+    assert torch.sigmoid(a) is ex.sigmoid(a)
+    assert torch.nn.functional.gelu(a, approximate="tanh") is ex.gelu(a, approximate="tanh")
+    assert torch.nn.functional.relu(a) is ex.relu(a)
+    assert torch.clamp(a, -1.0, 1.0) is np.clip(a, -1.0, 1.0) is ex.clip(a, -1.0, 1.0)
+    assert torch.where(a < b, a, b) is ex.where(a < b, a, b)
+    assert np.tanh(a) is ex.tanh(a)
+    assert np.maximum(a, 2.0) is ex.maximum(a, 2.0)
+    assert np.float64(2.0) * a is 2.0 * a
 
 
 def test_equal_expressions_are_one_node_and_trivial_ones_fold():
@@ -143,6 +182,30 @@ def foreign(x, u, s):
     return x.a + u.a * torch.ones(3)
 
 
+def of_numpy(x, u, s):
+    return np.ones(3) * (x.a + u.a)
+
+
+def not_a_function(x, u, s):
+    return torch.cumsum(x.a + u.a, 0)
+
+
+def a_tensors_method(x, u, s):
+    return (x.a + u.a).tanh()
+
+
+def of_math(x, u, s):
+    return math.exp(x.a + u.a)
+
+
+def branching_on_a_product(x, u, s):
+    return x.a if u.a else s.h
+
+
+def an_element(x, u, s):
+    return x.a[0] + u.a
+
+
 def unknown_gate(x, u, s):
     return x.a + u.b
 
@@ -155,7 +218,13 @@ def forgets_a_state(x, u, s):
     ("function", "states", "error", "words"),
     [
         (branching, "h", TypeError, "cannot branch"),
+        (branching_on_a_product, "h", TypeError, "cannot branch"),
         (foreign, "h", TypeError, "tensors cannot be part of a cell"),
+        (of_numpy, "h", TypeError, "tensors cannot be part of a cell"),
+        (not_a_function, "h", TypeError, "cannot use torch's cumsum; it may use operators and sigmoid, tanh"),
+        (a_tensors_method, "h", AttributeError, r"Write tanh\(v\)"),
+        (of_math, "h", TypeError, "instead of math's functions"),
+        (an_element, "h", TypeError, "cannot be iterated over, unpacked or indexed"),
         (unknown_gate, "h", AttributeError, "'b'"),
         (forgets_a_state, "h c", TypeError, "expected 2 returned state"),
     ],

@@ -1,5 +1,6 @@
 """The differentiable call on the engine against the cell's own torch form: cells, shape edges, layouts, options."""
 
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastcells import cell, cells, functional, unrolled
-from fastcells.expression import exp, hard_sigmoid, maximum, relu, sigmoid, silu, sqrt, tanh, where
+from fastcells.expression import (
+    cos,
+    erf,
+    exp,
+    expm1,
+    hard_sigmoid,
+    log,
+    maximum,
+    relu,
+    sigmoid,
+    silu,
+    sin,
+    softplus,
+    sqrt,
+    tanh,
+    where,
+)
 
 BUILT_IN = [cells.lstm, cells.gru, cells.gru_reset_before, cells.rnn_tanh, cells.rnn_relu]
 
@@ -227,6 +244,46 @@ def test_saturated_gates_are_exact():
 
 def _ends(x, u, s):
     return sigmoid(x.a) + 4.0 * tanh(x.a) + 0.0 * (x.b + u.b + u.a)
+
+
+KERNEL_FUNCTIONS = {
+    "exp": (exp, math.exp, (-80, 80)),
+    "expm1": (expm1, math.expm1, (-5, 5)),
+    "log": (log, math.log, (1e-3, 2)),
+    "sin": (sin, math.sin, (-8000, 8000)),
+    "cos": (cos, math.cos, (-10, 10)),
+    "erf": (erf, math.erf, (-7, 7)),
+    "softplus": (softplus, lambda v: max(v, 0.0) + math.log1p(math.exp(-abs(v))), (-60, 60)),
+    "tanh": (tanh, math.tanh, (-4, 4)),
+    "sigmoid": (sigmoid, lambda v: 1 / (1 + math.exp(-v)), (-30, 30)),
+}
+ODD = [0.0, -1.0, 1e-30, 1e-310, math.inf, -math.inf, math.nan]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_functions_in_kernels(dtype):
+    """Relative error of a few ulp; infinities, NaN and subnormal numbers as torch has them."""
+    names = list(KERNEL_FUNCTIONS)
+
+    def every(x, u, s):
+        return tuple(KERNEL_FUNCTIONS[n][0](getattr(x, n)) + 0.0 * u.exp for n in names)
+
+    c = cell(gates=" ".join(names), states=" ".join(names), name="functions")(every)
+    inputs = torch.stack([torch.linspace(*KERNEL_FUNCTIONS[n][2], 1000, dtype=dtype) for n in names], 1)
+    odd = torch.tensor(ODD, dtype=dtype)
+    inputs = torch.cat([inputs, odd[:, None].expand(-1, len(names))]).unsqueeze(0)
+    weights = torch.eye(len(names), dtype=dtype), torch.zeros(len(names), 1, dtype=dtype)
+    results = []
+    for k in range(len(names)):  # at each feature its function, the others zero
+        alone = torch.where(torch.arange(len(names)) == k, inputs, torch.zeros((), dtype=dtype))
+        results.append(functional.layer(c, alone, None, [(*weights, None, None, None)])[1][k].flatten())
+    for k, name in enumerate(names):
+        function, exact, _ = KERNEL_FUNCTIONS[name]
+        ours, v = results[k], inputs[0, :, k]
+        truth = torch.tensor([exact(number) for number in v[:1000].tolist()], dtype=torch.float64)
+        error = ((ours[:1000].double() - truth).abs() / truth.abs().clamp(min=1e-300)).max()
+        assert error <= 10 * torch.finfo(dtype).eps, f"{name}: {error:.1e}"
+        torch.testing.assert_close(ours[1000:], function(odd), equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])

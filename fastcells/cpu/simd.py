@@ -7,6 +7,7 @@ set; NaN and infinities come through as in IEEE arithmetic (no fast-math), excep
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -36,23 +37,43 @@ class Format:
     ln2_high: float  # has trailing zeros, so that n * ln2_high is exact for every exponent n
     degree: int  # of the polynomial for (exp(r) - 1) / r
     tanh_limit: float  # where tanh rounds to 1
+    ln2_low: float  # ln2_high + ln2_low is ln 2
+    log_degree: int  # of the polynomial for log
+    half_pi: tuple[float, ...]  # sums to pi / 2; all but the last have trailing zeros
+    sine_degree: int  # of the polynomials for sin and cos
+    erf_degrees: tuple[int, int]  # of the polynomials for erf up to 1 and beyond
+    erf_limit: float  # where erf rounds to 1
 
 
-FLOAT = Format("f32", ir.FloatType(), I32, 4, 23, 127, 0.693359375, 5, 9.5)
-DOUBLE = Format("f64", ir.DoubleType(), I64, 8, 52, 1023, 0.693147180369123816490, 10, 20.0)
+FLOAT = Format(
+    "f32", ir.FloatType(), I32, 4, 23, 127, 0.693359375, 5, 9.5, -2.12194440e-4, 4,
+    (1.5703125, 4.8375129699707031250e-4, 7.54978995489188216e-8), 3, (6, 6), 4.0,
+)  # fmt: skip
+DOUBLE = Format(
+    "f64", ir.DoubleType(), I64, 8, 52, 1023, 0.693147180369123816490, 10, 20.0, 1.90821492927058770002e-10, 7,
+    (1.57079632673412561417, 6.07710050630396597660e-11, 2.02226624879595063154e-21), 6, (10, 14), 6.0,
+)  # fmt: skip
 FORMATS = {"float32": FLOAT, "float64": DOUBLE}
+
+POLYNOMIALS: dict[str, tuple[Callable[[float], float], float, float]] = {
+    "expm1": (lambda r: math.expm1(r) / r if r else 1.0, -math.log(2) / 2, math.log(2) / 2),  # / r
+    # The next three are what is left of a series when its first terms are taken out, as functions of the square.
+    "log": (lambda z: sum(2 * z**k / (2 * k + 3) for k in range(24)), 0.0, 0.0295),
+    "sin": (lambda z: sum((-1) ** (k + 1) * z**k / math.factorial(2 * k + 3) for k in range(12)), 0.0, 0.62),
+    "cos": (lambda z: sum((-1) ** k * z**k / math.factorial(2 * k + 4) for k in range(12)), 0.0, 0.62),
+    "erf": (lambda z: math.erf(math.sqrt(z)) / math.sqrt(z) if z else 2 / math.sqrt(math.pi), 0.0, 1.0),
+    "erfc": (lambda t: math.erfc(1 / t - 2) * math.exp((1 / t - 2) ** 2), 1 / 8, 1 / 3),  # of t = 1 / (x + 2)
+}
+"""Functions that polynomials stand for, and where."""
 
 
 @lru_cache
-def expm1_polynomial(degree: int) -> tuple[float, ...]:
-    """Coefficients, lowest first, of (exp(r) - 1) / r on |r| <= ln(2) / 2, by interpolation at Chebyshev nodes."""
-
-    def target(r):
-        safe = np.where(r == 0, 1.0, r)
-        return np.where(r == 0, 1.0, np.expm1(safe) / safe)
-
-    edge = math.log(2) / 2
-    fit = np.polynomial.Chebyshev.interpolate(target, degree, domain=[-edge, edge])
+def polynomial(name: str, degree: int, centred: bool = False) -> tuple[float, ...]:
+    """Coefficients, lowest first, by interpolation at Chebyshev nodes. centred: of the argument mapped to [-1, 1]."""
+    function, low, high = POLYNOMIALS[name]
+    fit = np.polynomial.Chebyshev.interpolate(np.vectorize(function, otypes=[float]), degree, domain=[low, high])
+    if centred:
+        return tuple(np.polynomial.chebyshev.cheb2poly(fit.coef))
     return tuple(fit.convert(kind=np.polynomial.Polynomial).coef)
 
 
@@ -183,14 +204,17 @@ class Vector:
         shifted = self.fma(x, self.const(1 / math.log(2)), magic)
         n = self.b.fsub(shifted, magic)
         r = self.fma(n, self.const(-fmt.ln2_high), x)
-        r = self.fma(n, self.const(fmt.ln2_high - math.log(2) if fmt is FLOAT else -1.90821492927058770002e-10), r)
+        r = self.fma(n, self.const(-fmt.ln2_low), r)
         bits = self.b.add(self.b.bitcast(shifted, self.int_type), self.int_const(fmt.bias - exponent_shift))
         s = self.b.bitcast(self.b.shl(bits, self.int_const(fmt.mantissa)), self.type)
-        *low, h = expm1_polynomial(fmt.degree)
+        return s, r, self.horner(r, polynomial("expm1", fmt.degree))
+
+    def horner(self, x, coefficients: tuple[float, ...]):
+        *low, h = coefficients
         h = self.const(h)
         for c in reversed(low):
-            h = self.fma(h, r, self.const(c))
-        return s, r, h
+            h = self.fma(h, x, self.const(c))
+        return h
 
     def _bounded(self, x, exponent_shift: int = 0):
         # At these bounds the result overflows to infinity and the power of two is 0: both ends are exact.
@@ -212,3 +236,83 @@ class Vector:
         s, r, h = self._reduce(self._at_most(self.b.fadd(magnitude, magnitude), 2 * self.fmt.tanh_limit))
         t = self.fma(s, self.b.fmul(r, h), self.b.fsub(s, self.const(1.0)))
         return self.intrinsic("llvm.copysign", self.b.fdiv(t, self.b.fadd(t, self.const(2.0))), x)
+
+    def expm1(self, x):
+        s, r, h = self._reduce(self._bounded(x, 1), 1)
+        half = self.fma(s, self.b.fmul(r, h), self.b.fsub(s, self.const(0.5)))
+        return self.b.fadd(half, half)
+
+    # ---- logarithms ----
+    def log(self, x):
+        """x = 2**n * m with m between sqrt(1/2) and sqrt(2); log(m) by the series of atanh, as in FreeBSD's libm."""
+        fmt = self.fmt
+        tiny = self.less(x, self.const(2.0 ** (1 - fmt.bias)))  # subnormal
+        lift = fmt.mantissa + 1
+        lifted = self.where(tiny, self.b.fmul(x, self.const(2.0**lift)), x)
+        edge = self.b.bitcast(self.const(math.sqrt(0.5)), self.int_type)
+        bits = self.b.bitcast(lifted, self.int_type)
+        n = self.b.ashr(self.b.sub(bits, edge), self.int_const(fmt.mantissa))
+        f = self.b.bitcast(self.b.sub(bits, self.b.shl(n, self.int_const(fmt.mantissa))), self.type)
+        f = self.b.fsub(f, self.const(1.0))
+        magic = self.const(1.5 * 2.0**fmt.mantissa)
+        n = self.b.bitcast(self.b.add(n, self.b.bitcast(magic, self.int_type)), self.type)
+        n = self.b.fsub(self.b.fsub(n, magic), self.where(tiny, self.const(lift), self.const(0.0)))
+        s = self.b.fdiv(f, self.b.fadd(f, self.const(2.0)))
+        z = self.b.fmul(s, s)
+        half = self.b.fmul(self.const(0.5), self.b.fmul(f, f))
+        rest = self.fma(z, self.horner(z, polynomial("log", fmt.log_degree)), half)
+        low = self.fma(s, rest, self.b.fmul(n, self.const(fmt.ln2_low)))
+        result = self.fma(n, self.const(fmt.ln2_high), self.b.fsub(f, self.b.fsub(half, low)))
+        zero, infinity = self.const(0.0), self.const(math.inf)
+        result = self.where(self.less(x, infinity), result, infinity)
+        special = self.where(self.equal(x, zero), self.const(-math.inf), self.const(math.nan))
+        return self.where(self.less(zero, x), result, special)
+
+    def softplus(self, x):
+        """max(x, 0) + log(1 + e) with e = exp(-|x|), and what rounding 1 + e loses put back."""
+        e = self.exp(self.b.fneg(self.abs(x)))
+        one = self.const(1.0)
+        u = self.b.fadd(one, e)
+        lost = self.b.fdiv(self.b.fsub(e, self.b.fsub(u, one)), u)
+        return self.b.fadd(self.relu(x), self.b.fadd(self.log(u), lost))
+
+    # ---- circular functions ----
+    def sin(self, x):
+        return self._sine(x, 0)
+
+    def cos(self, x):
+        return self._sine(x, 1)
+
+    def _sine(self, x, quarters: int):
+        """sin(x + quarters * pi / 2): x = n * pi / 2 + r, and n has the quadrant."""
+        fmt = self.fmt
+        magic = self.const(1.5 * 2.0**fmt.mantissa)
+        shifted = self.fma(x, self.const(2 / math.pi), magic)
+        n = self.b.fsub(shifted, magic)
+        r = x
+        for part in fmt.half_pi:
+            r = self.fma(n, self.const(-part), r)
+        r = self._at_least(self._at_most(r, 0.79), -0.79)  # far out, where no digit of r is right, still a sine
+        z = self.b.fmul(r, r)
+        sine = self.fma(self.b.fmul(r, z), self.horner(z, polynomial("sin", fmt.sine_degree)), r)
+        cosine = self.fma(z, self.horner(z, polynomial("cos", fmt.sine_degree)), self.const(-0.5))
+        cosine = self.fma(z, cosine, self.const(1.0))
+        quadrant = self.b.add(self.b.bitcast(shifted, self.int_type), self.int_const(quarters))
+        bit = lambda k: self.b.icmp_signed("!=", self.b.and_(quadrant, self.int_const(k)), self.int_const(0))  # noqa: E731
+        result = self.where(bit(1), cosine, sine)
+        return self.where(bit(2), self.b.fneg(result), result)
+
+    def erf(self, x):
+        """x times a polynomial of its square up to 1; beyond, 1 - exp(-x**2) times a polynomial of 1 / (|x| + 2)."""
+        fmt = self.fmt
+        z = self.abs(x)
+        square = self.b.fmul(x, x)
+        inner = self.b.fmul(x, self.horner(self._at_most(square, 1.0), polynomial("erf", fmt.erf_degrees[0])))
+        far = self._at_least(self._at_most(z, fmt.erf_limit), 1.0)
+        t = self.b.fdiv(self.const(48 / 5), self.b.fadd(far, self.const(2.0)))  # [1/8, 1/3] becomes [-1, 1]
+        t = self.b.fsub(t, self.const(11 / 5))
+        tail = self.b.fmul(
+            self.exp(self.b.fneg(self.b.fmul(far, far))), self.horner(t, polynomial("erfc", fmt.erf_degrees[1], True))
+        )
+        outer = self.intrinsic("llvm.copysign", self.b.fsub(self.const(1.0), tail), x)
+        return self.where(self.less(z, self.const(1.0)), inner, outer)
