@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from .cell import Cell
 from .cpu import layer as cpu
 from .cpu.engine import DTYPES
 from .plan import STEP_ROWS, few_at_once
+from .ragged import Lengths, Ragged
 
 Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
@@ -58,6 +60,10 @@ def layer(
     states: tuple[Tensor, ...] | None,
     parameters: Sequence[Parameters],
     batch_sizes: Tensor | None = None,
+    *,
+    lengths: Lengths | None = None,
+    reset: Tensor | None = None,
+    reset_to: tuple[Tensor, ...] | Literal[0] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run a recurrent layer over time, differentiably.
 
@@ -66,13 +72,29 @@ def layer(
     with a projection). parameters: (weight_ih [G * H, I], weight_hh [G * H, H or P], bias_ih, bias_hh [G * H] or None,
     weight_hr [P, H] or None) for each of the D directions; the second one runs backward in time.
 
-    Returns y, [T, N, D * H] or [total, D * H], and the final states, shaped as the initial ones.
+    For padded x: lengths: steps of each sequence, [N] integers from 0 to T. reset: bool [T, N], true where the state
+    returns to reset_to (states like `states`; 0 for zeros; None for `states` themselves) before that step. It cuts the
+    sequence between the steps t - 1 and t for both directions: backward in time, the state returns before step t - 1.
+
+    Returns y, [T, N, D * H] or [total, D * H], zero past the end of a sequence, and the final states, shaped as the
+    initial ones, at each sequence's true end (which is step 0 backward in time).
 
     Raises TypeError, ValueError for arguments that do not fit together, RuntimeError for tensors that the engine does
     not take (see `refusal`): float32 or float64 throughout, on the CPU.
     """
     _check(cell, x, states, parameters, batch_sizes)
-    return unchecked_layer(cell, x, states, parameters, batch_sizes)
+    if lengths is None and reset is None:
+        return unchecked_layer(cell, x, states, parameters, batch_sizes)
+    if batch_sizes is not None:
+        raise ValueError("lengths and reset must be None with batch_sizes: packed rows have lengths of their own")
+    if isinstance(reset_to, tuple):
+        _check(cell, x, reset_to, parameters, batch_sizes, "reset_to")
+    ragged, directions = Ragged(x.shape[0], x.shape[1], lengths, reset), len(parameters)
+    entered = ragged.enter(states, reset_to, directions)
+    if ragged.whole:
+        return unchecked_layer(cell, x, entered, parameters)
+    y, finals = unchecked_layer(cell, ragged.pack(x), entered, parameters, ragged.batch_sizes)
+    return ragged.unpack(y), ragged.leave(finals, states, directions)
 
 
 def unchecked_layer(
@@ -131,7 +153,7 @@ def _single_step(
     return y.view(*x.shape[:-1], -1), tuple(finals)
 
 
-def _check(cell, x, states, parameters, batch_sizes) -> None:
+def _check(cell, x, states, parameters, batch_sizes, states_name="states") -> None:
     """Raise for the first argument of `layer` that does not fit."""
 
     def want(condition: bool, name: str, expected: str, given: object, error: type[Exception] = ValueError) -> None:
@@ -183,9 +205,9 @@ def _check(cell, x, states, parameters, batch_sizes) -> None:
             want_tensor(w_hr, f"{name}: weight_hr", [size, hidden])
         tensors += [t for t in given if t is not None]
     if states is not None:
-        want(len(states) == len(cell.states), "states", f"one Tensor each for {cell.states}", f"{len(states)} items")
+        want(len(states) == len(cell.states), states_name, f"one Tensor each for {cell.states}", f"{len(states)} items")
         for j, (s, name) in enumerate(zip(states, cell.states, strict=True)):
-            want_tensor(s, f"states[{j}] ({name})", [len(parameters), rows, hidden if j else size])
+            want_tensor(s, f"{states_name}[{j}] ({name})", [len(parameters), rows, hidden if j else size])
             tensors.append(s)
     reason = refusal(*tensors)
     want(reason is None, "the call", "one that the engine takes", reason, RuntimeError)

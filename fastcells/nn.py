@@ -24,6 +24,7 @@ from .cell import Cell
 from .functional import Parameters, refusal, unchecked_layer
 from .plan import few_at_once
 from .program import build
+from .ragged import Lengths, Ragged
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "Recurrent"]
 
@@ -199,21 +200,26 @@ class DropIn(torch.nn.Module):
             parameters.append(tuple(sets))
         return parameters, weights
 
-    def _states(self, cell: Cell, input: Any, batch: Batch, hx: Any, out: int) -> tuple[Tensor, ...]:
+    def _states(
+        self, cell: Cell, input: Any, batch: Batch, hx: Any, out: int, argument: str = "hx"
+    ) -> tuple[Tensor, ...]:
         """The given states as the engine takes them. `out`: features of the hidden state."""
         count = len(cell.states)
         given = hx if count > 1 else (hx,)
         if not isinstance(given, (tuple, list)) or len(given) != count:
             got = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
-            raise Mistake(f"hx must be a tuple of {count} Tensors ({', '.join(_initial(cell))}), got {got}", TypeError)
+            names = ", ".join(_initial(cell))
+            raise Mistake(f"{argument} must be a tuple of {count} Tensors ({names}), got {got}", TypeError)
         states = []
         for i, state in enumerate(given):
             if not isinstance(state, Tensor):
-                raise Mistake(f"hx ({_initial(cell)[i]}) must be a Tensor, got {type(state).__name__}", TypeError)
+                raise Mistake(
+                    f"{argument} ({_initial(cell)[i]}) must be a Tensor, got {type(state).__name__}", TypeError
+                )
             shape = (*batch.leading, self.hidden_size if i else out)
             if state.shape != shape:
-                name = _initial(cell)[i]
-                raise Mistake(f"hx ({name}) must have shape {shape} to go with input, got {tuple(state.shape)}")
+                name = f"{argument} ({_initial(cell)[i]})"
+                raise Mistake(f"{name} must have shape {shape} to go with input, got {tuple(state.shape)}")
             states.append(state if len(shape) == 3 else state.view(-1, batch.size, shape[-1]))
         return _reordered(tuple(states), input.sorted_indices if batch.batch_sizes is not None else None)
 
@@ -283,7 +289,7 @@ def _packed_size(packed: PackedSequence) -> int:
     return steps[0]
 
 
-_not_compiled: Any = None  # DropIn.forward as torch.compile leaves it alone; made when needed, as it imports much
+_not_compiled: Any = None  # OverTime.forward as torch.compile leaves it alone; made when needed, as it imports much
 
 
 class OverTime(DropIn):
@@ -294,6 +300,62 @@ class OverTime(DropIn):
     batch_first: bool
     bidirectional: bool
     proj_size: int
+
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: Tensor | None = None,
+        reset_to: Any = None,
+    ) -> Any:
+        """As torch.nn's layers: same arguments, results and exceptions; and, for padded input:
+
+        lengths: steps of each sequence, N integers from 0 to T in any order. Output past the end is zero, final states
+        are those at each sequence's true end, and time is spent on real steps only.
+
+        reset: bool [T, N] ([N, T] with batch_first, [T] without a batch), true where before that step the state returns
+        to reset_to: states shaped as hx, 0 for zeros, None for hx itself (which at step 0 changes nothing). Between the
+        steps t - 1 and t a reset cuts the sequence for both directions: backward in time, the state returns before step
+        t - 1. Final states are those after the last step that a direction takes.
+
+        Raises TypeError, ValueError for lengths, reset or reset_to of another kind, shape or range.
+        """
+        plain = super().forward
+        if lengths is None and reset is None:
+            if reset_to is not None:
+                raise ValueError("reset_to must be None without reset: it is what a reset leads to")
+            return plain(input, hx)
+        if isinstance(input, PackedSequence):
+            raise ValueError("lengths and reset must be None with a PackedSequence, which has lengths of its own")
+        cell, out = self._cell(), self.proj_size or self.hidden_size
+        try:
+            batch = self._batch(input)
+            states = None if hx is None else self._states(cell, input, batch, hx, out)
+        except Mistake as mistake:
+            plain(input, hx)  # raises what torch.nn raises
+            raise mistake.error(f"{type(self).__name__}: {mistake}") from None
+        if isinstance(reset_to, (tuple, list, Tensor)):
+            try:
+                reset_to = self._states(cell, input, batch, reset_to, out, "reset_to")
+            except Mistake as mistake:
+                raise mistake.error(f"{type(self).__name__}: {mistake}") from None
+        steps, size, _ = batch.x.shape
+        if not size:
+            return plain(input, hx)
+        batched, directions = input.dim() == 3, 2 if self.bidirectional else 1
+        if not batched:
+            reset = reset.unsqueeze(1) if isinstance(reset, Tensor) and reset.dim() == 1 else reset
+        ragged = Ragged(steps, size, lengths, reset, batch_first=self.batch_first and batched, device=batch.x.device)
+        entered = ragged.enter(states, reset_to, directions)
+        if ragged.whole:
+            return plain(input, _as_given(entered, batched))
+        packed = PackedSequence(ragged.pack(input if batched else batch.x), ragged.batch_sizes)
+        y, finals = plain(packed, _as_given(entered))
+        finals = ragged.leave(finals if isinstance(finals, tuple) else (finals,), states, directions)
+        y = ragged.unpack(y.data)
+        return y if batched else y.squeeze(1), _as_given(finals, batched)
 
     def _batch(self, input: Any) -> Batch:
         rows = self.num_layers * (2 if self.bidirectional else 1)
@@ -336,18 +398,27 @@ def _reordered(states: Any, order: Tensor | None) -> Any:
     return tuple(state.index_select(1, order) for state in states)
 
 
+def _as_given(states: tuple[Tensor, ...] | None, batched: bool = True) -> Any:
+    """States as a caller has them: one Tensor or a tuple of several."""
+    if states is None:
+        return None
+    states = states if batched else tuple(state.squeeze(1) for state in states)
+    return states if len(states) > 1 else states[0]
+
+
 class LayerModule(OverTime, original.RNNBase):
     """What torch.nn's layers over whole sequences have to themselves."""
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        """As the torch.nn class of the same name: same arguments, results and exceptions."""
+    def forward(self, input: Any, hx: Any = None, **sequences: Any) -> Any:
+        """As the torch.nn class of the same name: same arguments, results and exceptions; lengths, reset, reset_to: see
+        `OverTime.forward`."""
         # torch.compile breaks its graph at every RNNBase, then would compile what that calls, function by function.
         global _not_compiled
         if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
-            return super().forward(input, hx)
+            return super().forward(input, hx, **sequences)
         if _not_compiled is None:
-            _not_compiled = torch.compiler.disable(DropIn.forward)
-        return _not_compiled(self, input, hx)
+            _not_compiled = torch.compiler.disable(OverTime.forward)
+        return _not_compiled(self, input, hx, **sequences)
 
 
 class CellModule(DropIn, original.RNNCellBase):

@@ -1,0 +1,168 @@
+"""Ragged batches: padded sequences of any lengths, cut where their state is reset, as one packed batch.
+
+Each stretch between two resets is a sequence of its own. Sorted by length and packed, the stretches are what layers run
+as they run any PackedSequence: time follows the real tokens, in the products over time as well, and more rows go side
+by side. What is left to do is index tables: from tokens to packed rows and back, from states to stretches and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Lengths = Tensor | Sequence[int] | int
+States = tuple[Tensor, ...]
+
+
+class Ragged:
+    """The stretches of a padded batch, longest first, and the way of tokens and states to them and back.
+
+    steps: T; size: N; lengths: [N], each 0 to T, or None for T; reset: bool [T, N] ([N, T] with batch_first) or None.
+    Raises TypeError, ValueError for lengths or reset of another kind, shape or range.
+
+    `batch_sizes`: int64 [steps of the longest], how many stretches have each step. `whole`: every sequence is one
+    stretch of T steps, so that tokens need no packing.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        size: int,
+        lengths: Lengths | None,
+        reset: Tensor | None,
+        *,
+        batch_first: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._shape = (size, steps) if batch_first else (steps, size)
+        self._strides = (1, steps) if batch_first else (size, 1)  # of the tokens, by time and by sequence
+        self._device = device
+        ends = np.full(size, steps) if lengths is None else _checked_lengths(lengths, steps, size)
+        self._empty = ends == 0
+        self.tokens = int(ends.sum())
+        if not self.tokens:  # one is run all the same, and nobody sees it
+            ends = np.eye(1, size, dtype=np.int64)[0]
+        begins = np.zeros((size, steps), bool)
+        if reset is not None:
+            resets = _checked_reset(reset, self._shape)
+            resets = resets if batch_first else resets.T
+            begins |= resets
+        begins[:, 0] = True
+        if lengths is not None:
+            begins &= np.arange(steps) < ends[:, None]
+        column, start = begins.nonzero()
+        follows = np.append(column[1:] == column[:-1], False)  # another stretch of the same sequence does
+        length = np.where(follows, np.roll(start, -1), ends[column]) - start
+        order = np.argsort(-length, kind="stable")
+        column, start, length, follows = (t[order] for t in (column, start, length, follows))
+        self.whole = len(length) == size and self.tokens == steps * size
+        self.batch_sizes = torch.from_numpy(
+            len(length) - np.searchsorted(length[::-1], np.arange(length[0]), side="right")
+        )
+        self._column = column
+        self._first_token = start * self._strides[0] + column * self._strides[1]
+        # Which stretches a direction enters after a reset, and the one that it leaves each sequence from.
+        self._after_reset = np.zeros_like(follows) if reset is None else resets[column, start], follows
+        self._leaves = self._at(~follows), self._at(start == 0)
+
+    def _at(self, chosen: np.ndarray) -> Tensor:
+        """[N]: the chosen stretch of each sequence, 0 where a sequence has none."""
+        table = np.zeros(len(self._empty), np.int64)
+        table[self._column[chosen]] = np.flatnonzero(chosen)
+        return self._table(table)
+
+    def _table(self, numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers).to(self._device)
+
+    @cached_property
+    def _token(self) -> Tensor:
+        """[rows]: which token each packed row is."""
+        counts = self.batch_sizes.numpy()
+        begin = np.cumsum(counts) - counts
+        # The rows of a step are the first stretches, each as many steps on.
+        token = np.arange(counts.sum()) - np.repeat(begin, counts)
+        return self._table(self._first_token[token] + np.repeat(np.arange(len(counts)) * self._strides[0], counts))
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        return self._table(self._column)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Tokens [T, N, F] ([N, T, F] with batch_first) -> packed rows [rows, F]."""
+        return x.reshape(-1, x.shape[-1]).index_select(0, self._token)
+
+    def unpack(self, y: Tensor) -> Tensor:
+        """Packed rows [rows, F] -> tokens [T, N, F] ([N, T, F]), zero past the end of a sequence."""
+        padding = y.new_zeros(self._shape[0] * self._shape[1], y.shape[-1])
+        return padding.index_copy(0, self._token[: self.tokens], y[: self.tokens]).view(*self._shape, -1)
+
+    def enter(self, states: States | None, reset_to: States | Literal[0] | None, directions: int) -> States | None:
+        """Initial states of the sequences, [R, N, F] each -> those of the stretches, [R, stretches, F].
+
+        R: layers x directions. reset_to: the states after a reset: tensors like these, 0 for zeros, None for `states`.
+        """
+        if not (reset_to is None or isinstance(reset_to, tuple) or (isinstance(reset_to, int) and reset_to == 0)):
+            raise TypeError(f"reset_to must be None, 0 or states like the initial ones, got {reset_to!r}")
+        if states is None:
+            if not isinstance(reset_to, tuple):
+                return None
+            states = tuple(torch.zeros_like(t) for t in reset_to)
+        entered = states if self.whole else tuple(s.index_select(1, self._columns) for s in states)
+        after = np.stack(self._after_reset[:directions])
+        if reset_to is None or not after.any():
+            return entered
+        replaced = self._table(np.tile(after, (len(states[0]) // directions, 1))).unsqueeze(-1)
+        if not isinstance(reset_to, tuple):
+            return tuple(s.masked_fill(replaced, 0) for s in entered)
+        others = reset_to if self.whole else tuple(t.index_select(1, self._columns) for t in reset_to)
+        return tuple(torch.where(replaced, t, s) for s, t in zip(entered, others, strict=True))
+
+    def leave(self, finals: States, states: States | None, directions: int) -> States:
+        """Final states of the stretches, [R, stretches, F] each -> those of the sequences, [R, N, F].
+
+        states: the initial ones, which a sequence of length 0 keeps; None for zeros.
+        """
+        if self.whole:
+            return finals
+        chosen = []
+        for j, final in enumerate(finals):
+            parts = [final[d::directions].index_select(1, self._leaves[d]) for d in range(directions)]
+            result = parts[0] if directions == 1 else torch.stack(parts, 1).flatten(0, 1)
+            if self._empty.any():
+                empty = self._table(self._empty).unsqueeze(-1)
+                result = result.masked_fill(empty, 0) if states is None else torch.where(empty, states[j], result)
+            chosen.append(result)
+        return tuple(chosen)
+
+
+def _checked_lengths(lengths: Lengths, steps: int, size: int) -> np.ndarray:
+    if isinstance(lengths, Tensor):
+        kind, given = str(lengths.dtype), lengths.detach().cpu().numpy()
+    else:
+        given = np.asarray(lengths)
+        kind = type(lengths).__name__ + ("" if given.ndim == 0 else f" of {given.dtype}")
+    if given.dtype.kind not in "iu":
+        raise TypeError(f"lengths must be integers (an int64 Tensor or a list), got {kind}")
+    if given.ndim == 0 and size == 1:
+        given = given[None]
+    if given.shape != (size,):
+        raise ValueError(f"lengths must have shape ({size},), one for each sequence, got {given.shape}")
+    given = given.astype(np.int64)
+    wrong = given[(given < 0) | (given > steps)]
+    if len(wrong):
+        raise ValueError(f"lengths must be between 0 and {steps}, the input's time steps, got {wrong[0]}")
+    return given
+
+
+def _checked_reset(reset: Tensor, shape: tuple[int, int]) -> np.ndarray:
+    if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
+        given = f"a Tensor of {reset.dtype}" if isinstance(reset, Tensor) else type(reset).__name__
+        raise TypeError(f"reset must be a bool Tensor, got {given}")
+    if reset.shape != shape:
+        raise ValueError(f"reset must have shape {shape}, as the input's sequences and steps, got {tuple(reset.shape)}")
+    return reset.cpu().numpy()

@@ -1,0 +1,349 @@
+"""Lengths and resets against a loop that takes a sequence at a time, one step at a time, in the cell's torch form."""
+
+import pytest
+import torch
+from helpers import cotangents, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_engine import everything, invented, problem
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from fastcells import cells, functional, nn, unrolled
+
+
+def by_steps(cell, x, states, parameters, lengths=None, reset=None, reset_to=None):
+    """What `functional.layer` is to compute, reset_to being states."""
+    steps, size, _ = x.shape
+    lengths = [steps] * size if lengths is None else lengths
+    reset = torch.zeros(steps, size, dtype=torch.bool) if reset is None else reset
+    outputs, finals = [], []
+    for d, weights in enumerate(parameters):
+        columns, last = [], []
+        for n in range(size):
+            initial, returned = ([s[d : d + 1, n : n + 1] for s in given] for given in (states, reset_to))
+            current, y = initial, {}
+            for t in reversed(range(lengths[n])) if d else range(lengths[n]):
+                if reset[t, n] if d == 0 else t + 1 < lengths[n] and reset[t + 1, n]:
+                    current = returned
+                y[t], current = unrolled.layer(cell, x[t : t + 1, n : n + 1], tuple(current), [weights])
+            padding = x.new_zeros(1, 1, states[0].shape[-1])
+            columns.append(torch.cat([y.get(t, padding) for t in range(steps)]))
+            last.append(current)
+        outputs.append(torch.cat(columns, 1))
+        finals.append([torch.cat(s, 1) for s in zip(*last, strict=True)])
+    return torch.cat(outputs, -1), tuple(torch.cat(s) for s in zip(*finals, strict=True))
+
+
+def keep_some(y, probability, training):
+    """In place of dropout: whether a number is dropped depends on it alone, so that every layout drops the same."""
+    return y * ((y.detach() * 1e3).frac().abs() > probability) / (1 - probability)
+
+
+def module_by_steps(module, input, hx=None, lengths=None, reset=None, reset_to=None):
+    """What a module of ours is to compute."""
+    cell = module._cell()
+    directions = 2 if module.bidirectional else 1
+    batched = input.dim() == 3
+    if not batched:
+        input, lengths = input.unsqueeze(1), None if lengths is None else [lengths]
+        reset = None if reset is None else reset.unsqueeze(1)
+    elif module.batch_first:
+        input, reset = input.transpose(0, 1), None if reset is None else reset.t()
+    size = input.shape[1]
+    leading = directions * module.num_layers, size
+
+    def states(given):
+        features = [module.proj_size or module.hidden_size] + [module.hidden_size] * (len(cell.states) - 1)
+        if given is None or isinstance(given, int):
+            return [input.new_zeros(*leading, f) for f in features]
+        return [s.view(*leading, -1) for s in (given if isinstance(given, tuple) else (given,))]
+
+    initial = states(hx)
+    returned = initial if reset_to is None else states(reset_to)
+    finals, y = [], input
+    for k in range(module.num_layers):
+        names = [f"_l{k}" + "_reverse" * d for d in range(directions)]
+        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+        parameters = [tuple(getattr(module, kind + name, None) for kind in kinds) for name in names]
+        if k and module.dropout:
+            y = keep_some(y, module.dropout, True)
+        own = slice(k * directions, (k + 1) * directions)
+        y, final = by_steps(cell, y, [s[own] for s in initial], parameters, lengths, reset, [s[own] for s in returned])
+        finals.append(final)
+    result = tuple(torch.cat(s) for s in zip(*finals, strict=True))
+    if not batched:
+        y, result = y.squeeze(1), tuple(s.squeeze(1) for s in result)
+    elif module.batch_first:
+        y = y.transpose(0, 1)
+    return y, result if len(result) > 1 else result[0]
+
+
+def leaves_of(module, input, **states):
+    """Input, states and parameters by name."""
+    named = {"input": input}
+    for name, value in states.items():
+        for j, s in enumerate(value if isinstance(value, tuple) else (value,)):
+            if isinstance(s, torch.Tensor):
+                named[f"{name}[{j}]"] = s
+    return named | dict(module.named_parameters())
+
+
+def outputs_and_gradients(function, named):
+    """Outputs, and the gradients of all leaves for random cotangents on all outputs."""
+    y, states = function()
+    states = states if isinstance(states, tuple) else (states,)
+    outputs = dict(zip(("output", "h_n", "c_n"), (y, *states), strict=False))
+    weights = cotangents(outputs)
+    reached = [n for n, t in outputs.items() if t.requires_grad]  # all but where no sequence has a step
+    gradients = [None] * len(named)
+    if reached:
+        gradients = torch.autograd.grad(
+            [outputs[n] for n in reached], list(named.values()), [weights[n] for n in reached], allow_unused=True
+        )
+    zeros = (torch.zeros_like(t) if g is None else g for t, g in zip(named.values(), gradients, strict=True))
+    return outputs | {f"gradient of {n}": g for n, g in zip(named, zeros, strict=True)}
+
+
+@st.composite
+def calls(draw):
+    """A module, and arguments for a call of it."""
+    kind = draw(st.sampled_from(["LSTM", "GRU", "RNN"]))
+    dtype = draw(st.sampled_from([torch.float64, torch.float64, torch.float32]))
+    batched, steps, size = draw(st.sampled_from([True, True, False])), draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    size = size if batched else 1
+    layers = draw(st.integers(1, 2))
+    options = {"bidirectional": draw(st.booleans()), "batch_first": draw(st.booleans()), "num_layers": layers}
+    if layers > 1:
+        options["dropout"] = draw(st.sampled_from([0.0, 0.3]))
+    if kind == "LSTM":
+        options["proj_size"] = draw(st.sampled_from([0, 2]))
+    inputs, hidden = draw(st.integers(1, 3)), draw(st.integers(3, 9))
+    with torch.random.fork_rng():
+        torch.manual_seed(draw(st.integers(0, 9)))
+        module = getattr(nn, kind)(inputs, hidden, **options, dtype=dtype)
+        shape = ((size, steps) if options["batch_first"] else (steps, size)) if batched else (steps,)
+        input = torch.randn(*shape, inputs, dtype=dtype, requires_grad=True)
+        rows = (layers * (2 if options["bidirectional"] else 1), *((size,) if batched else ()))
+
+        def states():
+            sizes = [options.get("proj_size") or hidden] + [hidden] * (kind == "LSTM")
+            made = tuple(torch.randn(*rows, s, dtype=dtype, requires_grad=True) for s in sizes)
+            return made if len(made) > 1 else made[0]
+
+        hx = states() if draw(st.booleans()) else None
+        arguments: dict = {}
+        if draw(st.booleans()):
+            lengths = draw(st.lists(st.integers(0, steps), min_size=size, max_size=size))
+            arguments["lengths"] = lengths if batched else lengths[0]
+        if draw(st.booleans()):
+            arguments["reset"] = torch.rand(shape) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+            arguments["reset_to"] = draw(st.sampled_from([None, 0, "states"]))
+            if arguments["reset_to"] == "states":
+                arguments["reset_to"] = states()
+    return module, input, hx, arguments
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(call=calls())
+def test_options_cross(call):
+    module, input, hx, arguments = call
+    named = leaves_of(module, input, hx=hx, reset_to=arguments.get("reset_to"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "dropout", keep_some)
+        ours = outputs_and_gradients(lambda: module(input, hx, **arguments), named)
+        truth = outputs_and_gradients(lambda: module_by_steps(module, input, hx, **arguments), named)
+    for name, value in truth.items():
+        assert ours[name].shape == value.shape, name
+        assert relative_error(ours[name], value) <= (1e-9 if input.dtype == torch.float64 else 1e-5), name
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("c", [cells.lstm, cells.gru_reset_before, invented], ids=lambda c: c.name)
+def test_any_cell(c, directions):
+    (_, x, states, parameters, _), leaves, names = problem(c, 5, 4, 3, 11, directions=directions)
+    generator = torch.Generator().manual_seed(3)
+    lengths, reset = [5, 0, 3, 5], torch.rand(5, 4, generator=generator) < 0.3
+    to = tuple(torch.randn(s.shape, dtype=s.dtype, generator=generator).requires_grad_() for s in states)
+    leaves, names = [*leaves, *to], [*names, *(f"{s} after a reset" for s in c.states)]
+    ours = everything(
+        lambda: functional.layer(c, x, states, parameters, lengths=lengths, reset=reset, reset_to=to), (), leaves
+    )
+    truth = everything(lambda: by_steps(c, x, states, parameters, lengths, reset, to), (), leaves)
+    labels = ["y", *c.states, *(f"gradient of {n}" for n in names)]
+    for name, a, b in zip(labels, *([*outputs, *grads] for outputs, grads in (ours, truth)), strict=True):
+        assert relative_error(a, b) < 1e-11, name
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_lengths_are_what_torch_computes_from_a_packed_sequence(kind):
+    """Dropout included: the same numbers are drawn for the same tokens."""
+    ours, theirs = (
+        getattr(m, kind)(3, 5, num_layers=2, bidirectional=True, batch_first=True, dropout=0.5).double()
+        for m in (nn, torch.nn)
+    )
+    theirs.load_state_dict(ours.state_dict())
+    lengths = [7, 5, 4, 1]  # pack_padded_sequence need not keep the order of sequences of the same length
+    x = torch.randn(4, 7, 3, dtype=torch.float64)
+
+    class Packing(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = theirs
+
+        def forward(self, x, hx=None):
+            y, states = self.layer(pack_padded_sequence(x, lengths, batch_first=True), hx)
+            return pad_packed_sequence(y, batch_first=True)[0], states
+
+    def run(module, *arguments, **options):
+        torch.manual_seed(4)
+        y, states = module(*arguments, **options)
+        return y, *(states if isinstance(states, tuple) else (states,))
+
+    for a, b in zip(run(ours, x, lengths=torch.tensor(lengths)), run(Packing(), x), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}, {"batch_first": True}], ids=str)
+def test_whole_sequences_cost_nothing(options):
+    """All of the full length, no reset: the same bits as without."""
+    layer = nn.LSTM(5, 9, **options)
+    x = torch.randn(6, 6, 5)
+    expected = layer(x)
+    for arguments in (
+        {"lengths": [6] * 6},
+        {"reset": torch.zeros(6, 6, dtype=torch.bool)},
+        {"lengths": torch.full((6,), 6), "reset": torch.zeros(6, 6, dtype=torch.bool), "reset_to": 0},
+    ):
+        y, states = layer(x, **arguments)
+        assert torch.equal(y, expected[0])
+        assert all(torch.equal(a, b) for a, b in zip(states, expected[1], strict=True))
+
+
+def test_time_follows_the_tokens(monkeypatch):
+    """No step is computed for padding: neither in the loop nor in the products over time."""
+    seen = []
+    real = nn.unchecked_layer
+
+    def spy(cell, x, *rest):
+        seen.append(tuple(x.shape))
+        return real(cell, x, *rest)
+
+    monkeypatch.setattr(nn, "unchecked_layer", spy)
+    layer = nn.GRU(3, 4, num_layers=2)
+    layer(torch.randn(9, 4, 3), lengths=[2, 9, 0, 1])
+    assert seen == [(12, 3), (12, 4)]
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_gradcheck(kind):
+    layer = getattr(nn, kind)(2, 3, bidirectional=True).double()
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    hx = tuple(torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True) for _ in layer._cell().states)
+    reset = torch.tensor([[0, 1], [1, 0], [0, 1]], dtype=torch.bool)
+
+    def call(x, *hx):
+        y, states = layer(x, hx if len(hx) > 1 else hx[0], lengths=[3, 2], reset=reset)
+        return y, *(states if isinstance(states, tuple) else (states,))
+
+    assert torch.autograd.gradcheck(call, (x, *hx))
+    assert torch.autograd.gradgradcheck(call, (x, *hx))
+
+
+def test_truncated_backpropagation_through_resets():
+    """A sequence taken in parts, the state carried and detached, gives what it gives as a whole."""
+    layer = nn.LSTM(3, 8)
+    x, reset = torch.randn(12, 5, 3), torch.rand(12, 5) < 0.2
+    whole, last = layer(x, reset=reset, reset_to=0)
+    parts, carry = [], None
+    for k in range(0, 12, 4):
+        y, carry = layer(x[k : k + 4], carry, reset=reset[k : k + 4], reset_to=0)
+        y.sum().backward()
+        parts.append(y.detach())
+        carry = tuple(s.detach() for s in carry)
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(carry, last, rtol=0, atol=1e-6)
+
+
+def test_streaming_by_single_steps():
+    layer = nn.GRU(3, 8)
+    x, reset, lengths = torch.randn(6, 5, 3), torch.rand(6, 5) < 0.3, torch.tensor([6, 2, 0, 5, 1])
+    with torch.no_grad():
+        whole, last = layer(x, lengths=lengths, reset=reset, reset_to=0)
+        carry, steps = torch.zeros(1, 5, 8), []
+        for t in range(6):
+            y, carry = layer(x[t : t + 1], carry, lengths=(lengths > t).long(), reset=reset[t : t + 1], reset_to=0)
+            steps.append(y)
+    torch.testing.assert_close(torch.cat(steps), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(carry, last, rtol=0, atol=1e-6)
+
+
+def test_a_learnable_initial_state_is_what_a_reset_leads_to():
+    layer = nn.GRU(3, 8)
+    first = torch.nn.Parameter(torch.randn(1, 1, 8))
+    x, reset = torch.randn(6, 5, 3), torch.zeros(6, 5, dtype=torch.bool)
+    reset[3] = True
+    y, _ = layer(x, first.expand(1, 5, 8), reset=reset)
+    halves = torch.cat([layer(part, first.expand(1, 5, 8))[0] for part in (x[:3], x[3:])])
+    torch.testing.assert_close(y, halves)
+    (got,), (expected,) = (torch.autograd.grad(out.square().sum(), first) for out in (y, halves))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("where", ["autocast", "bfloat16", "torch.nn's"])
+def test_what_the_engine_does_not_take(where):
+    """Runs torch's own layers, with the same lengths and resets."""
+    layer = nn.LSTM(3, 8, bidirectional=True)
+    x, lengths, reset = torch.randn(6, 5, 3), [6, 2, 0, 5, 1], torch.rand(6, 5) < 0.3
+    expected, _ = layer(x, lengths=lengths, reset=reset)
+    if where == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            y, _ = layer(x, lengths=lengths, reset=reset)
+    elif where == "bfloat16":
+        y, _ = layer.bfloat16()(x.bfloat16(), lengths=lengths, reset=reset)
+    else:
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                return function(*args, **(kwargs or {}))
+
+        with Mode():
+            y, _ = layer(x, lengths=lengths, reset=reset)
+    torch.testing.assert_close(y.float(), expected, rtol=0, atol=1e-6 if where == "torch.nn's" else 3e-2)
+
+
+mask = torch.zeros(4, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"lengths": [1.0, 2.0, 3.0]}, TypeError, "lengths must be integers .*, got list of float64"),
+        ({"lengths": torch.ones(3)}, TypeError, "lengths must be integers .*, got torch.float32"),
+        ({"lengths": torch.ones(3, dtype=torch.bool)}, TypeError, "got torch.bool"),
+        ({"lengths": [1, 2]}, ValueError, r"lengths must have shape \(3,\), one for each sequence, got \(2,\)"),
+        ({"lengths": 2}, ValueError, r"lengths must have shape \(3,\)"),
+        ({"lengths": [1, 5, 2]}, ValueError, "lengths must be between 0 and 4, the input's time steps, got 5"),
+        ({"lengths": [1, -1, 2]}, ValueError, "got -1"),
+        ({"reset": torch.zeros(4, 3)}, TypeError, "reset must be a bool Tensor, got a Tensor of torch.float32"),
+        ({"reset": [True]}, TypeError, "reset must be a bool Tensor, got list"),
+        ({"reset": mask.t()}, ValueError, r"reset must have shape \(4, 3\).*, got \(3, 4\)"),
+        ({"reset_to": 0}, ValueError, "reset_to must be None without reset"),
+        ({"reset": mask, "reset_to": 1}, TypeError, "reset_to must be None, 0 or states"),
+        ({"reset": mask, "reset_to": torch.zeros(1, 3, 5)}, TypeError, "reset_to must be a tuple of 2 Tensors"),
+        ({"reset": mask, "reset_to": (torch.zeros(1, 3, 5),) * 2}, RuntimeError, r"reset_to \(h_0\) must have shape"),
+        ({"reset": mask, "hx": (torch.zeros(1, 2, 6),) * 2}, RuntimeError, r"hx \(h_0\) must have shape"),
+    ],
+)
+def test_mistakes(arguments, error, words):
+    with pytest.raises(error, match=words):
+        nn.LSTM(2, 6)(torch.randn(4, 3, 2), **arguments)
+
+
+def test_packed_sequences_have_lengths_of_their_own():
+    packed = pack_padded_sequence(torch.randn(4, 3, 2), [4, 2, 1])
+    with pytest.raises(ValueError, match="lengths and reset must be None with a PackedSequence"):
+        nn.GRU(2, 6)(packed, lengths=[4, 2, 1])
+    (c, x, states, parameters, sizes), _, _ = problem(cells.gru, 3, 2, 3, 4, lengths=[3, 1])
+    with pytest.raises(ValueError, match="must be None with batch_sizes"):
+        functional.layer(c, x, states, parameters, sizes, lengths=[3, 1])
