@@ -1,13 +1,26 @@
-"""What is measured: cases, and the suites that hold them. Adding a case, a mode or a suite is adding an entry."""
+"""What is measured: cells, modes, cases, and the suites that hold them. Adding any is adding an entry."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-CELLS = ("lstm", "gru", "rnn")
-GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+
+@dataclass(frozen=True)
+class Kind:
+    """A cell. gates: blocks of rows of its weights. states: their letters. vectors: names of its own parameters, each
+    [H] for every layer and direction. plain: the cell of torch.nn that it varies, None for those of torch.nn."""
+
+    gates: int
+    states: str = "h"
+    vectors: tuple[str, ...] = ()
+    plain: str | None = None
+
+
+CELLS = {"lstm": Kind(4, "hc"), "gru": Kind(3), "rnn": Kind(1)}
+#: Those that torch.nn has.
+PLAIN = tuple(name for name, kind in CELLS.items() if kind.plain is None)
 
 
 @dataclass(frozen=True)
@@ -15,8 +28,9 @@ class Mode:
     """What a call does, and to which kind of layer.
 
     call: "forward" without gradients, "training" (forward and backward, gradients of x and of all parameters) or
-    "backward" alone. unit: of what is measured. stateful: an initial state is given. packed: sequences of lengths
-    between T/4 and T as a PackedSequence.
+    "backward" alone. unit: of what is measured. stateful: an initial state is given. ragged: sequences of lengths
+    between T/4 and T, as a PackedSequence or padded with their lengths. resets: the share of steps before which a
+    sequence's state returns to zero. plain: the mode of the plain layer, which the variant's time is compared with.
     """
 
     what: str
@@ -25,7 +39,9 @@ class Mode:
     layers: int = 1
     directions: int = 1
     stateful: bool = False
-    packed: bool = False
+    ragged: Literal["", "packed", "lengths"] = ""
+    resets: float = 0.0
+    plain: str | None = None
 
 
 MODES = {
@@ -33,8 +49,8 @@ MODES = {
     "training": Mode("forward and backward", "training"),
     "backward": Mode("backward alone, its forward not timed", "backward"),
     "streaming": Mode("one step with a given state, through the public layer", stateful=True),
-    "packed": Mode("forward over sequences of different lengths", packed=True),
-    "packed-training": Mode("forward and backward over sequences of different lengths", "training", packed=True),
+    "packed": Mode("forward over a PackedSequence", ragged="packed"),
+    "packed-training": Mode("forward and backward over a PackedSequence", "training", ragged="packed"),
     "bidirectional": Mode("forward through two layers of two directions", layers=2, directions=2),
     "bidirectional-training": Mode("forward and backward, two layers of two directions", "training", "s", 2, 2),
     "memory": Mode("what one training step adds to the memory of the process, at its peak", "training", "bytes"),
@@ -55,7 +71,7 @@ class Case:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        allowed: dict[str, Any] = {"cell": CELLS, "mode": tuple(MODES), "dtype": ("float32", "float64")}
+        allowed: dict[str, Any] = {"cell": tuple(CELLS), "mode": tuple(MODES), "dtype": ("float32", "float64")}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: expected one of {', '.join(values)}, got {getattr(self, name)!r}")
@@ -68,8 +84,18 @@ class Case:
         return f"{self.cell} {self.shape} {self.mode}{more}" + (f" x{self.threads}" if self.threads > 1 else "")
 
     @property
-    def kind(self) -> Mode:
+    def kind(self) -> Kind:
+        return CELLS[self.cell]
+
+    @property
+    def how(self) -> Mode:
         return MODES[self.mode]
+
+    @property
+    def plain(self) -> Case | None:
+        """The plain layer's case at the same shape, None where this is one."""
+        cell, mode = self.kind.plain or self.cell, self.how.plain or self.mode
+        return None if (cell, mode) == (self.cell, self.mode) else replace(self, cell=cell, mode=mode)
 
     @property
     def shape(self) -> str:
@@ -82,17 +108,22 @@ class Case:
     @property
     def recurrent_bytes(self) -> int:
         """Recurrent weights of one direction of one layer."""
-        return GATES[self.cell] * self.H * self.H * self.item_bytes
+        return self.kind.gates * self.H * self.H * self.item_bytes
 
     def flops(self, steps: int) -> float:
         """Floating-point operations of the matrix products, `steps` being the sequence lengths summed.
 
         The backward pass has two products for each of the forward pass: for the inputs' and the weights' gradients.
         """
-        mode = self.kind
+        mode = self.how
         width = sum(self.I if k == 0 else mode.directions * self.H for k in range(mode.layers)) + mode.layers * self.H
-        forward = 2.0 * steps * mode.directions * GATES[self.cell] * self.H * width
+        forward = 2.0 * steps * mode.directions * self.kind.gates * self.H * width
         return forward * {"forward": 1, "training": 3, "backward": 2}[mode.call]
+
+    @property
+    def effort(self) -> float:
+        """About how much of a suite's time the case needs: a part for compiling, and one that grows with the work."""
+        return 3.0 + 0.7e-9 * self.flops(self.N * self.T)
 
     def fields(self) -> dict[str, Any]:
         return asdict(self)
@@ -117,7 +148,7 @@ SHAPES = (
 
 def core() -> list[Case]:
     """Every shape for every cell, inference and training; then each other mode at a shape typical of it."""
-    cases = [Case(cell, *shape, mode) for mode in ("inference", "training") for shape in SHAPES for cell in CELLS]
+    cases = [Case(cell, *shape, mode) for mode in ("inference", "training") for shape in SHAPES for cell in PLAIN]
     typical = {
         "streaming": (1, 1, 64, 64),
         "backward": (16, 128, 128, 128),
@@ -127,14 +158,14 @@ def core() -> list[Case]:
         "bidirectional-training": (16, 64, 64, 64),
         "memory": (32, 200, 128, 128),
     }
-    cases += [Case(cell, *shape, mode) for mode, shape in typical.items() for cell in CELLS]
-    return cases + [Case(cell, 16, 64, 64, 64, "training", "float64") for cell in CELLS]
+    cases += [Case(cell, *shape, mode) for mode, shape in typical.items() for cell in PLAIN]
+    return cases + [Case(cell, 16, 64, 64, 64, "training", "float64") for cell in PLAIN]
 
 
 def quick() -> list[Case]:
     """A few small shapes: within a minute."""
-    cases = [Case(cell, *shape, "inference") for cell in CELLS for shape in ((1, 100, 32, 32), (16, 32, 64, 64))]
-    cases += [Case(cell, 16, 32, 64, 64, "training") for cell in CELLS]
+    cases = [Case(cell, *shape, "inference") for cell in PLAIN for shape in ((1, 100, 32, 32), (16, 32, 64, 64))]
+    cases += [Case(cell, 16, 32, 64, 64, "training") for cell in PLAIN]
     return [*cases, Case("lstm", 1, 1, 64, 64, "streaming"), Case("gru", 16, 32, 32, 32, "packed")]
 
 
@@ -156,16 +187,41 @@ def scaling() -> list[Case]:
     return list(dict.fromkeys(sweep))
 
 
-SUITES: dict[str, Callable[[], list[Case]]] = {"core": core, "quick": quick, "scaling": scaling}
+class Suite(NamedTuple):
+    """cases: made when asked for. minutes: how long they are to take with every provider there, for each thread count
+    apart; on a busy machine it may be more, but after twice that time no further case begins."""
 
-COMPILED = ((1, 1, 64, 64), (8, 64, 64, 64), (16, 128, 128, 128), (32, 100, 256, 256))
+    what: str
+    cases: Callable[[], list[Case]]
+    minutes: float
+
+
+SUITES = {
+    "core": Suite("every shape and cell, inference and training; each other mode", core, 9.5),
+    "quick": Suite("a few small shapes, within a minute", quick, 0.4),
+    "scaling": Suite("how time grows with T, N, H and threads", scaling, 2.4),
+}
+
+
+class Kept(NamedTuple):
+    """Results whose tables and plots are kept beside the code. threads: for every case, None for the case's own."""
+
+    suite: str
+    threads: int | None
+
+
+FIGURES = {
+    "core_one_thread": Kept("core", 1),
+    "core_two_threads": Kept("core", 2),
+    "scaling": Kept("scaling", None),
+}
 
 
 def left_out(suite: str, case: Case, provider: str) -> str | None:
     """Why a suite leaves a provider out of a case, which its results then say, or None."""
-    if provider == "torch.compile":  # some 10 s a case
-        if suite != "core":
-            return f"compiles for longer than the suite {suite} can wait"
-        if case.cell != "lstm" or (case.N, case.T, case.I, case.H) not in COMPILED:
-            return "compiles for too long to be in every case of the suite core"
+    if provider == "torch.compile":  # compiles some 10 s for each cell, call and dtype
+        if suite == "quick":
+            return "compiles for longer than the suite quick can wait"
+        if case.dtype == "float64":
+            return "compiled for float32 alone, to save time"
     return None

@@ -1,4 +1,4 @@
-"""The commands of the suite: list, run, compare and report. `add` gives each its arguments."""
+"""The commands of the suite: list, run, compare, report and figures. `add` gives each its arguments."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import CELLS, MODES, SUITES, Case
+from benchmarks.cases import CELLS, FIGURES, MODES, PLAIN, SUITES, Case
 
 
 def add(commands: Any) -> None:
-    """Add the four commands to a parser's subcommands."""
+    """Add the commands to a parser's subcommands."""
     parser = commands.add_parser("list", help="suites, cases, modes and providers")
     parser.add_argument("suite", metavar="SUITE", nargs="?", choices=list(SUITES), help="only the cases of this one")
     parser.set_defaults(run=run_list)
 
     parser = commands.add_parser("run", help="measure fastcells and its peers", description=MEASURED)
     parser.add_argument(
-        "suite", metavar="SUITE", nargs="?", choices=list(SUITES), help="core (default), quick, scaling"
+        "suite", metavar="SUITE", nargs="?", choices=list(SUITES), help=f"{', '.join(SUITES)}; default: core"
     )
     parser.add_argument("--quick", action="store_true", help="the suite quick, which ends within a minute")
-    parser.add_argument("--cell", choices=CELLS, action="append", help="only this cell; may be repeated")
+    parser.add_argument("--cell", choices=list(CELLS), action="append", help="only this cell; may be repeated")
     parser.add_argument("--mode", choices=list(MODES), action="append", help="only this mode; may be repeated")
-    parser.add_argument("--shape", metavar="N,T,I,H", action="append", help="only this shape; may be repeated")
+    parser.add_argument(
+        "--shape", type=shape, metavar="N,T,I,H", action="append", help="only this one, or a new one; may be repeated"
+    )
     parser.add_argument("--provider", metavar="NAME", action="append", help="only this one and fastcells; see list")
     parser.add_argument("--threads", type=number(int, 1), metavar="N", help="for every case (default: the case's own)")
-    parser.add_argument("--seconds", type=number(float, 0), metavar="S", help="of samples, about, for each case")
+    parser.add_argument("--dtype", choices=["float32", "float64"], help="only this one")
+    parser.add_argument("--minutes", type=number(float, 0), metavar="M", help="to take; default: the suite's own")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: results/SUITE.jsonl")
     parser.add_argument("--gate", action="store_true", help="exit status 1 for a wrong answer or under a threshold")
     parser.add_argument("--geomean", type=number(float, 0), metavar="X", help="least geometric mean of the ratios")
@@ -39,12 +42,20 @@ def add(commands: Any) -> None:
     parser.add_argument("before", type=Path, metavar="A")
     parser.add_argument("after", type=Path, metavar="B")
     parser.add_argument("--all", action="store_true", help="also what did not move")
+    steady = "provider by whose time all others are divided, so that the machine's own drift cancels out"
+    parser.add_argument("--reference", metavar="NAME", default="torch.nn", help=f"{steady}; default: torch.nn")
+    parser.add_argument("--absolute", action="store_true", help="times as they are, with the machine's drift")
     parser.set_defaults(run=run_compare, fail=parser.error)
 
     parser = commands.add_parser("report", help="Markdown and plots of a file of results")
     parser.add_argument("results", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: that of FILE, named like it")
     parser.set_defaults(run=run_report, fail=parser.error)
+
+    parser = commands.add_parser("figures", help="measure anew, and renew the tables and plots that the README shows")
+    parser.add_argument("name", metavar="NAME", choices=FIGURES, help=f"one of {', '.join(FIGURES)}")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="draw these results instead of measuring")
+    parser.set_defaults(run=run_figures, fail=parser.error)
 
 
 MEASURED = (
@@ -72,69 +83,82 @@ def number(kind: type, least: float) -> Callable[[str], Any]:
 
 def run_list(arguments: argparse.Namespace) -> None:
     if arguments.suite is not None:
-        for case in SUITES[arguments.suite]():
+        for case in SUITES[arguments.suite].cases():
             print(case)
         return
     from benchmarks import providers
 
-    for name, cases in SUITES.items():
-        print(f"suite     {name:24} {len(cases())} cases")
+    for name, suite in SUITES.items():
+        print(f"suite     {name:24} {suite.what}: {len(suite.cases())} cases, some {suite.minutes:g} minutes")
+    for name, kind in CELLS.items():
+        print(f"cell      {name:24} {'torch.nn has it' if kind.plain is None else 'a variant of ' + kind.plain}")
     for name, mode in MODES.items():
         print(f"mode      {name:24} {mode.what}")
     for name, provider in providers.load().items():
         print(f"provider  {name:24} {provider.available() or 'ready'}")
 
 
+def shape(text: str) -> tuple[int, ...]:
+    """An argument type: N,T,I,H."""
+    parts = text.replace(" ", "").split(",")
+    if len(parts) != 4 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"expected N,T,I,H, four whole numbers of at least 1, got {text!r}")
+    return tuple(map(int, parts))
+
+
 def chosen(arguments: argparse.Namespace, suite: str) -> list[Case]:
     """The cases of a suite that the arguments leave, with their thread count. Ends the program if there are none."""
-    from dataclasses import replace
-
-    cases = SUITES[suite]()
-    shapes = [text.replace(" ", "") for text in arguments.shape or []]
-    for name, values in ("cell", arguments.cell), ("mode", arguments.mode), ("shape", shapes):
+    cases = SUITES[suite].cases()
+    if arguments.shape:
+        new = [shape for shape in arguments.shape if shape not in {(c.N, c.T, c.I, c.H) for c in cases}]
+        modes, cells = arguments.mode or ("inference", "training"), arguments.cell or PLAIN
+        cases = [case for case in cases if (case.N, case.T, case.I, case.H) in arguments.shape]
+        dtype = arguments.dtype or "float32"
+        cases += [Case(cell, n, t, i, h, mode, dtype) for mode in modes for n, t, i, h in new for cell in cells]
+    dtypes = [arguments.dtype] if arguments.dtype else []
+    for name, values in ("cell", arguments.cell), ("mode", arguments.mode), ("dtype", dtypes):
         if values:
             cases = [case for case in cases if getattr(case, name) in values]
     if not cases:
-        arguments.fail(f"no case of the suite {suite} has this cell, mode and shape")
-    if arguments.threads is not None:
-        from benchmarks.machine import cores
-
-        if arguments.threads > len(cores()):
-            arguments.fail(
-                f"argument --threads: expected at most the {len(cores())} cores here, got {arguments.threads}"
-            )
-        cases = list(dict.fromkeys(replace(case, threads=arguments.threads) for case in cases))
-    return cases
+        arguments.fail(f"no case of the suite {suite} has this cell, mode, dtype and shape")
+    return at_threads(cases, arguments)
 
 
-def run_run(arguments: argparse.Namespace) -> int | None:
-    if arguments.quick and arguments.suite not in (None, "quick"):
-        arguments.fail(f"argument --quick: is the suite quick, got the suite {arguments.suite} too")
-    suite = "quick" if arguments.quick else arguments.suite or "core"
-    if not arguments.gate and (arguments.geomean is not None or arguments.worst is not None):
-        arguments.fail("arguments --geomean and --worst: are thresholds of --gate, which is missing")
-    cases = chosen(arguments, suite)
-    from benchmarks import providers, results, runner, show
+def at_threads(cases: list[Case], arguments: argparse.Namespace) -> list[Case]:
+    """The cases with the thread count that the arguments give."""
+    from dataclasses import replace
 
-    names = None
-    if arguments.provider:
-        known = providers.load()
-        unknown = [name for name in arguments.provider if name not in known]
-        if unknown:
-            arguments.fail(f"argument --provider: expected one of {', '.join(known)}, got {unknown[0]!r}")
-        names = [name for name in known if name == providers.OURS or name in arguments.provider]
-    out = arguments.out or Path("results") / f"{suite}.jsonl"
+    if arguments.threads is None:
+        return cases
+    from benchmarks.machine import cores
+
+    if arguments.threads > len(cores()):
+        arguments.fail(f"argument --threads: expected at most the {len(cores())} cores here, got {arguments.threads}")
+    return list(dict.fromkeys(replace(case, threads=arguments.threads) for case in cases))
+
+
+def minutes(cases: list[Case], suite: str) -> float:
+    """What some cases may take of a suite's time, and a few seconds to begin."""
+    whole = SUITES[suite]
+    return 0.1 + whole.minutes * sum(c.effort for c in cases) / sum(c.effort for c in whole.cases())
+
+
+def execute(
+    cases: list[Case], names: list[str] | None, suite: str, limit: float, out: Path, arguments: argparse.Namespace
+) -> tuple[Any, bool]:
+    """(results, whether Ctrl-C stopped it) of measuring the cases, which are written to `out` line by line."""
+    from benchmarks import results, runner, show
+
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = out.open("w")
     except OSError as error:
         arguments.fail(f"argument --out: cannot write {str(out)!r}: {error.strerror}")
-    seconds = (1.0 if suite == "quick" else 3.0) if arguments.seconds is None else arguments.seconds
     measured = results.Results({}, [])
     stopped = False
-    with file, show.Progress(len(cases)) as progress:
+    with file, show.Progress(cases) as progress:
         try:
-            for text in runner.run(cases, names, suite, seconds, progress.done):
+            for text in runner.run(cases, names, suite, limit, progress.done):
                 file.write(text)
                 file.flush()
                 row = measured.add(text)
@@ -146,12 +170,56 @@ def run_run(arguments: argparse.Namespace) -> int | None:
             sys.exit(f"{error}; what was measured before is in {os.fspath(out)}")
     show.results(measured)
     print(f"results: {os.fspath(out)}" + (", up to where it was stopped" if stopped else ""))
+    return measured, stopped
+
+
+def run_run(arguments: argparse.Namespace) -> int | None:
+    if arguments.quick and arguments.suite not in (None, "quick"):
+        arguments.fail(f"argument --quick: is the suite quick, got the suite {arguments.suite} too")
+    suite = "quick" if arguments.quick else arguments.suite or "core"
+    if not arguments.gate and (arguments.geomean is not None or arguments.worst is not None):
+        arguments.fail("arguments --geomean and --worst: are thresholds of --gate, which is missing")
+    cases = chosen(arguments, suite)
+    from benchmarks import providers, results
+
+    names = None
+    if arguments.provider:
+        known = providers.load()
+        unknown = [name for name in arguments.provider if name not in known]
+        if unknown:
+            arguments.fail(f"argument --provider: expected one of {', '.join(known)}, got {unknown[0]!r}")
+        names = [name for name in known if name == providers.OURS or name in arguments.provider]
+    out = arguments.out or Path("results") / f"{suite}.jsonl"
+    limit = minutes(cases, suite) if arguments.minutes is None else arguments.minutes
+    measured, stopped = execute(cases, names, suite, limit, out, arguments)
     if stopped:
         return 130
     if arguments.gate:
         found = results.gate(measured, arguments.geomean, arguments.worst)
         print("\n".join(f"gate: {reason}" for reason in found) or "gate: passed")
         return 1 if found else 0
+    return None
+
+
+def run_figures(arguments: argparse.Namespace) -> int | None:
+    """Measure anew (or read `arguments.results`), then write the tables and plots that are kept."""
+    from benchmarks import figures
+
+    kept = FIGURES[arguments.name]
+    if arguments.results is not None:
+        measured = read(arguments, arguments.results)
+    else:
+        arguments.threads = kept.threads
+        cases = at_threads(SUITES[kept.suite].cases(), arguments)
+        out = Path("results") / f"{arguments.name}.jsonl"
+        measured, stopped = execute(cases, None, kept.suite, SUITES[kept.suite].minutes, out, arguments)
+        if stopped:
+            return 130
+    try:
+        for path in figures.write(arguments.name, measured):
+            print(path)
+    except OSError as error:
+        arguments.fail(f"cannot write {error.filename!r}: {error.strerror}")
     return None
 
 
@@ -169,10 +237,11 @@ def read(arguments: argparse.Namespace, path: Path) -> Any:
 def run_compare(arguments: argparse.Namespace) -> None:
     from benchmarks import results, show
 
-    moves = results.compare(read(arguments, arguments.before), read(arguments, arguments.after))
+    reference = None if arguments.absolute else arguments.reference
+    moves = results.compare(read(arguments, arguments.before), read(arguments, arguments.after), reference)
     if not moves:
         arguments.fail("the two files have no measurement in common")
-    show.moves(moves, everything=arguments.all)
+    show.moves(moves, reference, everything=arguments.all)
 
 
 def run_report(arguments: argparse.Namespace) -> None:

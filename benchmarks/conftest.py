@@ -19,7 +19,7 @@ def pinned(request: pytest.FixtureRequest):
     from benchmarks import machine
 
     before = machine.cores()
-    machine.pin(max(case.threads for case in SUITES[request.config.getoption("suite")]()))
+    machine.pin(max(case.threads for case in SUITES[request.config.getoption("suite")].cases()))
     yield
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, before)

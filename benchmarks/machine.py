@@ -162,7 +162,7 @@ def bound(case: Case, flops: float, peaks: dict[str, Any]) -> tuple[float, str]:
     compute = 1e-9 * flops / peaks["gigaflops"][case.dtype]
     share = case.recurrent_bytes / case.threads
     level = next((level for level in peaks["levels"][:-1] if share <= level["bytes"]), peaks["levels"][-1])
-    mode = case.kind
+    mode = case.how
     reads = {"forward": 1, "training": 2, "backward": 1}[mode.call] * case.T * mode.layers * mode.directions
     memory = 1e-9 * reads * case.recurrent_bytes / level["gigabytes_per_s"]
     return (compute, "compute") if compute >= memory else (memory, level["name"])

@@ -8,9 +8,8 @@ from functools import cached_property
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.utils.rnn import pack_padded_sequence
 
-from benchmarks.cases import GATES, Case
+from benchmarks.cases import Case
 
 Array = NDArray[np.floating]
 
@@ -22,11 +21,12 @@ class Problem:
     """Arrays of one case, by torch's names and in torch's layout, the same for every provider.
 
     x [T, N, I]; weights by name; states h_0 (and c_0) [layers * D, N, H], empty unless the mode gives them; lengths
-    [N], falling, all T unless the mode packs; cotangents: gradients of the loss with respect to y, h_n (and c_n).
+    [N], falling where packed, in any order where padded, all T unless the mode is ragged; resets [T, N]: before which
+    steps a sequence's state returns to zero; cotangents: gradients of the loss with respect to y, h_n (and c_n).
     """
 
     def __init__(self, case: Case) -> None:
-        mode, rng = case.kind, np.random.default_rng(0)
+        mode, rng = case.how, np.random.default_rng(0)
 
         def normal(*shape: int) -> Array:
             return rng.standard_normal(shape).astype(case.dtype)
@@ -37,12 +37,15 @@ class Problem:
         self.case = case
         self.x = normal(case.T, case.N, case.I)
         self.lengths = np.full(case.N, case.T)
-        if mode.packed:
-            self.lengths = np.sort(rng.integers(max(1, case.T // 4), case.T + 1, case.N))[::-1].copy()
-            self.lengths[0] = case.T
+        if mode.ragged:
+            self.lengths = rng.integers(max(1, case.T // 4), case.T + 1, case.N)
+            self.lengths[case.N // 2] = case.T
+            if mode.ragged == "packed":
+                self.lengths = np.sort(self.lengths)[::-1].copy()
             self.x[~self.alive] = 0
+        self.resets = rng.random((case.T, case.N)) < mode.resets
         self.weights: dict[str, Array] = {}
-        rows = GATES[case.cell] * case.H
+        rows = case.kind.gates * case.H
         for k in range(mode.layers):
             width = case.I if k == 0 else mode.directions * case.H
             for suffix in [f"_l{k}", f"_l{k}_reverse"][: mode.directions]:
@@ -51,7 +54,8 @@ class Problem:
                     "weight_hh" + suffix: uniform(rows, case.H),
                 }
                 self.weights |= {"bias_ih" + suffix: uniform(rows), "bias_hh" + suffix: uniform(rows)}
-        letters = "hc" if case.cell == "lstm" else "h"
+                self.weights |= {name + suffix: uniform(case.H) for name in case.kind.vectors}
+        letters = case.kind.states
         shape = (mode.layers * mode.directions, case.N, case.H)
         self.states = {f"{letter}_0": normal(*shape) for letter in letters} if mode.stateful else {}
         self.cotangents = {"y": normal(case.T, case.N, mode.directions * case.H)}
@@ -69,17 +73,16 @@ class Problem:
 
     @cached_property
     def truth(self) -> dict[str, Array]:
-        """The answer of torch.nn in float64: outputs by name, or gradients as "dx", "dweight_ih_l0" and so on."""
-        from benchmarks.providers.torch_layers import TorchCPU  # which reads problems
+        """The answer in float64 of torch.nn, or of the loop over time where torch.nn has no such layer: outputs by
+        name, or gradients as "dx", "dweight_ih_l0" and so on."""
+        from benchmarks.providers.loops import Loop
+        from benchmarks.providers.torch_layers import TorchCPU  # both read problems
 
-        run = TorchCPU().at(self, torch.float64)
+        known = self.case.kind.plain is None and not self.case.how.resets
+        run = (TorchCPU() if known else Loop()).at(self, torch.float64)
         if run.setup is not None:
             run.setup()
         return dict(run.answer(run.call()))
-
-    def packed(self, array: Array, like: torch.Tensor) -> torch.nn.utils.rnn.PackedSequence:
-        """[T, N, *] as a PackedSequence of the dtype and device of `like`."""
-        return pack_padded_sequence(torch.as_tensor(array).to(like), torch.as_tensor(self.lengths))
 
     def mistake(self, answer: Mapping[str, Array]) -> str | None:
         """What is wrong with an answer, or None."""

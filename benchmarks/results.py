@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import geometric_mean
@@ -13,24 +13,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.cases import Case
-from benchmarks.providers import OURS
+from benchmarks.providers import OURS, PLAIN_LAYER
 
 
 @dataclass
 class Row:
     """A provider's measurement of a case.
 
-    status: "ok", "wrong" (its answer), "absent" (not installed), "unsupported" or "failed", `reason` says more; only
-    "ok" has numbers. samples: seconds, or bytes where that is the unit, one a round; rounds are in step with those of
-    the case's other providers. ratio: median of the samples over those of fastcells, round by round, more than 1 where
-    fastcells is better. prepare_s: to build, compile and call once. share: of the roof named by `roof`.
+    status: "ok", "wrong" (its answer), "absent" (not installed), "unsupported", "late" (no time was left) or "failed",
+    `reason` says more; only "ok" has numbers. peer: one to be faster than. samples: seconds, or bytes where that is the
+    unit, one a round; rounds are in step with those of the case's other providers. ratio: median of the samples over
+    those of fastcells, round by round, more than 1 where fastcells is better. prepare_s: to build, compile and call
+    once. share: of the roof named by `roof`.
     """
 
     case: Case
     provider: str
     status: str
     reason: str = ""
-    device: str = "cpu"
+    peer: bool = True
     unit: str = "s"
     prepare_s: float | None = None
     samples: list[float] = field(default_factory=list)
@@ -105,15 +106,31 @@ def read(path: Path) -> Results:
     return results
 
 
+#: A call of a few microseconds is mostly the caller's framework: autograd's own cost is torch's, whoever computes.
+SINGLE_STEP = "training of a single step is compared with torch.nn alone: most of its time is torch's autograd engine"
+
+
 def best_peer(rows: Mapping[str, Row]) -> Row | None:
-    """The fastest provider of a case on the same device other than fastcells, or None."""
-    peers = [row for name, row in rows.items() if name != OURS and row.ratio is not None and row.device == "cpu"]
+    """The fastest peer of a case, or None. See also `SINGLE_STEP`."""
+    peers = [row for name, row in rows.items() if name != OURS and row.peer and row.ratio is not None]
+    if peers and single_step(peers[0].case):
+        peers = [row for row in peers if row.provider == "torch.nn"]
     return min(peers, key=lambda row: row.ratio or 0.0, default=None)
+
+
+def single_step(case: Case) -> bool:
+    return case.T == 1 and case.how.call != "forward"
+
+
+def over_plain(rows: Mapping[str, Row]) -> float | None:
+    """Time of a variant over that of the plain layer at the same shape, None where that was not measured."""
+    plain = rows.get(PLAIN_LAYER)
+    return 1 / plain.ratio if plain is not None and plain.ratio else None
 
 
 def ratios(results: Results) -> dict[Case, float]:
     """For each timed case, how many times faster than its best peer fastcells is."""
-    peers = {case: best_peer(rows) for case, rows in results.by_case.items() if case.kind.unit == "s"}
+    peers = {case: best_peer(rows) for case, rows in results.by_case.items() if case.how.unit == "s"}
     return {case: peer.ratio for case, peer in peers.items() if peer is not None and peer.ratio is not None}
 
 
@@ -138,8 +155,11 @@ def gate(results: Results, geomean: float | None, worst: float | None) -> list[s
     return found
 
 
+LEAST_MOVE = 1.03  # two processes differ by that much through where their memory lies
+
+
 class Move(NamedTuple):
-    """How a measurement changed. change: median after over before. moved: beyond the quartiles of both."""
+    """How a measurement changed. change: after over before. moved: beyond the quartiles of both, and LEAST_MOVE."""
 
     case: Case
     provider: str
@@ -147,16 +167,26 @@ class Move(NamedTuple):
     moved: bool
 
 
-def compare(before: Results, after: Results) -> list[Move]:
-    """The measurements that both files have."""
+def compare(before: Results, after: Results, reference: str | None = "torch.nn") -> list[Move]:
+    """The measurements that both files have, each as the paired ratio to the case's `reference`, so that a machine that
+    became faster or slower cancels out; as they are where there is none, and for the reference itself."""
 
-    def measured(rows: Iterable[Row]) -> dict[tuple[Case, str], Row]:
-        return {(row.case, row.provider): row for row in rows if row.median}
+    def measured(results: Results) -> dict[tuple[Case, str], tuple[float, float, float]]:
+        found = {}
+        for case, rows in results.by_case.items():
+            base = rows.get(reference or "")
+            for name, row in rows.items():
+                if row.samples:
+                    others = base.samples if base is not None and base.samples and name != reference else []
+                    pairs = [a / b for a, b in zip(row.samples, others, strict=False) if b > 0]
+                    found[case, name, bool(pairs)] = quartiles(pairs or row.samples)
+        return found  # type: ignore[return-value]
 
-    old, new = measured(before.rows), measured(after.rows)
+    old, new = measured(before), measured(after)
     moves = []
-    for (case, provider), a in old.items():
-        if (b := new.get((case, provider))) is not None:
-            apart = b.quartile_1 > a.quartile_3 or b.quartile_3 < a.quartile_1  # type: ignore[operator]
-            moves.append(Move(case, provider, b.median / a.median, apart))  # type: ignore[operator]
+    for key, (first, middle, third) in old.items():
+        if key in new:
+            change = new[key][1] / middle
+            apart = new[key][0] > third or new[key][2] < first
+            moves.append(Move(*key[:2], change, apart and max(change, 1 / change) > LEAST_MOVE))
     return sorted(moves, key=lambda move: move.change)

@@ -1,4 +1,9 @@
-"""The method: check each provider's answer, then time them in turn, round by round, in one process."""
+"""The method: check each provider's answer, then time them in turn, round by round, in one process.
+
+A turn begins with calls that are not timed, until the provider has its caches, branch history and threads as its own
+use would leave them, not as the provider before did; then come those that are. All have the same number of seconds of
+either kind.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +19,13 @@ from benchmarks import memory
 from benchmarks.cases import Case, left_out
 from benchmarks.machine import bound, cores
 from benchmarks.problem import Problem
-from benchmarks.providers import OURS, Prepared, Provider, Unsupported
+from benchmarks.providers import OURS, PLAIN_LAYER, Prepared, Provider, Unsupported
 from benchmarks.results import Row
 
-LEAST_ROUNDS, MOST_ROUNDS = 3, 15
-SAMPLE = 2e-3  # seconds that one sample takes at least, by repeating the call
+WARM = 2e-3  # seconds of calls that a turn begins with, not timed; a call that takes longer needs none
+SAMPLE = 4e-3  # seconds that a sample takes at least, by repeating the call
+LEAST_ROUNDS, MOST_ROUNDS = 3, 25
+SLOW = 8.0  # times the fastest provider's time, from which one round is enough where there is no time for more
 
 
 class Broken(Exception):
@@ -37,7 +44,7 @@ def prepare(provider: Provider, problem: Problem, row: Row) -> Prepared | None:
             prepared.setup()
         result = prepared.call()
         row.prepare_s = perf_counter() - start
-        mistake = problem.mistake(prepared.answer(result))
+        mistake = (prepared.problem or problem).mistake(prepared.answer(result))
     except Unsupported as reason:
         row.status, row.reason = "unsupported", str(reason)
         return None
@@ -67,25 +74,46 @@ def sample(prepared: Prepared, calls: int) -> float:
     return total / calls
 
 
+def turn(prepared: Prepared, estimate: float) -> float:
+    """Seconds a call, which takes about `estimate`, after others that are not timed."""
+    if (warm := min(2000, round(WARM / max(estimate, 1e-7)))) > 0:
+        sample(prepared, warm)
+    return sample(prepared, max(1, min(4000, round(SAMPLE / max(estimate, 1e-7)))))
+
+
 def rounds(prepared: Mapping[str, Prepared], seconds: float) -> dict[str, list[float]]:
-    """Samples of each provider. All have the first rounds; then those that used up their share of `seconds` leave."""
-    calls, spent = {}, dict.fromkeys(prepared, 0.0)
-    for name, provider in prepared.items():
-        estimate = min(sample(provider, 1) for _ in range(2))
-        calls[name] = max(1, min(2000, round(SAMPLE / max(estimate, 1e-7))))
-    samples: dict[str, list[float]] = {name: [] for name in prepared}
+    """Samples of each provider, in step. All have the first rounds, but for slow ones when time is short; then those
+    that used up their share of `seconds` leave."""
+    begin = perf_counter()
     share = seconds / max(1, len(prepared))
+    estimates = {}
+    for name, provider in prepared.items():
+        estimates[name] = sample(provider, 1)
+        if estimates[name] < 0.1:
+            estimates[name] = min(estimates[name], sample(provider, 2))
+    fastest = min(estimates.values(), default=0.0)
+    least = {
+        name: LEAST_ROUNDS if estimate < SLOW * fastest or estimate * LEAST_ROUNDS < share else 1
+        for name, estimate in estimates.items()
+    }
+    spent = dict.fromkeys(prepared, 0.0)
+    samples: dict[str, list[float]] = {name: [] for name in prepared}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         for number in range(MOST_ROUNDS):
-            names = [name for name in prepared if number < LEAST_ROUNDS or spent[name] < share or name == OURS]
-            if number >= LEAST_ROUNDS and names == [OURS] and (len(prepared) > 1 or spent[OURS] >= share):
+            late = perf_counter() - begin > seconds
+            names = [
+                name
+                for name in prepared
+                if number < least[name] or (not late and (spent[name] < share or name == OURS))
+            ]
+            if not names or (number >= LEAST_ROUNDS and names == [OURS] != list(prepared)):
                 break  # no one is left to compare with
             for name in names if number % 2 else reversed(names):
                 start = perf_counter()
-                samples[name].append(sample(prepared[name], calls[name]))
+                samples[name].append(turn(prepared[name], estimates[name]))
                 spent[name] += perf_counter() - start
     finally:
         if collecting:
@@ -94,11 +122,13 @@ def rounds(prepared: Mapping[str, Prepared], seconds: float) -> dict[str, list[f
 
 
 def measure(
-    case: Case, providers: Mapping[str, Provider], suite: str = "", seconds: float = 3.0, peaks: dict | None = None
+    case: Case, providers: Mapping[str, Provider], suite: str = "", seconds: float = 5.0, peaks: dict | None = None
 ) -> list[Row]:
-    """One row a provider. seconds: about how long all samples together may take. peaks: see `machine.roof`."""
-    mode = case.kind
-    rows = {name: Row(case, name, "ok", device=p.device, unit=mode.unit) for name, p in providers.items()}
+    """One row a provider. seconds: about how long it may take altogether. peaks: see `machine.roof`."""
+    begin, mode = perf_counter(), case.how
+    if case.plain is None:  # nothing to set beside it
+        providers = {name: provider for name, provider in providers.items() if name != PLAIN_LAYER}
+    rows = {name: Row(case, name, "ok", peer=p.peer, unit=mode.unit) for name, p in providers.items()}
     problem = Problem(case)
     ready: dict[str, Prepared] = {}
     for name, provider in providers.items():
@@ -108,6 +138,7 @@ def measure(
             rows[name].status, rows[name].reason = "unsupported", reason
         elif (found := prepare(provider, problem, rows[name])) is not None:
             ready[name] = found
+    seconds = max(0.3 * seconds, seconds - (perf_counter() - begin))
     try:
         samples = rounds(ready, seconds) if mode.unit == "s" else memory.peaks(ready)
     except memory.Unmeasurable as reason:
@@ -122,25 +153,33 @@ def measure(
             row.held_bytes = held()
         elif mode.unit == "s" and row.median is not None:
             row.gigaflops = 1e-9 * problem.flops / row.median
-            if peaks is not None and row.device == "cpu":
+            if peaks is not None and providers[name].device == "cpu":
                 least, row.roof = bound(case, problem.flops, peaks)
                 row.share = least / row.median
     return list(rows.values())
 
 
+def late(case: Case, providers: Mapping[str, Provider]) -> list[Row]:
+    """Rows that say that there was no time for a case."""
+    reason = "the time of the suite was over"
+    return [Row(case, name, "late", reason, peer=p.peer, unit=case.how.unit) for name, p in providers.items()]
+
+
 def run(
-    cases: Sequence[Case], providers: Sequence[str] | None, suite: str, seconds: float, done: Callable[[], None]
+    cases: Sequence[Case], providers: Sequence[str] | None, suite: str, minutes: float, done: Callable[[Case], None]
 ) -> Iterator[str]:
     """Lines of results, from one process for each thread count, which is pinned to as many cores.
 
-    providers: names, None for all. done: called when a case is done. Raises Broken.
+    providers: names, None for all. minutes: for each thread count; twice that is the limit. done: called when a case
+    is done. Raises Broken.
     """
     for threads in sorted({case.threads for case in cases}):
         group = [case for case in cases if case.threads == threads]
-        order = {"suite": suite, "seconds": seconds, "threads": threads, "providers": providers}
+        order = {"suite": suite, "minutes": minutes, "threads": threads, "providers": providers}
         order["cases"] = [case.fields() for case in group]
         command = [sys.executable, "-m", "benchmarks.worker", json.dumps(order)]
         root = Path(__file__).parents[1]
+        left = iter(group)
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
             assert process.stdout is not None
             try:
@@ -148,7 +187,7 @@ def run(
                     if text.startswith("{") and text.endswith("\n"):
                         yield text
                     elif text.startswith("done"):
-                        done()
+                        done(next(left))
             except BaseException:  # Ctrl-C here, or a reader that has enough
                 process.terminate()
                 raise

@@ -12,20 +12,26 @@ from rich.table import Table
 from benchmarks import machine
 from benchmarks.cases import CELLS, Case
 from benchmarks.providers import OURS
-from benchmarks.results import Move, Results, Row, best_peer, ratios
+from benchmarks.results import SINGLE_STEP, Move, Results, Row, best_peer, over_plain, ratios, single_step
+
+NOTE = "medians in microseconds; speed-up and over plain: medians of the ratios round by round"
 
 console = Console(highlight=False, soft_wrap=True)
 
 
 class Progress:
-    """A bar with the time left. Drawn only between cases: a thread of its own would run inside the time measured."""
+    """A bar with the time left, by the cases' efforts. Drawn only between cases: a thread of its own would run inside
+    the time measured."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, cases: Sequence[Case]) -> None:
         columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn())
-        columns += (rich.progress.MofNCompleteColumn(), rich.progress.TimeRemainingColumn(elapsed_when_finished=True))  # type: ignore[assignment]
+        columns += (rich.progress.TextColumn("{task.fields[count]}"),)  # type: ignore[assignment]
+        columns += (rich.progress.TimeRemainingColumn(elapsed_when_finished=True),)  # type: ignore[assignment]
         options = {"auto_refresh": False, "transient": True, "speed_estimate_period": 1800}
         self.bar = rich.progress.Progress(*columns, console=console, **options)  # type: ignore[arg-type]
-        self.task = self.bar.add_task("measuring", total=total)
+        self.cases, self.count = len(cases), 0
+        total = sum(case.effort for case in cases)
+        self.task = self.bar.add_task("measuring", total=total, count=f"0/{self.cases}")
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -38,15 +44,16 @@ class Progress:
     def now(self, case: Case) -> None:
         self.bar.update(self.task, description=str(case))
 
-    def done(self) -> None:
-        self.bar.advance(self.task)
+    def done(self, case: Case) -> None:
+        self.count += 1
+        self.bar.update(self.task, advance=case.effort, count=f"{self.count}/{self.cases}")
         self.bar.refresh()
 
 
 def amount(row: Row) -> str:
     """The median, in microseconds where no unit says otherwise, or what there is in its place."""
     if row.median is None:
-        return {"unsupported": "-"}.get(row.status, row.status)
+        return "-" if row.status in ("unsupported", "late") else row.status
     value = row.median * (1e6 if row.unit == "s" else 1 / 1024)
     return (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + (" KiB" if row.unit == "bytes" else "")
 
@@ -58,26 +65,34 @@ def heading(ratio: float) -> str:
 
 def columns(results: Results) -> list[str]:
     """The providers that have at least one measurement or wrong answer, fastcells first."""
-    return list(dict.fromkeys(row.provider for row in results.rows if row.status not in ("absent", "unsupported")))
+    without = ("absent", "unsupported", "late")
+    return list(dict.fromkeys(row.provider for row in results.rows if row.status not in without))
 
 
 def cells(results: Results) -> list[list[str]]:
     """The table, with its heading: a row a case."""
     names = columns(results)
-    lines = [["case", *names, "best peer", "speed-up", "of roof"]]
+    plain = any(over_plain(rows) for rows in results.by_case.values())
+    lines = [["case", *names, "best peer", "speed-up", *(["over plain"] if plain else []), "of roof"]]
     for case, rows in results.by_case.items():
         peer, ours = best_peer(rows), rows.get(OURS)
         line = [str(case), *(amount(rows[name]) if name in rows else "" for name in names)]
         line += [peer.provider, heading(peer.ratio)] if peer is not None and peer.ratio is not None else ["", ""]
+        if plain:
+            over = over_plain(rows)
+            line.append("" if over is None else f"{over:.2f}x")
         line.append(f"{ours.share:.0%} {ours.roof}" if ours is not None and ours.share is not None else "")
         lines.append(line)
     return lines
 
 
-def mean(rows: Sequence[Row]) -> str:
-    """Of their ratios."""
-    found = [row.ratio for row in rows if row.ratio]
+def mean(found: Sequence[float]) -> str:
     return f"{geometric_mean(found):.2f}x" if found else "-"
+
+
+def group(case: Case) -> str:
+    """The heading under which a case's ratio is averaged."""
+    return case.mode + ("" if case.dtype == "float32" else f" {case.dtype}")
 
 
 def summary(results: Results) -> list[str]:
@@ -85,17 +100,25 @@ def summary(results: Results) -> list[str]:
     lines = [machine.line(facts) for facts in results.machines.values()]
     against = ratios(results)
     if against:
-        worst, least = min(against.items(), key=lambda item: item[1])
-        lost = sum(ratio < 1 for ratio in against.values())
-        lines.append(
-            f"against the best peer of each of {len(against)} cases: "
-            f"geometric mean {geometric_mean(against.values()):.2f}x, worst {least:.2f}x ({worst}), {lost} lost"
-        )
+        lines.append(f"against the best peer of each case: {spread(against)}")
+        for name in dict.fromkeys(group(case) for case in against):
+            own = {case: ratio for case, ratio in against.items() if group(case) == name}
+            if len(own) < len(against):
+                lines.append(f"against the best peer, {name}: {spread(own)}")
+        if any(single_step(case) for case in against):
+            lines.append(SINGLE_STEP)
     for name in columns(results):
         found = [row for row in results.rows if row.provider == name != OURS and row.ratio and row.unit == "s"]
-        if found:
-            means = [f"{cell} {mean([row for row in found if row.case.cell == cell])}" for cell in CELLS]
-            lines.append(f"against {name}: geometric mean {mean(found)} over {len(found)} cases ({', '.join(means)})")
+        if found and found[0].peer:
+            for calls, what in ((("forward",), ""), (("training", "backward"), " in training")):
+                by_cell = {
+                    cell: [r.ratio or 0.0 for r in found if r.case.cell == cell and r.case.how.call in calls]
+                    for cell in CELLS
+                }
+                every = [ratio for values in by_cell.values() for ratio in values]
+                if every:
+                    parts = ", ".join(f"{cell} {mean(values)}" for cell, values in by_cell.items() if values)
+                    lines.append(f"against {name}{what}: geometric mean {mean(every)} over {len(every)} ({parts})")
     reasons: dict[tuple[str, str, str], int] = {}
     for row in results.rows:
         if row.reason:
@@ -104,6 +127,13 @@ def summary(results: Results) -> list[str]:
     for (name, status, reason), count in reasons.items():
         lines.append(f"{name}: {'' if status == 'ok' else status + ': '}{reason} ({count} case{'s' * (count > 1)})")
     return lines
+
+
+def spread(against: dict[Case, float]) -> str:
+    worst, least = min(against.items(), key=lambda item: item[1])
+    lost = sum(ratio < 1 for ratio in against.values())
+    average = mean(list(against.values()))
+    return f"geometric mean {average} over {len(against)}, worst {least:.2f}x ({worst}), {lost} lost"
 
 
 def results(measured: Results) -> None:
@@ -118,13 +148,15 @@ def results(measured: Results) -> None:
     # As wide as it is: better wrapped by the terminal than cut.
     width = sum(max(map(len, column)) + 2 for column in zip(head, *lines, strict=True))
     Console(highlight=False, width=max(width, console.width)).print(table)
-    console.print("\nmedians in microseconds; speed-up: median of the ratios round by round")
+    console.print(f"\n{NOTE}")
     for text in summary(measured):
         console.print(text, markup=False)
 
 
-def moves(found: Sequence[Move], everything: bool) -> None:
-    """Print what changed, the largest gain first."""
+def moves(found: Sequence[Move], reference: str | None, everything: bool) -> None:
+    """Print what changed, the largest gain first, and how the machine drifted."""
+    drift = [move for move in found if move.provider == reference]
+    found = [move for move in found if move.provider != reference] or found
     shown = [move for move in found if everything or move.moved]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("case", "provider", "B / A", ""):
@@ -137,3 +169,6 @@ def moves(found: Sequence[Move], everything: bool) -> None:
         console.print(table)
     moved = sum(move.moved for move in found)
     console.print(f"{moved} of {len(found)} measurements moved beyond the noise of both files")
+    if drift:
+        by = mean([move.change for move in drift])
+        console.print(f"each against {reference} in the same case; its own times changed by {by} (geometric mean)")

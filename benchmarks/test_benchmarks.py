@@ -23,7 +23,7 @@ def problem(case: Case) -> Problem:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    cases = [case for case in SUITES[metafunc.config.getoption("suite")]() if case.kind.unit == "s"]
+    cases = [case for case in SUITES[metafunc.config.getoption("suite")].cases() if case.how.unit == "s"]
     metafunc.parametrize("provider", PROVIDERS)
     metafunc.parametrize("case", cases, ids=str)
 
@@ -44,7 +44,7 @@ def test_speed(case: Case, provider: str, benchmark: Any, pytestconfig: pytest.C
             prepared.setup()
 
     setup()
-    mistake = problem(case).mistake(prepared.answer(prepared.call()))
+    mistake = (prepared.problem or problem(case)).mistake(prepared.answer(prepared.call()))
     assert mistake is None, f"{provider} is wrong: {mistake}"
     benchmark.group = str(case)
     benchmark.extra_info.update(case.fields(), provider=provider)

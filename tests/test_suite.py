@@ -13,9 +13,9 @@ import pytest
 pytest.importorskip("rich", reason="the suite needs pip install .[bench]")
 pytest.importorskip("matplotlib", reason="the suite needs pip install .[bench]")
 
-from benchmarks import machine, memory, providers, report, results, runner, show
+from benchmarks import machine, memory, providers, report, results, runner, show, worker
 from benchmarks.__main__ import main
-from benchmarks.cases import CELLS, MODES, SHAPES, SUITES, Case, left_out
+from benchmarks.cases import CELLS, MODES, PLAIN, SHAPES, SUITES, Case, left_out
 from benchmarks.problem import Problem
 from benchmarks.providers import OURS, Prepared, Provider, Unsupported
 from benchmarks.results import Results, Row
@@ -75,21 +75,21 @@ def save(path, found):
 
 
 def test_core_has_every_shape_for_every_cell_and_every_mode():
-    core = SUITES["core"]()
+    core = SUITES["core"].cases()
     found = {(case.cell, case.N, case.T, case.I, case.H, case.mode) for case in core}
-    assert {(c, *shape, mode) for c in CELLS for shape in SHAPES for mode in ("inference", "training")} <= found
+    assert {(c, *shape, mode) for c in PLAIN for shape in SHAPES for mode in ("inference", "training")} <= found
     assert {case.mode for case in core} == set(MODES)
 
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_no_suite_has_a_case_twice(suite):
-    cases = SUITES[suite]()
+    cases = SUITES[suite].cases()
     assert len(cases) == len(set(cases))
 
 
 def test_the_scaling_suite_changes_one_thing_at_a_time():
     for mode in ("inference", "training"):
-        cases = [case.fields() for case in SUITES["scaling"]() if case.mode == mode]
+        cases = [case.fields() for case in SUITES["scaling"].cases() if case.mode == mode]
         base = max(cases, key=lambda a: sum(sum(a[n] != b[n] for n in a) <= 1 for b in cases))
         assert all(sum(case[name] != base[name] for name in case) <= 1 for case in cases)
 
@@ -150,7 +150,7 @@ def test_a_provider_wrong_by_one_percent_has_no_time_and_fails_the_gate(mode, pl
 def test_the_command_line_fails_the_gate_when_fastcells_is_wrong(monkeypatch, tmp_path, capsys):
     chosen = {OURS: OffByOnePercent(OURS, 0), "torch.nn": PROVIDERS["torch.nn"]}
 
-    def run(cases, names, suite, seconds, done):
+    def run(cases, names, suite, minutes, done):
         yield json.dumps({"kind": "machine", **machine.describe(1), "roof": PEAKS}) + "\n"
         for found in runner.measure(SMALL, chosen, seconds=0.01):
             yield found.to_json() + "\n"
@@ -205,7 +205,7 @@ def test_a_case_with_more_threads_than_cores_is_not_measured(monkeypatch):
 
 
 def test_what_a_suite_leaves_out_is_named():
-    case = SUITES["quick"]()[0]
+    case = SUITES["quick"].cases()[0]
     rows = runner.measure(case, {"torch.compile": PROVIDERS["torch.compile"]}, suite="quick")
     assert rows[0].reason == left_out("quick", case, "torch.compile") or rows[0].status == "absent"
 
@@ -226,6 +226,59 @@ def test_providers_alternate_and_setup_comes_before_each_call():
     assert len(turns) >= runner.LEAST_ROUNDS  # none has all its rounds at once
 
 
+def test_a_turn_begins_with_calls_that_are_not_timed(monkeypatch):
+    now, calls = [0.0], []
+
+    def call():
+        calls.append(now[0])
+        now[0] += 1e-3 if len(calls) <= 2 else 0.5e-3  # cold caches at first
+
+    monkeypatch.setattr(runner, "perf_counter", lambda: now[0])
+    assert runner.turn(Prepared(call, dict), 1e-3) == pytest.approx(0.5e-3)
+    assert len(calls) == round(runner.WARM / 1e-3) + round(runner.SAMPLE / 1e-3)
+    assert runner.turn(Prepared(lambda: calls.append(0), dict), 1.0) == 0  # a long call warms itself
+    assert len(calls) == round(runner.WARM / 1e-3) + round(runner.SAMPLE / 1e-3) + 1
+
+
+def test_a_slow_provider_has_one_round_where_time_is_short(monkeypatch):
+    now = [0.0]
+
+    def prepared(seconds):
+        return Prepared(lambda: now.__setitem__(0, now[0] + seconds), dict)
+
+    monkeypatch.setattr(runner, "perf_counter", lambda: now[0])
+    chosen = {OURS: prepared(0.1), "peer": prepared(0.2), "slow": prepared(10.0)}
+    samples = runner.rounds(chosen, seconds=1.0)
+    assert {name: len(values) for name, values in samples.items()} == {OURS: 3, "peer": 3, "slow": 1}
+    samples = runner.rounds(chosen, seconds=100.0)
+    assert len(samples["slow"]) == 4  # until its share of 33 seconds is used up
+    assert len(samples[OURS]) == runner.MOST_ROUNDS
+
+
+def test_when_the_time_is_over_the_other_cases_are_named(monkeypatch, capsys):
+    """Each case has its share of the time that is left, and after twice the time none begins."""
+    cases, now, shares = SUITES["quick"].cases()[:4], [0.0], []
+
+    def measure(case, chosen, suite, seconds, peaks):
+        shares.append(seconds)
+        now[0] += 50.0
+        return [Row(case, OURS, "ok")]
+
+    order = {"suite": "quick", "minutes": 1.0, "threads": 1, "providers": [OURS]}
+    order["cases"] = [case.fields() for case in cases]
+    monkeypatch.setattr(sys, "argv", ["worker", json.dumps(order)])
+    monkeypatch.setattr(worker, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(worker.machine, "pin", lambda threads: None)
+    monkeypatch.setattr(worker.machine, "roof", lambda threads: PEAKS)
+    monkeypatch.setattr(runner, "measure", measure)
+    worker.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line.get("status") for line in lines] == [None, "ok", "ok", "ok", "late"]
+    assert lines[-1]["reason"] == "the time of the suite was over"
+    efforts = [case.effort for case in cases]
+    assert shares == pytest.approx([60 * efforts[0] / sum(efforts), 10 * efforts[1] / sum(efforts[1:]), 0])
+
+
 def test_statistics_are_of_the_samples_and_ratios_of_pairs():
     made = row("peer", [2.0, 4.0, 9.0, 8.0, 5.0], ours=[1.0, 4.0, 3.0, 2.0, 2.0])
     assert (made.minimum, made.quartile_1, made.median, made.quartile_3) == (2.0, 4.0, 5.0, 8.0)
@@ -240,9 +293,9 @@ def test_the_roof_is_the_slower_of_products_and_reading_the_weights():
     assert (name, seconds) == ("memory", pytest.approx(10 * 4 * 64 * 64 * 4 / 20e9))
 
 
-def test_the_best_peer_is_on_the_same_device():
+def test_the_best_peer_is_a_peer():
     ours, slow = two(2.0)
-    other = row("torch.nn CUDA", [1e-5] * 3, ours=ours.samples, device="cuda")
+    other = row("torch.nn CUDA", [1e-5] * 3, ours=ours.samples, peer=False)
     assert results.best_peer({r.provider: r for r in (ours, slow, other)}) is slow
 
 
@@ -300,6 +353,27 @@ def test_compare_tells_a_move_from_noise():
     ]
 
 
+def test_compare_is_free_of_the_machine_s_drift():
+    """A machine twice as slow moves nothing; a provider twice as slow beside a steady one does."""
+    before = measured(*two(2.0))
+    slower = [replace(r, samples=[2 * s for s in r.samples]) for r in two(2.0)]
+    worse = [replace(r, samples=[2 * s for s in r.samples]) if r.provider == OURS else r for r in two(2.0)]
+    changes = {m.provider: (round(m.change, 6), m.moved) for m in results.compare(before, measured(*slower))}
+    assert changes == {OURS: (1.0, False), "torch.nn": (2.0, True)}
+    changes = {m.provider: (round(m.change, 6), m.moved) for m in results.compare(before, measured(*worse))}
+    assert changes == {OURS: (2.0, True), "torch.nn": (1.0, False)}
+    absolute = results.compare(before, measured(*slower), reference=None)
+    assert {m.provider: m.moved for m in absolute} == {OURS: True, "torch.nn": True}
+
+
+def test_training_a_single_step_is_compared_with_torch_alone():
+    for mode, name in (("training", "torch.nn"), ("inference", "JAX scan")):
+        case = replace(SMALL, T=1, mode=mode)
+        rows = [*two(2.0, case), row("JAX scan", [0.5e-3] * 3, case, [1e-3] * 3)]
+        assert results.best_peer({r.provider: r for r in rows}).provider == name
+        assert (results.SINGLE_STEP in show.summary(measured(*rows))) is (mode == "training")
+
+
 def test_the_report_marks_losses_and_has_plots(tmp_path):
     sweep = [replace(SMALL, T=t) for t in (2, 4, 8, 16)]
     rows = [r for k, case in enumerate(sweep) for r in two(0.5 + k, case)]
@@ -325,7 +399,9 @@ def test_the_report_marks_losses_and_has_plots(tmp_path):
         "run --threads 0",
         "run --threads 100000",
         "run --provider nobody",
-        "run --shape 9,9,9,9",
+        "run --shape 9,9,9",
+        "run --shape 9,9,9,0",
+        "run --mode memory --shape 1,1,64,64 --quick --dtype float64 --cell tree",
         "run --cell tree",
         "run --geomean 1.0",
         "run --gate --worst much",
@@ -352,7 +428,7 @@ def test_list_names_suites_modes_and_providers(capsys):
 def test_compare_and_report_from_the_command_line(tmp_path, capsys):
     a, b = save(tmp_path / "a.jsonl", measured(*two(2.0))), save(tmp_path / "b.jsonl", measured(*two(9.0)))
     main(["compare", str(a), str(b)])
-    assert "1 of 2 measurements moved" in capsys.readouterr().out
+    assert "1 of 1 measurements moved" in capsys.readouterr().out
     main(["report", str(a), "--out", str(tmp_path / "folder")])
     assert str(tmp_path / "folder" / "report.md") in capsys.readouterr().out
 
@@ -371,5 +447,5 @@ def test_a_run_that_is_stopped_leaves_valid_results(tmp_path):
     assert "up to where it was stopped" in output
     found = results.read(path)
     assert found.machines.keys() == {1}
-    assert 2 <= len(found.rows) < 2 * len(SUITES["quick"]())
+    assert 2 <= len(found.rows) < 2 * len(SUITES["quick"].cases())
     assert found.rows[0].status == "ok"

@@ -23,6 +23,7 @@ class Prepared:
 
     call: what is timed. answer: its result as arrays by name (see `Problem.truth`). setup: run before each call and not
     timed. held: bytes that the forward pass keeps for the backward pass. note: what a reader of the time should know.
+    problem: whose truth the answer is to match, where it is not the case's own.
     """
 
     call: Callable[[], Any]
@@ -30,17 +31,19 @@ class Prepared:
     setup: Callable[[], Any] | None = None
     held: Callable[[], int] | None = None
     note: str = ""
+    problem: Problem | None = None
 
 
 class Provider:
     """One implementation of recurrent layers.
 
-    name: in results. packages: that it needs. device: "cpu", or else it is shown but is no peer to be faster than.
+    name: in results. packages: that it needs. device: where it runs. peer: to be faster than; others are shown.
     """
 
     name: str
     packages: tuple[str, ...] = ()
     device = "cpu"
+    peer = True
 
     def available(self) -> str | None:
         """Why this provider cannot run here, or None."""
@@ -54,14 +57,15 @@ class Provider:
 
 def load() -> dict[str, Provider]:
     """All providers by name, fastcells first. Imports torch; each peer's own package is imported when it prepares."""
-    from . import compiled_loop, jax_scan, numpy_reference, onnx_runtimes, torch_layers
+    from . import jax_scan, loops, numpy_reference, onnx_runtimes, torch_layers
 
     providers: list[Provider] = [
         torch_layers.Fastcells(),
+        torch_layers.PlainLayer(),
         torch_layers.TorchCPU(),
         torch_layers.TorchCUDA(),
-        torch_layers.Loop(),
-        compiled_loop.CompiledLoop(),
+        loops.Loop(),
+        loops.CompiledLoop(),
         numpy_reference.NumPy(),
         onnx_runtimes.OnnxRuntime(),
         onnx_runtimes.OpenVINO(),
@@ -72,3 +76,5 @@ def load() -> dict[str, Provider]:
 
 #: The provider that all ratios are against.
 OURS = "fastcells"
+#: fastcells' plain layer at the shape of a variant: what the variant's time is set beside.
+PLAIN_LAYER = "plain layer"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.problem import Problem
-from benchmarks.providers import Prepared, Provider
+from benchmarks.providers import Prepared, Provider, Unsupported
 
 
 def cell(jax: Any, name: str, x: Any, u: Any, states: Any) -> Any:
@@ -33,25 +33,31 @@ class Jax(Provider):
         jax: Any = import_module("jax")
         jax.config.update("jax_enable_x64", True)
         jax.config.update("jax_platforms", "cpu")
-        jnp, case, mode = jax.numpy, problem.case, problem.case.kind
-        names = ("y", "h_n", "c_n") if case.cell == "lstm" else ("y", "h_n")
-        # For packed sequences a step past the end leaves the state alone.
-        alive = jnp.asarray(problem.alive[:, :, None]) if mode.packed else None
+        jnp, case, mode = jax.numpy, problem.case, problem.case.how
+        if case.kind.plain is not None:
+            raise Unsupported("is written out for torch's cells alone")
+        letters = case.kind.states
+        names = ("y", *(f"{letter}_n" for letter in letters))
+        # A step past a sequence's end leaves the state alone.
+        alive = jnp.asarray(problem.alive[:, :, None]) if mode.ragged else None
+        resets = jnp.asarray(problem.resets[:, :, None]) if mode.resets else None
         given = {name: jnp.asarray(value) for name, value in problem.states.items()}
         zero = jnp.zeros((mode.layers * mode.directions, case.N, case.H), case.dtype)
-        initial = [given.get(f"{letter}_0", zero) for letter in ("hc" if case.cell == "lstm" else "h")]
+        initial = [given.get(f"{letter}_0", zero) for letter in letters]
 
         def direction(weights: Any, x: Any, row: int, suffix: str) -> Any:
             w_ih, w_hh, b_ih, b_hh = (weights[f"{n}{suffix}"] for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
 
             def step(states: Any, inputs: Any) -> Any:
+                if resets is not None:
+                    states = tuple(jnp.where(inputs[2], 0, s) for s in states)
                 new = cell(jax, case.cell, inputs[0], states[0] @ w_hh.T + b_hh, states)
                 if alive is None:
                     return new, new[0]
                 new = tuple(jnp.where(inputs[1], a, b) for a, b in zip(new, states, strict=True))
                 return new, jnp.where(inputs[1], new[0], 0)
 
-            inputs = (x @ w_ih.T + b_ih, alive)
+            inputs = (x @ w_ih.T + b_ih, alive, resets)
             final, y = jax.lax.scan(step, tuple(s[row] for s in initial), inputs, reverse=suffix.endswith("_reverse"))
             return y, final
 

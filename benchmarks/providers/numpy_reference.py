@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.problem import Problem
-from benchmarks.providers import Prepared, Provider
+from benchmarks.providers import Prepared, Provider, Unsupported
 
 
 class NumPy(Provider):
@@ -16,13 +16,17 @@ class NumPy(Provider):
     def prepare(self, problem: Problem) -> Prepared:
         from fastcells import reference
 
-        case, mode = problem.case, problem.case.kind
+        case, mode = problem.case, problem.case.how
+        if case.kind.plain is not None:
+            raise Unsupported("is written out for torch's cells alone")
+        if mode.resets:
+            raise Unsupported("does not reset states within a sequence")
         kind = {"lstm": reference.LSTM, "gru": reference.GRU, "rnn": reference.RNN}[case.cell]
         layer = kind(case.I, case.H, mode.layers, bidirectional=mode.directions == 2)
         layer.load_state_dict(problem.weights)
         states: Any = tuple(problem.states.values())
         states = None if not states else states if case.cell == "lstm" else states[0]
-        lengths = problem.lengths if mode.packed else None
+        lengths = problem.lengths if mode.ragged else None
         cotangents = {f"d{name}": value for name, value in problem.cotangents.items()}
         note = "" if case.dtype == "float64" else "in float64"
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cases import GATES
 from benchmarks.problem import Problem
 from benchmarks.providers import Prepared, Provider, Unsupported
 
@@ -19,7 +18,7 @@ ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn": (0,)}
 def model(problem: Problem) -> bytes:
     """The case as a serialised model: inputs x and what the mode gives, outputs y, h_n and for an LSTM c_n."""
     onnx: Any = import_module("onnx")
-    helper, case, mode = onnx.helper, problem.case, problem.case.kind
+    helper, case, mode = onnx.helper, problem.case, problem.case.how
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(case.dtype))
     nodes, constants = [], []
 
@@ -30,7 +29,7 @@ def model(problem: Problem) -> bytes:
     def stacked(name: str, k: int) -> np.ndarray:
         """Of both directions, rows in ONNX's order"""
         found = [problem.weights[f"{name}_l{k}{suffix}"] for suffix in ("", "_reverse")[: mode.directions]]
-        blocks = [np.split(weight, GATES[case.cell]) for weight in found]
+        blocks = [np.split(weight, case.kind.gates) for weight in found]
         return np.stack([np.concatenate([block[g] for g in ORDER[case.cell]]) for block in blocks])
 
     letters = "hc" if case.cell == "lstm" else "h"
@@ -42,7 +41,7 @@ def model(problem: Problem) -> bytes:
     for k in range(mode.layers):
         bias = np.concatenate([stacked("bias_ih", k), stacked("bias_hh", k)], axis=1)
         weights = [constant(f"W{k}", stacked("weight_ih", k)), constant(f"R{k}", stacked("weight_hh", k))]
-        given = [y, *weights, constant(f"B{k}", bias), "lengths" if mode.packed else ""]
+        given = [y, *weights, constant(f"B{k}", bias), "lengths" if mode.ragged else ""]
         given += [f"{state}_l{k}" for state in problem.states]
         outputs = [f"raw{k}", *(f"{letter}{k}" for letter in letters)]
         options = {"linear_before_reset": 1} if case.cell == "gru" else {}
@@ -58,7 +57,7 @@ def model(problem: Problem) -> bytes:
     shape = (mode.layers * mode.directions, case.N, case.H)
     inputs = [helper.make_tensor_value_info("x", kind, problem.x.shape)]
     inputs += [helper.make_tensor_value_info(state, kind, shape) for state in problem.states]
-    if mode.packed:
+    if mode.ragged:
         inputs.append(helper.make_tensor_value_info("lengths", onnx.TensorProto.INT32, [case.N]))
     results = [helper.make_tensor_value_info("y", kind, (case.T, case.N, mode.directions * case.H))]
     results += [helper.make_tensor_value_info(f"{letter}_n", kind, shape) for letter in letters]
@@ -69,11 +68,15 @@ def model(problem: Problem) -> bytes:
 
 def feeds(problem: Problem) -> dict[str, np.ndarray]:
     given = {"x": problem.x, **problem.states}
-    return given | ({"lengths": problem.lengths.astype(np.int32)} if problem.case.kind.packed else {})
+    return given | ({"lengths": problem.lengths.astype(np.int32)} if problem.case.how.ragged else {})
 
 
 def require_forward(problem: Problem) -> None:
-    if problem.case.kind.call != "forward":
+    if problem.case.kind.plain is not None:
+        raise Unsupported("has no operator for this cell")
+    if problem.case.how.resets:
+        raise Unsupported("does not reset states within a sequence")
+    if problem.case.how.call != "forward":
         raise Unsupported("inference only")
 
 

@@ -1,18 +1,19 @@
-"""Everything that is called like a layer of torch.nn: fastcells, torch.nn on CPU and GPU, and Python loops."""
+"""Everything that is called like a layer of torch.nn: fastcells, and torch.nn on CPU and GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastcells
 from benchmarks.cases import Case
 from benchmarks.problem import Problem
-from benchmarks.providers import Prepared, Provider
+from benchmarks.providers import PLAIN_LAYER, Prepared, Provider, Unsupported
 
 
 class TorchLike(Provider):
@@ -22,7 +23,12 @@ class TorchLike(Provider):
     note = ""
 
     def layer(self, case: Case, **options: Any) -> torch.nn.Module:
-        """A new layer. options: torch.nn's."""
+        """A new layer. options: torch.nn's. Raises Unsupported."""
+        raise NotImplementedError
+
+    def run(self, layer: torch.nn.Module, x: Any, hx: Any, lengths: torch.Tensor | None, resets: Any) -> Any:
+        """(y, final states) of a layer. x: padded, or a PackedSequence. lengths, resets: None where the case has
+        none."""
         raise NotImplementedError
 
     def prepare(self, problem: Problem) -> Prepared:
@@ -30,7 +36,7 @@ class TorchLike(Provider):
 
     def at(self, problem: Problem, dtype: torch.dtype) -> Prepared:
         """The case in `dtype`, which is another than its own for the truth alone."""
-        case, mode = problem.case, problem.case.kind
+        case, mode = problem.case, problem.case.how
         layer = self.layer(
             case,
             input_size=case.I,
@@ -45,26 +51,31 @@ class TorchLike(Provider):
         def tensor(array: np.ndarray) -> torch.Tensor:
             return torch.as_tensor(array).to(self.torch_device, dtype)
 
-        x = tensor(problem.x)
-        given: Any = problem.packed(problem.x, x) if mode.packed else x
+        def packed(array: np.ndarray) -> PackedSequence:
+            return pack_padded_sequence(tensor(array), lengths)
+
+        lengths = torch.as_tensor(problem.lengths)
+        resets = torch.as_tensor(problem.resets).to(self.torch_device) if mode.resets else None
+        whole = mode.ragged == "packed"
+        given: Any = packed(problem.x) if whole else tensor(problem.x)
         states = [tensor(value) for value in problem.states.values()]
-        hx: Any = None if not states else tuple(states) if case.cell == "lstm" else states[0]
+        hx: Any = None if not states else tuple(states) if len(states) > 1 else states[0]
         cotangents = [tensor(value) for value in problem.cotangents.values()]
-        if mode.packed:
-            cotangents[0] = problem.packed(problem.cotangents["y"], x).data
+        if whole:
+            cotangents[0] = packed(problem.cotangents["y"]).data
         training = mode.call != "forward"
-        leaf = given.data if mode.packed else given
+        leaf = given.data if whole else given
         leaf.requires_grad_(training)
         wanted = [leaf, *layer.parameters()]
         names = ["dx", *(f"d{name}" for name, _ in layer.named_parameters())]
 
         def forward() -> Any:
-            y, final = layer(given, hx)
-            return y, *(final if case.cell == "lstm" else (final,))
+            y, final = self.run(layer, given, hx, lengths if mode.ragged == "lengths" else None, resets)
+            return y, *(final if isinstance(final, tuple) else (final,))
 
         def backward(outputs: Any) -> Any:
             y, *finals = outputs
-            return torch.autograd.grad([y.data if mode.packed else y, *finals], wanted, cotangents)
+            return torch.autograd.grad([y.data if whole else y, *finals], wanted, cotangents)
 
         def infer() -> Any:
             with torch.inference_mode():
@@ -76,11 +87,11 @@ class TorchLike(Provider):
             return value.detach().cpu().numpy()
 
         def outputs(result: Any) -> dict[str, np.ndarray]:
-            return dict(zip(("y", "h_n", "c_n"), map(padded, result), strict=False))
+            return dict(zip(problem.cotangents, map(padded, result), strict=True))
 
         def gradients(result: Any) -> dict[str, np.ndarray]:
             dx, *others = result
-            dx = padded(given._replace(data=dx) if mode.packed else dx)
+            dx = padded(given._replace(data=dx) if whole else dx)
             return dict(zip(names, (dx, *(g.cpu().numpy() for g in others)), strict=True))
 
         def held() -> int:
@@ -120,17 +131,60 @@ class Fastcells(TorchLike):
     def layer(self, case: Case, **options: Any) -> torch.nn.Module:
         return getattr(fastcells.nn, case.cell.upper())(**options)
 
+    def run(self, layer: torch.nn.Module, x: Any, hx: Any, lengths: torch.Tensor | None, resets: Any) -> Any:
+        return layer(x, hx)
+
+
+class PlainLayer(Fastcells):
+    """fastcells' plain layer at the shape of a variant: what the variant's time is compared with."""
+
+    name = PLAIN_LAYER
+    peer = False
+
+    def prepare(self, problem: Problem) -> Prepared:
+        plain = problem.case.plain
+        if plain is None:
+            raise Unsupported("only beside variants of a layer")
+        own = Problem(plain)
+        return replace(super().prepare(own), problem=own)
+
 
 class TorchCPU(TorchLike):
     name = "torch.nn"
 
     def layer(self, case: Case, **options: Any) -> torch.nn.Module:
+        if case.kind.plain is not None:
+            raise Unsupported("has no such cell")
         return getattr(torch.nn, case.cell.upper())(**options)
+
+    def run(self, layer: torch.nn.Module, x: Any, hx: Any, lengths: torch.Tensor | None, resets: Any) -> Any:
+        if lengths is not None:  # the way through a PackedSequence, from padded to padded
+            y, final = layer(pack_padded_sequence(x, lengths, enforce_sorted=False), hx)
+            return pad_packed_sequence(y, total_length=x.shape[0])[0], final
+        if resets is not None:
+            return steps(layer, x, resets)
+        return layer(x, hx)
+
+
+def steps(layer: Any, x: torch.Tensor, resets: torch.Tensor) -> Any:
+    """A step at a time, the states set to zero where a sequence begins anew: recurrent PPO of stable-baselines3-contrib
+    (`_process_sequence`)."""
+    keep = (~resets).to(x.dtype)[:, None, :, None]
+    zero = x.new_zeros(layer.num_layers, x.shape[1], layer.hidden_size)
+    states = (zero, zero) if isinstance(layer, torch.nn.LSTM) else (zero,)
+    outputs = []
+    for step, kept in zip(x.unsqueeze(1), keep, strict=True):
+        states = tuple(kept * state for state in states)
+        y, states = layer(step, states if len(states) > 1 else states[0])
+        states = states if isinstance(states, tuple) else (states,)
+        outputs.append(y)
+    return torch.cat(outputs), states
 
 
 class TorchCUDA(TorchCPU):
     name = "torch.nn CUDA"
     device = torch_device = "cuda"
+    peer = False
 
     def available(self) -> str | None:
         return None if torch.cuda.is_available() else "no GPU that torch can use"
@@ -142,40 +196,3 @@ class TorchCUDA(TorchCPU):
             return result
 
         return run
-
-
-class Loop(TorchLike):
-    """The cell's own Python function over torch tensors, step by step."""
-
-    name = "torch loop"
-
-    def layer(self, case: Case, **options: Any) -> torch.nn.Module:
-        layer = getattr(torch.nn, case.cell.upper())(**options)
-        layer.forward = self.loop(layer, {"rnn": "rnn_tanh"}.get(case.cell, case.cell))
-        return layer
-
-    def loop(self, layer: Any, cell_name: str) -> Callable:
-        """`layer.forward` as a loop over time."""
-        cell = getattr(fastcells.cells, cell_name)
-        directions = 2 if layer.bidirectional else 1
-
-        def forward(given: Any, hx: Any = None) -> Any:
-            packed = isinstance(given, PackedSequence)
-            x, batch_sizes = (given.data, given.batch_sizes) if packed else (given, None)
-            states = None if hx is None else hx if isinstance(hx, tuple) else (hx,)
-            finals = []
-            for k, weights in enumerate(batched(layer.all_weights, directions)):
-                rows = slice(k * directions, (k + 1) * directions)
-                given_k = None if states is None else tuple(s[rows] for s in states)
-                parameters = [(*w, None) for w in weights]
-                x, final = fastcells.unrolled.layer(cell, x, given_k, parameters, batch_sizes)
-                finals.append(final)
-            stacked = tuple(torch.cat(s) for s in zip(*finals, strict=True))
-            y = given._replace(data=x) if packed else x
-            return y, stacked if len(stacked) > 1 else stacked[0]
-
-        return forward
-
-
-def batched(items: list, size: int) -> list[list]:
-    return [items[k : k + size] for k in range(0, len(items), size)]

@@ -1,0 +1,187 @@
+"""Python loops over time, with the cells written out as their users write them: as they are, and by torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from benchmarks.cases import Case
+from benchmarks.problem import Problem
+from benchmarks.providers import Prepared
+from benchmarks.providers.torch_layers import TorchLike
+
+States = tuple[Tensor, ...]
+
+#: The compiler unrolls loops, so that its time grows with T: beyond, one step is compiled, and the loop is Python's.
+WHOLE = 1
+
+
+def lstm(x: Tensor, u: Tensor, states: States) -> States:
+    i, f, g, o = (x + u).chunk(4, 1)
+    c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def gru(x: Tensor, u: Tensor, states: States) -> States:
+    (x_r, x_z, x_n), (u_r, u_z, u_n) = x.chunk(3, 1), u.chunk(3, 1)
+    n = torch.tanh(x_n + torch.sigmoid(x_r + u_r) * u_n)
+    return (n + torch.sigmoid(x_z + u_z) * (states[0] - n),)
+
+
+def rnn(x: Tensor, u: Tensor, states: States) -> States:
+    return (torch.tanh(x + u),)
+
+
+#: (W x + b, U h + b', states, the cell's own vectors) -> states.
+CELLS: dict[str, Callable[..., States]] = {"lstm": lstm, "gru": gru, "rnn": rnn}
+
+
+def step(
+    cell: Callable[..., States],
+    x: Tensor,
+    states: States,
+    w_hh: Tensor,
+    b_hh: Tensor,
+    vectors: States,
+    alive: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, States]:
+    """(output, states) of one step. x [N, G * H], projected. alive, reset [N, 1]: of the sequences, None for all,
+    none."""
+    if reset is not None:
+        states = tuple(torch.where(reset, 0.0, state) for state in states)
+    new = cell(x, linear(states[0], w_hh, b_hh), states, *vectors)
+    if alive is None:
+        return new[0], new
+    return torch.where(alive, new[0], 0.0), tuple(torch.where(alive, a, b) for a, b in zip(new, states, strict=True))
+
+
+def direction(
+    one: Callable,
+    x: Tensor,
+    states: States,
+    weights: States,
+    backwards: bool,
+    alive: Tensor | None,
+    resets: Tensor | None,
+) -> tuple[Tensor, States]:
+    """One direction of one layer: all steps' inputs projected at once, then step by step."""
+    w_ih, w_hh, b_ih, b_hh, *vectors = weights
+    projected = linear(x, w_ih, b_ih).unbind(0)
+    outputs = []
+    for t in reversed(range(len(projected))) if backwards else range(len(projected)):
+        masks = (None if mask is None else mask[t] for mask in (alive, resets))
+        y, states = one(projected[t], states, w_hh, b_hh, tuple(vectors), *masks)
+        outputs.append(y)
+    return torch.stack(outputs[::-1] if backwards else outputs), states
+
+
+class LoopLayer(torch.nn.Module):
+    """Parameters as torch.nn's layers have them, besides the cell's own vectors."""
+
+    def __init__(
+        self,
+        case: Case,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bidirectional: bool,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        super().__init__()
+        self.case, self.hidden_size = case, hidden_size
+        rows, directions = case.kind.gates * hidden_size, 2 if bidirectional else 1
+        self.names: list[list[str]] = []  # of each direction's parameters
+        for k in range(num_layers):
+            inputs = input_size if k == 0 else directions * hidden_size
+            for suffix in [f"_l{k}", f"_l{k}_reverse"][:directions]:
+                shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, inputs), "weight_hh": (rows, hidden_size)}
+                shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+                shapes |= {name: (hidden_size,) for name in case.kind.vectors}
+                for name, shape in shapes.items():
+                    parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+                    self.register_parameter(name + suffix, parameter)
+                self.names.append([name + suffix for name in shapes])
+        self.directions = directions
+
+    def forward(self, one: Callable, whole: Callable | None, x: Tensor, hx: Any, lengths: Any, resets: Any) -> Any:
+        """one: a step; whole: a direction, None for the loop here."""
+        given = hx if isinstance(hx, tuple) else (hx,) * len(self.case.kind.states)
+        time = torch.arange(x.shape[0], device=x.device)[:, None]
+        alive = None if lengths is None else (time < lengths.to(x.device)).unsqueeze(2)
+        resets = None if resets is None else resets.unsqueeze(2)
+        outputs: list[Tensor] = []
+        finals: list[States] = []
+        for row, names in enumerate(self.names):
+            zero = x.new_zeros(x.shape[1], self.hidden_size)
+            states = tuple(zero if s is None else s[row] for s in given)
+            weights = tuple(self.get_parameter(name) for name in names)
+            run = whole or partial(direction, one)
+            y, final = run(x, states, weights, row % self.directions == 1, alive, resets)
+            outputs.append(y)
+            finals.append(final)
+            if len(outputs) == self.directions:
+                x, outputs = torch.cat(outputs, -1), []
+        stacked = tuple(torch.stack(s) for s in zip(*finals, strict=True))
+        return x, stacked if len(stacked) > 1 else stacked[0]
+
+
+class Loop(TorchLike):
+    """The cell as a Python function over torch tensors, step by step."""
+
+    name = "torch loop"
+
+    def layer(self, case: Case, **options: Any) -> torch.nn.Module:
+        return LoopLayer(case, **options)
+
+    def functions(self, case: Case) -> tuple[Callable, Callable | None]:
+        """A step, and a whole direction or None."""
+        return partial(step, CELLS[case.cell]), None
+
+    def run(self, layer: Any, x: Any, hx: Any, lengths: Tensor | None, resets: Any) -> Any:
+        functions = self.functions(layer.case)
+        if not isinstance(x, PackedSequence):
+            return layer(*functions, x, hx, lengths, resets)
+        padded, lengths = pad_packed_sequence(x)
+        y, final = layer(*functions, padded, hx, lengths, resets)
+        return pack_padded_sequence(y, lengths), final
+
+
+class CompiledLoop(Loop):
+    name = "torch.compile"
+    note = f"whole loop compiled up to T = {WHOLE}; one step, for any N and H, beyond"
+
+    def available(self) -> str | None:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            return None if get_cpp_compiler() else "no C++ compiler"
+        except Exception as error:
+            return f"no C++ compiler: {str(error).strip().splitlines()[0]}"
+
+    def prepare(self, problem: Problem) -> Prepared:
+        # A suite has more combinations of cell, call and masks than the limit that is to catch endless recompiling.
+        torch._dynamo.config.recompile_limit = 1000
+        torch._dynamo.config.accumulated_recompile_limit = 1000
+        return super().prepare(problem)
+
+    def functions(self, case: Case) -> tuple[Callable, Callable | None]:
+        return compiled_step(case.cell), compiled_direction(case.cell) if case.T <= WHOLE else None
+
+
+@lru_cache
+def compiled_step(cell: str) -> Callable:
+    """Compiled once for all shapes: a shape of its own would cost more time than there is for a case."""
+    return torch.compile(partial(step, CELLS[cell]), dynamic=True)
+
+
+@lru_cache
+def compiled_direction(cell: str) -> Callable:
+    return torch.compile(partial(direction, partial(step, CELLS[cell])), dynamic=False)
