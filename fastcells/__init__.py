@@ -5,7 +5,7 @@ fastcells.convert(model)                 # swaps the recurrent layers of an exis
 print(fastcells.explain(layer, x))       # which path a call takes, and why
 """
 
-from . import cells, expression, functional, nn, reference
+from . import cells, expression, functional, nn, reference, rl
 from .cell import Cell, cell
 from .convert import convert, revert
 from .explain import Explanation, explain
@@ -25,5 +25,6 @@ __all__ = [
     "profile",
     "reference",
     "revert",
+    "rl",
 ]
 __version__ = "0.1.0"

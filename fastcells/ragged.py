@@ -25,8 +25,8 @@ class Ragged:
     steps: T; size: N; lengths: [N], each 0 to T, or None for T; reset: bool [T, N] ([N, T] with batch_first) or None.
     Raises TypeError, ValueError for lengths or reset of another kind, shape or range.
 
-    `batch_sizes`: int64 [steps of the longest], how many stretches have each step. `whole`: every sequence is one
-    stretch of T steps, so that tokens need no packing.
+    `whole`: every sequence is one stretch of T steps, so that tokens need no packing. `batch_sizes`, if not: int64
+    [steps of the longest], how many stretches have each step.
     """
 
     def __init__(
@@ -40,35 +40,41 @@ class Ragged:
         device: torch.device | str = "cpu",
     ) -> None:
         self._shape = (size, steps) if batch_first else (steps, size)
-        self._strides = (1, steps) if batch_first else (size, 1)  # of the tokens, by time and by sequence
         self._device = device
         ends = np.full(size, steps) if lengths is None else _checked_lengths(lengths, steps, size)
-        self._empty = ends == 0
-        self.tokens = int(ends.sum())
+        resets = None if reset is None else _checked_reset(reset, self._shape, batch_first)
+        self.tokens, self._empty = int(ends.sum()), ends == 0
+        never = np.zeros(size, bool)
+        self._after_reset = never if resets is None else resets[:, 0], never  # stretches that a direction so enters
+        self.whole = self.tokens == size * steps and (resets is None or not resets[:, 1:].any())
+        if self.whole:
+            return
         if not self.tokens:  # one is run all the same, and nobody sees it
             ends = np.eye(1, size, dtype=np.int64)[0]
-        begins = np.zeros((size, steps), bool)
-        if reset is not None:
-            resets = _checked_reset(reset, self._shape)
-            resets = resets if batch_first else resets.T
-            begins |= resets
-        begins[:, 0] = True
-        if lengths is not None:
-            begins &= np.arange(steps) < ends[:, None]
-        column, start = begins.nonzero()
-        follows = np.append(column[1:] == column[:-1], False)  # another stretch of the same sequence does
-        length = np.where(follows, np.roll(start, -1), ends[column]) - start
+        first = np.arange(size) * steps  # of each sequence's steps, all sequences in a row
+        if resets is None:
+            begins = first[ends > 0]
+        else:
+            at = resets & (np.arange(steps) < ends[:, None])
+            at[:, 0] = ends > 0
+            begins = np.flatnonzero(at)
+        column = begins // steps
+        stop = (first + ends)[column]
+        follows = np.zeros(len(begins), bool)  # another stretch of the same sequence does
+        follows[:-1] = column[1:] == column[:-1]
+        stop[:-1][follows[:-1]] = begins[1:][follows[:-1]]
+        length, start = stop - begins, begins - first[column]
         order = np.argsort(-length, kind="stable")
-        column, start, length, follows = (t[order] for t in (column, start, length, follows))
-        self.whole = len(length) == size and self.tokens == steps * size
+        column, start, length, follows = column[order], start[order], length[order], follows[order]
+        self._column = column
+        if resets is not None:
+            self._after_reset = resets[column, start], follows
         self.batch_sizes = torch.from_numpy(
             len(length) - np.searchsorted(length[::-1], np.arange(length[0]), side="right")
         )
-        self._column = column
-        self._first_token = start * self._strides[0] + column * self._strides[1]
-        # Which stretches a direction enters after a reset, and the one that it leaves each sequence from.
-        self._after_reset = np.zeros_like(follows) if reset is None else resets[column, start], follows
-        self._leaves = self._at(~follows), self._at(start == 0)
+        self._step, row = (1, steps) if batch_first else (size, 1)  # from a token to the next, in time and in sequences
+        self._first_token = start * self._step + column * row
+        self._leaves = self._at(~follows), self._at(start == 0)  # which stretch a direction leaves each sequence from
 
     def _at(self, chosen: np.ndarray) -> Tensor:
         """[N]: the chosen stretch of each sequence, 0 where a sequence has none."""
@@ -86,7 +92,7 @@ class Ragged:
         begin = np.cumsum(counts) - counts
         # The rows of a step are the first stretches, each as many steps on.
         token = np.arange(counts.sum()) - np.repeat(begin, counts)
-        return self._table(self._first_token[token] + np.repeat(np.arange(len(counts)) * self._strides[0], counts))
+        return self._table(self._first_token[token] + np.repeat(np.arange(len(counts)) * self._step, counts))
 
     @cached_property
     def _columns(self) -> Tensor:
@@ -159,10 +165,12 @@ def _checked_lengths(lengths: Lengths, steps: int, size: int) -> np.ndarray:
     return given
 
 
-def _checked_reset(reset: Tensor, shape: tuple[int, int]) -> np.ndarray:
+def _checked_reset(reset: Tensor, shape: tuple[int, int], batch_first: bool) -> np.ndarray:
+    """[N, T]"""
     if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
         given = f"a Tensor of {reset.dtype}" if isinstance(reset, Tensor) else type(reset).__name__
         raise TypeError(f"reset must be a bool Tensor, got {given}")
     if reset.shape != shape:
         raise ValueError(f"reset must have shape {shape}, as the input's sequences and steps, got {tuple(reset.shape)}")
-    return reset.cpu().numpy()
+    resets = reset.cpu().numpy()
+    return resets if batch_first else resets.T
