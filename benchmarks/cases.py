@@ -18,7 +18,13 @@ class Kind:
     plain: str | None = None
 
 
-CELLS = {"lstm": Kind(4, "hc"), "gru": Kind(3), "rnn": Kind(1)}
+CELLS = {
+    "lstm": Kind(4, "hc"),
+    "gru": Kind(3),
+    "rnn": Kind(1),
+    "lstm-relu": Kind(4, "hc", plain="lstm"),
+    "gru-reset-before": Kind(3, plain="gru"),
+}
 #: Those that torch.nn has.
 PLAIN = tuple(name for name, kind in CELLS.items() if kind.plain is None)
 
@@ -49,10 +55,20 @@ MODES = {
     "training": Mode("forward and backward", "training"),
     "backward": Mode("backward alone, its forward not timed", "backward"),
     "streaming": Mode("one step with a given state, through the public layer", stateful=True),
-    "packed": Mode("forward over a PackedSequence", ragged="packed"),
-    "packed-training": Mode("forward and backward over a PackedSequence", "training", ragged="packed"),
+    "packed": Mode("forward over a PackedSequence", ragged="packed", plain="inference"),
+    "packed-training": Mode(
+        "forward and backward over a PackedSequence", "training", ragged="packed", plain="training"
+    ),
     "bidirectional": Mode("forward through two layers of two directions", layers=2, directions=2),
     "bidirectional-training": Mode("forward and backward, two layers of two directions", "training", "s", 2, 2),
+    "lengths": Mode("forward over padded sequences with lengths", ragged="lengths", plain="inference"),
+    "lengths-training": Mode(
+        "forward and backward over padded sequences with lengths", "training", ragged="lengths", plain="training"
+    ),
+    "resets": Mode("forward, states reset before 3 % of the steps", resets=0.03, plain="inference"),
+    "resets-training": Mode(
+        "forward and backward, states reset before 3 % of the steps", "training", resets=0.03, plain="training"
+    ),
     "memory": Mode("what one training step adds to the memory of the process, at its peak", "training", "bytes"),
 }
 
@@ -154,6 +170,10 @@ def core() -> list[Case]:
         "backward": (16, 128, 128, 128),
         "packed": (32, 100, 64, 64),
         "packed-training": (32, 100, 64, 64),
+        "lengths": (32, 100, 64, 64),
+        "lengths-training": (32, 100, 64, 64),
+        "resets": (16, 64, 64, 64),
+        "resets-training": (16, 64, 64, 64),
         "bidirectional": (16, 64, 64, 64),
         "bidirectional-training": (16, 64, 64, 64),
         "memory": (32, 200, 128, 128),
@@ -187,6 +207,18 @@ def scaling() -> list[Case]:
     return list(dict.fromkeys(sweep))
 
 
+def variants() -> list[Case]:
+    """What leaves the fast path elsewhere, each beside the plain layer at its shape and what is written today."""
+    usual, long, policy = (32, 100, 64, 128), (32, 1000, 64, 128), (128, 128, 64, 256)
+    calls = ("inference", "training")
+    cases = [Case(cell, *usual, call) for cell, kind in CELLS.items() if kind.plain for call in calls]
+    for mode in ("lengths", "packed"):
+        cases += [Case(cell, *usual, m) for cell in ("lstm", "gru") for m in (mode, f"{mode}-training")]
+        cases += [Case("lstm", *long, m) for m in (mode, f"{mode}-training")]
+    cases += [Case(cell, *policy, m) for cell in ("lstm", "gru") for m in ("resets", "resets-training")]
+    return cases + [Case(cell, *usual, call, "float64") for cell in ("lstm", "gru") for call in calls]
+
+
 class Suite(NamedTuple):
     """cases: made when asked for. minutes: how long they are to take with every provider there, for each thread count
     apart; on a busy machine it may be more, but after twice that time no further case begins."""
@@ -199,6 +231,7 @@ class Suite(NamedTuple):
 SUITES = {
     "core": Suite("every shape and cell, inference and training; each other mode", core, 9.5),
     "quick": Suite("a few small shapes, within a minute", quick, 0.4),
+    "variants": Suite("cells, lengths, resets, float64 beside the plain layer", variants, 4.2),
     "scaling": Suite("how time grows with T, N, H and threads", scaling, 2.4),
 }
 
@@ -214,6 +247,7 @@ FIGURES = {
     "core_one_thread": Kept("core", 1),
     "core_two_threads": Kept("core", 2),
     "scaling": Kept("scaling", None),
+    "variants": Kept("variants", 1),
 }
 
 

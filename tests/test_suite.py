@@ -105,12 +105,19 @@ def test_a_wrong_case_says_which_field(name, value):
 # Answers --------------------------------------------------------------------------------------------------------------
 
 
+CALLS = ("inference", "training")
+#: (provider, training, resets) -> why not
+REFUSED = {(n, t, True): "does not reset" for n in ("NumPy", "ONNX Runtime", "OpenVINO") for t in (False, True)}
+REFUSED |= {(n, True, False): "inference only" for n in ("ONNX Runtime", "OpenVINO")}
 FAST = ("fastcells", "torch.nn", "torch loop", "NumPy", "ONNX Runtime", "OpenVINO")
-ANSWERS = [(name, cell, mode) for name in FAST for cell in CELLS for mode in MODES]
+ANSWERS = [(name, cell, mode) for name in FAST for cell in PLAIN for mode in MODES]
+VARIANTS = [cell for cell in CELLS if cell not in PLAIN]
+ANSWERS += [(name, cell, mode) for name in ("fastcells", "torch loop") for cell in VARIANTS for mode in CALLS]
 # JAX compiles for a second a case: its cells are an expression each, and share all modes.
-ANSWERS += [("JAX scan", cell, "inference") for cell in CELLS]
+ANSWERS += [("JAX scan", cell, "inference") for cell in PLAIN]
 ANSWERS += [
-    ("JAX scan", "gru", mode) for mode in ("backward", "streaming", "packed-training", "bidirectional-training")
+    ("JAX scan", "gru", mode)
+    for mode in ("backward", "streaming", "lengths-training", "resets-training", "bidirectional")
 ]
 
 
@@ -118,9 +125,10 @@ ANSWERS += [
 def test_every_provider_is_right_or_says_why_not(name, cell, mode):
     if (absent := PROVIDERS[name].available()) is not None:
         pytest.skip(absent)
-    problem = Problem(Case(cell, 3, 1 if mode == "streaming" else 5, 4, 6, mode))
-    if name in ("ONNX Runtime", "OpenVINO") and MODES[mode].call != "forward":
-        with pytest.raises(Unsupported, match="inference only"):
+    problem = Problem(Case(cell, 3, 1 if mode == "streaming" else 40 if MODES[mode].resets else 5, 4, 6, mode))
+    assert problem.resets.any() == bool(MODES[mode].resets)
+    if (reason := REFUSED.get((name, MODES[mode].call != "forward", bool(MODES[mode].resets)))) is not None:
+        with pytest.raises(Unsupported, match=reason):
             PROVIDERS[name].prepare(problem)
         return
     prepared = PROVIDERS[name].prepare(problem)

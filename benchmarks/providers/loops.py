@@ -1,4 +1,4 @@
-"""Python loops over time, with the cells written out as their users write them: as they are, and by torch.compile."""
+"""Python loops over time, as users of torch write them for any cell: as they are, and by torch.compile."""
 
 from __future__ import annotations
 
@@ -15,31 +15,10 @@ from benchmarks.cases import Case
 from benchmarks.problem import Problem
 from benchmarks.providers import Prepared
 from benchmarks.providers.torch_layers import TorchLike
-
-States = tuple[Tensor, ...]
+from benchmarks.providers.variants import CELLS, States
 
 #: The compiler unrolls loops, so that its time grows with T: beyond, one step is compiled, and the loop is Python's.
 WHOLE = 1
-
-
-def lstm(x: Tensor, u: Tensor, states: States) -> States:
-    i, f, g, o = (x + u).chunk(4, 1)
-    c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
-
-
-def gru(x: Tensor, u: Tensor, states: States) -> States:
-    (x_r, x_z, x_n), (u_r, u_z, u_n) = x.chunk(3, 1), u.chunk(3, 1)
-    n = torch.tanh(x_n + torch.sigmoid(x_r + u_r) * u_n)
-    return (n + torch.sigmoid(x_z + u_z) * (states[0] - n),)
-
-
-def rnn(x: Tensor, u: Tensor, states: States) -> States:
-    return (torch.tanh(x + u),)
-
-
-#: (W x + b, U h + b', states, the cell's own vectors) -> states.
-CELLS: dict[str, Callable[..., States]] = {"lstm": lstm, "gru": gru, "rnn": rnn}
 
 
 def step(
@@ -56,7 +35,7 @@ def step(
     none."""
     if reset is not None:
         states = tuple(torch.where(reset, 0.0, state) for state in states)
-    new = cell(x, linear(states[0], w_hh, b_hh), states, *vectors)
+    new = cell(x, states, w_hh, b_hh, *vectors)
     if alive is None:
         return new[0], new
     return torch.where(alive, new[0], 0.0), tuple(torch.where(alive, a, b) for a, b in zip(new, states, strict=True))
@@ -143,7 +122,7 @@ class Loop(TorchLike):
 
     def functions(self, case: Case) -> tuple[Callable, Callable | None]:
         """A step, and a whole direction or None."""
-        return partial(step, CELLS[case.cell]), None
+        return partial(step, CELLS[case.cell].torch), None
 
     def run(self, layer: Any, x: Any, hx: Any, lengths: Tensor | None, resets: Any) -> Any:
         functions = self.functions(layer.case)
@@ -179,9 +158,9 @@ class CompiledLoop(Loop):
 @lru_cache
 def compiled_step(cell: str) -> Callable:
     """Compiled once for all shapes: a shape of its own would cost more time than there is for a case."""
-    return torch.compile(partial(step, CELLS[cell]), dynamic=True)
+    return torch.compile(partial(step, CELLS[cell].torch), dynamic=True)
 
 
 @lru_cache
 def compiled_direction(cell: str) -> Callable:
-    return torch.compile(partial(direction, partial(step, CELLS[cell])), dynamic=False)
+    return torch.compile(partial(direction, partial(step, CELLS[cell].torch)), dynamic=False)

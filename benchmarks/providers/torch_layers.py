@@ -14,6 +14,7 @@ import fastcells
 from benchmarks.cases import Case
 from benchmarks.problem import Problem
 from benchmarks.providers import PLAIN_LAYER, Prepared, Provider, Unsupported
+from benchmarks.providers.variants import CELLS
 
 
 class TorchLike(Provider):
@@ -129,10 +130,13 @@ class Fastcells(TorchLike):
     name = "fastcells"
 
     def layer(self, case: Case, **options: Any) -> torch.nn.Module:
+        if case.kind.plain is not None:
+            return fastcells.nn.Recurrent(CELLS[case.cell].fastcells, **options)
         return getattr(fastcells.nn, case.cell.upper())(**options)
 
     def run(self, layer: torch.nn.Module, x: Any, hx: Any, lengths: torch.Tensor | None, resets: Any) -> Any:
-        return layer(x, hx)
+        options = {"lengths": lengths, "reset": resets}
+        return layer(x, hx, **{name: value for name, value in options.items() if value is not None})
 
 
 class PlainLayer(Fastcells):
