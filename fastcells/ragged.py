@@ -49,7 +49,7 @@ class Ragged:
         self.whole = self.tokens == size * steps and (resets is None or not resets[:, 1:].any())
         if self.whole:
             return
-        if not self.tokens:  # one is run all the same, and nobody sees it
+        if not self.tokens:  # a step is run all the same, and nobody sees it
             ends = np.eye(1, size, dtype=np.int64)[0]
         first = np.arange(size) * steps  # of each sequence's steps, all sequences in a row
         if resets is None:
@@ -98,14 +98,22 @@ class Ragged:
     def _columns(self) -> Tensor:
         return self._table(self._column)
 
+    @cached_property
+    def _row(self) -> Tensor:
+        """[tokens of T steps]: which packed row each token is; past the end of a sequence, a row after the last."""
+        row = np.full(self._shape[0] * self._shape[1], self.tokens)
+        row[self._token[: self.tokens].cpu().numpy()] = np.arange(self.tokens)
+        return self._table(row)
+
     def pack(self, x: Tensor) -> Tensor:
         """Tokens [T, N, F] ([N, T, F] with batch_first) -> packed rows [rows, F]."""
-        return x.reshape(-1, x.shape[-1]).index_select(0, self._token)
+        if not self.tokens:
+            return x.new_zeros(1, x.shape[-1])
+        return _Rows.apply(x.reshape(-1, x.shape[-1]), self._token, self._row)
 
     def unpack(self, y: Tensor) -> Tensor:
         """Packed rows [rows, F] -> tokens [T, N, F] ([N, T, F]), zero past the end of a sequence."""
-        padding = y.new_zeros(self._shape[0] * self._shape[1], y.shape[-1])
-        return padding.index_copy(0, self._token[: self.tokens], y[: self.tokens]).view(*self._shape, -1)
+        return _Rows.apply(y[: self.tokens], self._row, self._token[: self.tokens]).view(*self._shape, -1)
 
     def enter(self, states: States | None, reset_to: States | Literal[0] | None, directions: int) -> States | None:
         """Initial states of the sequences, [R, N, F] each -> those of the stretches, [R, stretches, F].
@@ -144,6 +152,33 @@ class Ragged:
                 result = result.masked_fill(empty, 0) if states is None else torch.where(empty, states[j], result)
             chosen.append(result)
         return tuple(chosen)
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of a table, zero where the number is that of the row after the last. Each table has its inverse beside it:
+    what undoes it is its derivative, so that no gradient is summed up row by row."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(source: Tensor, row: Tensor, inverse: Tensor) -> Tensor:
+        if len(row) > len(inverse):
+            source = torch.cat([source, source.new_zeros(1, source.shape[1])])
+        return source.index_select(0, row)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        row, inverse = ctx.saved_tensors
+        return _Rows.apply(grad, inverse, row), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return _Rows.apply(tangent, *ctx.saved_tensors)
 
 
 def _checked_lengths(lengths: Lengths, steps: int, size: int) -> np.ndarray:
