@@ -27,12 +27,18 @@ from .cpu.host import host
 
 DTYPE = {name: dtype for dtype, name in DTYPES.items()}
 CELLS = {name: cell for name, cell in vars(cells).items() if isinstance(cell, Cell)}
-LAYERS: dict[str, Callable[..., nn.LayerModule]] = {
-    "lstm": nn.LSTM,
-    "gru": nn.GRU,
-    "rnn": nn.RNN,
-    "rnn_relu": partial(nn.RNN, nonlinearity="relu"),
+LAYERS: dict[str, tuple[Callable[..., nn.DropIn], Cell]] = {
+    "lstm": (nn.LSTM, cells.lstm),
+    "gru": (nn.GRU, cells.gru),
+    "rnn": (nn.RNN, cells.rnn_tanh),
+    "rnn_relu": (partial(nn.RNN, nonlinearity="relu"), cells.rnn_relu),
+    "lstm_cell": (nn.LSTMCell, cells.lstm),
+    "gru_cell": (nn.GRUCell, cells.gru),
+    "rnn_cell": (nn.RNNCell, cells.rnn_tanh),
 }
+"""Modules by name, each with its cell."""
+STEPS = ("lstm_cell", "gru_cell", "rnn_cell")
+"""Those that take one step."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,14 +77,18 @@ def add_profile(commands: Any) -> None:
         help="throughput of a layer, share of the machine's limits, and where the time goes",
         description="Throughput of a layer, share of the machine's limits, and where the time goes.",
     )
-    parser.add_argument("cell", choices=list(LAYERS))
+    names = f"{', '.join(LAYERS)}; a cell of fastcells.cells; or MODULE:NAME for a cell of your own"
+    parser.add_argument("cell", metavar="CELL", type=profiled, help=names)
     size = whole(1 << 20)
     parser.add_argument("--hidden", type=size, default=128, metavar="H", help="hidden size; default: 128")
     parser.add_argument("--batch", type=size, default=32, metavar="N", help="sequences; default: 32")
-    parser.add_argument("--steps", type=size, default=100, metavar="T", help="sequence length; default: 100")
+    parser.add_argument("--steps", type=size, metavar="T", help="sequence length; default: 100")
     parser.add_argument("--input", type=size, metavar="I", help="input size; default: the hidden size")
-    parser.add_argument("--layers", type=whole(64), default=1, metavar="L", help="default: 1")
+    parser.add_argument("--layers", type=whole(64), metavar="L", help="default: 1")
     parser.add_argument("--bidirectional", action="store_true")
+    parser.add_argument("--proj-size", type=size, metavar="P", help="projection of the hidden state; default: none")
+    parser.add_argument("--packed", action="store_true", help="a PackedSequence of lengths from T/4 to T")
+    parser.add_argument("--lengths", action="store_true", help="the same lengths, padded and given as lengths=")
     parser.add_argument("--dtype", choices=list(DTYPE), default="float32", help="default: float32")
     parser.add_argument("--threads", type=whole(1024), metavar="N", help="default: as many as torch would use")
     parser.add_argument("--train", action="store_true", help="forward and backward; default: inference")
@@ -92,7 +102,10 @@ def run_profile(arguments: argparse.Namespace) -> None:
     profiler = importlib.import_module("fastcells.profile")  # the package shows the function of that name
     if arguments.plot is not None:
         check_plot(arguments)
-    needed, there_is = memory_needed(arguments), memory()
+    name, make, _ = arguments.cell
+    options = layer_options(arguments)
+    steps = 1 if name in STEPS else arguments.steps or 100
+    needed, there_is = memory_needed(arguments, steps), memory()
     if there_is is not None and needed > there_is:
         q = profiler.quantity
         arguments.fail(f"these sizes need about {q(needed, 1024)}B of memory, and there is {q(there_is, 1024)}B")
@@ -100,15 +113,19 @@ def run_profile(arguments: argparse.Namespace) -> None:
         torch.manual_seed(0)
         dtype = DTYPE[arguments.dtype]
         inputs = arguments.input or arguments.hidden
-        module = LAYERS[arguments.cell](
-            inputs,
-            arguments.hidden,
-            num_layers=arguments.layers,
-            bidirectional=arguments.bidirectional,
-            dtype=dtype,
-        )
-        x = torch.randn(arguments.steps, arguments.batch, inputs, dtype=dtype)
-        found = profiler.profile_layer(module, x, train=arguments.train, rate=arguments.rate)
+        try:
+            module = make(inputs, arguments.hidden, dtype=dtype, **options)
+        except (ValueError, TypeError) as error:  # a projection that the cell cannot have, a cell that is wrong
+            arguments.fail(str(error).partition("\n")[0])
+        x: Any = torch.randn(steps, arguments.batch, inputs, dtype=dtype)
+        lengths = torch.randint(max(1, steps // 4), steps + 1, (arguments.batch,))
+        lengths[0] = steps
+        if name in STEPS:
+            x = x[0]
+        if arguments.packed:
+            x = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        given = {"lengths": lengths} if arguments.lengths else {}
+        found = profiler.profile_layer(module, x, train=arguments.train, rate=arguments.rate, **given)
     if arguments.plot is not None:
         profiler.roofline([found], arguments.plot)
     if arguments.json:
@@ -121,17 +138,41 @@ def run_profile(arguments: argparse.Namespace) -> None:
         print(f"plot: {arguments.plot}")
 
 
-def memory_needed(arguments: argparse.Namespace) -> int:
+def profiled(text: str) -> tuple[str, Callable[..., nn.DropIn], Cell]:
+    """An argument type: (name, its class, its cell) of a module to profile."""
+    if text in LAYERS:
+        return text, *LAYERS[text]
+    try:
+        cell = find_cell(text, tuple(dict.fromkeys((*LAYERS, *CELLS))))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text, partial(nn.Recurrent, cell), cell
+
+
+def layer_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the module is made with besides its sizes; ends the program where it has no such option."""
+    if arguments.packed and arguments.lengths:
+        arguments.fail("argument --lengths: is for padded sequences, --packed has lengths of its own")
+    if arguments.cell[0] not in STEPS:
+        options = {"num_layers": arguments.layers or 1, "bidirectional": arguments.bidirectional}
+        return options | ({"proj_size": arguments.proj_size} if arguments.proj_size else {})
+    for name in ("steps", "layers", "bidirectional", "proj_size", "packed", "lengths"):
+        if getattr(arguments, name):
+            arguments.fail(f"argument --{name.replace('_', '-')}: {arguments.cell[0]} takes one step of one layer")
+    return {}
+
+
+def memory_needed(arguments: argparse.Namespace, steps: int) -> int:
     """Bytes, about: weights, their panels and gradients; input, and what every layer leaves at each time step."""
-    gates = {"lstm": 4, "gru": 3}.get(arguments.cell, 1)
+    gates = len(arguments.cell[2].gates)
     hidden, directions = arguments.hidden, 1 + arguments.bidirectional
     weights = values = 0
     inputs = arguments.input or hidden
-    for _ in range(arguments.layers):
+    for _ in range(arguments.layers or 1):
         weights += directions * gates * hidden * (inputs + hidden)
         values += inputs + directions * hidden * (2 + gates * arguments.train)
         inputs = directions * hidden
-    numbers = weights * (3 if arguments.train else 2) + arguments.steps * arguments.batch * values
+    numbers = weights * (3 if arguments.train else 2) + steps * arguments.batch * values
     return numbers * DTYPE[arguments.dtype].itemsize
 
 
@@ -300,13 +341,14 @@ def add_warmup(commands: Any) -> None:
     parser.set_defaults(run=run_warmup, fail=parser.error)
 
 
-def find_cell(name: str) -> Cell:
-    """A built-in cell by name, or another one by MODULE:NAME. Raises ValueError where there is none."""
+def find_cell(name: str, names: Sequence[str] = tuple(CELLS)) -> Cell:
+    """A built-in cell by name, or another one by MODULE:NAME. names: to choose from, for the message. Raises ValueError
+    where there is none."""
     if name in CELLS:
         return CELLS[name]
     module, colon, attribute = name.partition(":")
     if not colon:
-        raise ValueError(f"invalid choice: {name!r} (choose from {', '.join(CELLS)}, or give MODULE:NAME)")
+        raise ValueError(f"invalid choice: {name!r} (choose from {', '.join(names)}, or give MODULE:NAME)")
     sys.path.insert(0, "")  # as python -c: modules of the current folder
     try:
         found = getattr(importlib.import_module(module), attribute, None)

@@ -2,9 +2,10 @@
 
 Measured in one process: runs of the layer alternate with runs in which the engine's calls are timed one by one, and
 with runs that leave out a product, which say what it costs inside a fused kernel. The best run of each kind counts,
-since on a shared machine noise only ever adds. Two limits make the roof (Williams, Waterman & Patterson 2009): the peak
-of fused multiply-adds, and the bandwidth of the level of cache that holds the recurrent weights, which every time step
-reads.
+since on a shared machine noise only ever adds. What the whole takes beyond the engine's calls is torch and Python: so
+the parts sum to the whole, and what the watching costs is in none of them. Two limits make the roof (Williams, Waterman
+& Patterson 2009): the peak of fused multiply-adds, and the bandwidth of the level of cache that holds the recurrent
+weights, which every time step reads.
 
 The engine's functions are replaced while the calls are timed, so nothing else should run layers at that time.
 """
@@ -18,7 +19,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from .cpu import layer as cpu
 from .explain import explain
 from .nn import DropIn
 from .plan import Plan
+from .ragged import Ragged
 from .roof import bandwidth, best, level, peak_flops, using_threads
 
 INPUT, PRODUCT, POINTWISE, BARRIER = "input projection", "recurrent product", "pointwise", "barrier"
@@ -54,9 +55,7 @@ PARTS = (
 )
 
 SAMPLE = 1e-3  # seconds that a sample takes at least; shorter calls are repeated
-AGREE = 0.02  # of the parts' sum and the whole, at which measuring ends
 ROUNDS = 5  # at least
-PATIENCE = 3  # times the budget, as long as they do not agree
 
 clock = time.perf_counter
 
@@ -71,7 +70,6 @@ class Watch:
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.calls = 0
         self.on = False
         self.leave_out: Callable[[str], bool] | None = None  # the buffers whose products the time loops do not take
         self._open: list[tuple[str, list[float]]] = []  # label, seconds of each inner call
@@ -88,7 +86,6 @@ class Watch:
             finally:
                 took = clock() - began
                 self._open.pop()
-                self.calls += 1
                 self.seconds[name] += took - sum(inner)
                 if self._open:
                     self._open[-1][1].append(took)
@@ -97,7 +94,7 @@ class Watch:
 
     def reset(self, on: bool, leave_out: Callable[[str], bool] | None = None) -> None:
         self.seconds.clear()
-        self.calls, self.on, self.leave_out = 0, on, leave_out
+        self.on, self.leave_out = on, leave_out
 
     def kernel(self, kernel: store.Kernel, *_: Any) -> str:
         """The part that a kernel belongs to."""
@@ -137,24 +134,10 @@ def watching(watch: Watch) -> Iterator[None]:
         engine.Runner.run = before[4]  # type: ignore[method-assign]
 
 
-@lru_cache
-def watch_cost() -> float:
-    """Seconds that a wrapped call takes longer when the watch is on."""
-    watch, count = Watch(), 500
-    nothing = watch.wrap(lambda: None, lambda: PACKING)
-
-    def loop() -> None:
-        for _ in range(count):
-            nothing()
-
-    off = best(loop, 0.01)
-    watch.on = True
-    return max(0.0, best(loop, 0.01) - off) / count
-
-
 @dataclass(frozen=True)
 class Timing:
-    """best, median: seconds of a call, of `rounds` samples. parts: seconds by part, in the order of `PARTS`."""
+    """best, median: seconds of a call, of `rounds` samples. parts: seconds by part, in the order of `PARTS`, which sum
+    to the best."""
 
     best: float
     median: float
@@ -180,35 +163,32 @@ def take_apart(call: Callable[[], Any], units_shared: bool, budget: float = 1.5)
     def sample(
         threads: int, on: bool, leave_out: Callable[[str], bool] | None = None
     ) -> tuple[float, dict[str, float]]:
-        """Seconds of a call, and of its parts."""
+        """Seconds of a call, and of the engine's calls within."""
         with using_threads(threads):
             watch.reset(on, leave_out)
             began = clock()
             for _ in range(repeats):
                 call()
-            took = clock() - began - watch.calls * watch_cost()
+            took = clock() - began
         return took / repeats, {name: s / repeats for name, s in watch.seconds.items()}
 
     whole: list[float] = []
-    found: list[tuple[float, dict[str, float]]] = []
+    found: list[dict[str, float]] = []
     ablated: dict[str, list[dict[str, float]]] = {"all": [], "no x": [], "none": []}
-    watch_cost()
     begin = clock()
     with watching(watch):
-        while True:
+        while len(whole) < ROUNDS or clock() - begin < budget:
             whole.append(sample(threads, on=False)[0])
-            found.append(sample(threads, on=True))
+            found.append(sample(threads, on=True)[1])
             for name, leave_out in (("all", None), ("no x", lambda b: b == "x"), ("none", lambda b: True)):
-                if len(whole) <= 2 * ROUNDS:  # then known well enough: the rest is for the parts' sum and the whole
+                if len(whole) <= 2 * ROUNDS:  # then known well enough
                     ablated[name].append(sample(alone, True, leave_out)[1])
-            total, parts = min(found, key=lambda f: abs(f[0] - min(whole)))  # the one most like the best
-            spent = (clock() - begin) / budget
-            agree = abs(total - min(whole)) <= AGREE * min(whole)
-            if len(whole) >= ROUNDS and ((spent > 0.25 and agree) or spent > PATIENCE):
-                break
 
+    parts = min(found, key=lambda f: sum(f.values()))
+    inside = sum(parts.values())
+    total = max(min(whole), inside)  # a whole that is less than its parts is one of a quieter moment
     seconds = defaultdict(float, parts)
-    seconds[REST] = max(0.0, total - sum(parts.values()))
+    seconds[REST] = total - inside
     least = {
         name: {label: min(p.get(label, 0.0) for p in found) for label in (PRODUCT, BACK_PRODUCT)}
         for name, found in ablated.items()
@@ -227,7 +207,7 @@ def take_apart(call: Callable[[], Any], units_shared: bool, budget: float = 1.5)
         seconds[INPUT] += fused * kernel
         seconds[label] += (1 - epilogue - fused) * kernel
     parts = {name: seconds[name] for name in PARTS if seconds[name] > 0}
-    return Timing(min(whole), statistics.median(whole), len(whole), parts)
+    return Timing(total, max(total, statistics.median(whole)), len(whole), parts)
 
 
 # ---- one layer ----
@@ -359,22 +339,30 @@ class LayerProfile:
 
 
 def profile_layer(
-    module: DropIn, input: Any, hx: Any = None, *, train: bool = False, rate: float | None = None, budget: float = 1.5
+    module: DropIn,
+    input: Any,
+    hx: Any = None,
+    *,
+    train: bool = False,
+    rate: float | None = None,
+    budget: float = 1.5,
+    **options: Any,
 ) -> LayerProfile:
-    """Profile `module(input, hx)`, a layer or cell of `fastcells.nn`, on torch's current number of threads.
+    """Profile `module(input, hx, **options)`, a layer or cell of `fastcells.nn`, on torch's current number of threads.
 
     train: forward and backward, with gradients of the parameters and the input. rate: time steps of the signal a
-    second. budget: seconds for measuring (at least five rounds are taken). Raises TypeError for other modules.
+    second. budget: seconds for measuring (at least five rounds are taken). options: of the module's call, such as
+    lengths. Raises TypeError for other modules.
     """
     if not isinstance(module, DropIn):
         raise TypeError(f"module must be a layer or cell of fastcells.nn, got {type(module).__name__}")
-    call = step(module, (input,) if hx is None else (input, hx), {}, train)
+    call = step(module, (input,) if hx is None else (input, hx), options, train)
     began = clock()
     call()
     first_call = clock() - began
     with torch.set_grad_enabled(train):
-        explained = explain(module, input, hx)
-    batch = module._batch(input)
+        explained = explain(module, as_run(module, input, **options), None if options else hx)
+    batch = module._batch(as_run(module, input, **options))
     sequences = cpu.Sequences(batch.x, batch.batch_sizes)
     schedule, before = _roof(module, batch.x.dtype, sequences, train)
     timing = take_apart(call, schedule.split == "units" and schedule.threads > 1, budget)
@@ -397,6 +385,16 @@ def profile_layer(
         kernels={k.name: k.compiled for k in _kernels(call)},
         rate=rate,
     )
+
+
+def as_run(module: DropIn, input: Any, lengths: Any = None, reset: Any = None, **_: Any) -> Any:
+    """The input as the engine is given it: padded sequences with lengths or resets are packed first."""
+    if lengths is None and reset is None:
+        return input
+    first = bool(module.batch_first)
+    steps, size = (input.shape[1], input.shape[0]) if first else input.shape[:2]
+    ragged = Ragged(steps, size, lengths, reset, batch_first=first)
+    return input if ragged.whole else PackedSequence(ragged.pack(input), ragged.batch_sizes)
 
 
 def _shapes(module: DropIn) -> tuple:
@@ -502,17 +500,18 @@ def _tensors(values: Any) -> list[Tensor]:
 @dataclass(frozen=True)
 class Row:
     """A recurrent layer of a model. calls: in one run of the model; seconds are of one call, with what the first one
-    was given. before: with torch.nn. after: with fastcells, None where the layer stays as it is, which `note` tells."""
+    was given. before: with torch.nn, None where it has no such layer. after: with fastcells, None where the layer stays
+    as it is, which `note` tells."""
 
     name: str
     calls: int
-    before: float
+    before: float | None
     after: LayerProfile | None
     note: str
 
     @property
     def ratio(self) -> float | None:
-        return None if self.after is None else self.before / self.after.timing.best
+        return None if self.after is None or self.before is None else self.before / self.after.timing.best
 
 
 @dataclass(frozen=True)
@@ -539,8 +538,9 @@ class Report:
         lines: list[tuple[str, ...]] = [("layer", "calls", "torch.nn", "fastcells", "ratio", "roof", "most time in")]
         for r in self.rows:
             name = r.name or "(the model)"
+            before = "-" if r.before is None else duration(r.before)
             if r.after is None:
-                lines.append((name, str(r.calls), duration(r.before), "-", "-", "-", r.note))
+                lines.append((name, str(r.calls), before, "-", "-", "-", r.note))
                 continue
             parts = r.after.timing.parts
             most = max(parts, key=lambda p: parts[p])
@@ -548,9 +548,9 @@ class Report:
                 (
                     name,
                     str(r.calls),
-                    duration(r.before),
+                    before,
                     duration(r.after.timing.best),
-                    f"{r.ratio:.2f}",
+                    "-" if r.ratio is None else f"{r.ratio:.2f}",
                     f"{r.after.share_of_roof:.0%}",
                     f"{most}, {parts[most] / r.after.timing.sum_of_parts:.0%}" if not r.note else r.note,
                 )
@@ -570,7 +570,8 @@ def profile(model: torch.nn.Module, *inputs: Any, train: bool = False, budget: f
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (original.RNNBase, original.RNNCellBase))}
+    kinds = original.RNNBase, original.RNNCellBase, DropIn
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
     classes = {name: module.__class__ for name, module in layers.items()}
     with torch.random.fork_rng(devices=[]):
         try:
@@ -584,19 +585,21 @@ def profile(model: torch.nn.Module, *inputs: Any, train: bool = False, budget: f
             rows = []
             for name, (calls, args, kwargs) in seen.items():
                 module = layers[name]
-                if not isinstance(module, DropIn) or name in left:
+                own = theirs[name] is ours[name]  # no other layer to set it beside
+                if not isinstance(module, DropIn):
                     before = best(step(module, args, kwargs, train), budget / 4)
                     rows.append(Row(name, calls, before, None, left.get(name, "not a layer that convert knows")))
                     continue
-                input, hx = (*args, kwargs.get("hx"))[:2] if args else (kwargs["input"], kwargs.get("hx"))
-                set_class(module, theirs[name])
-                before = best(step(module, args, kwargs, train), budget / 8)
-                set_class(module, ours[name])
-                after = profile_layer(module, input, hx, train=train, budget=budget)
-                set_class(module, theirs[name])
-                before = min(before, best(step(module, args, kwargs, train), budget / 8))
-                set_class(module, ours[name])
-                rows.append(Row(name, calls, before, after, after.reasons[0] if after.route == "torch" else ""))
+                times = []
+                for moment in range(2):  # before and after, as other load comes and goes
+                    if not own:
+                        set_class(module, theirs[name])
+                        times.append(best(step(module, args, kwargs, train), budget / 8))
+                        set_class(module, ours[name])
+                    if moment == 0:
+                        after = profile_layer(module, *args, train=train, budget=budget, **kwargs)
+                note = after.reasons[0] if after.route == "torch" else ""
+                rows.append(Row(name, calls, min(times, default=None), after, note))
             whole: dict[str, float] = {}
             call = step(model, inputs, {}, train)
             for _ in range(2):
