@@ -11,7 +11,7 @@ from torch.nn.modules import rnn as original
 from .cpu.host import host
 from .cpu.layer import Sequences, planned
 from .functional import STEPS
-from .nn import DropIn, Recurrent
+from .nn import DropIn, OverTime, Recurrent
 from .plan import few_at_once
 
 
@@ -27,16 +27,19 @@ class Explanation:
         return "\n".join([f"{self.module}: {self.route}", *(f"  {r}" for r in self.reasons)])
 
 
-def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
-    """Which path `module(input, hx)` would take now, and why; nothing is run.
+def explain(module: torch.nn.Module, input: Any, hx: Any = None, **options: Any) -> Explanation:
+    """Which path `module(input, hx, **options)` would take now, and why; no layer is run.
 
     module: a layer or cell of `fastcells.nn` (or of torch.nn, which always takes torch's). Raises TypeError for others.
+    options: lengths, reset, reset_to of a layer.
     """
     name = repr(module)
     if isinstance(module, (original.RNNBase, original.RNNCellBase)) and not isinstance(module, DropIn):
         return Explanation(name, "torch", ("a torch.nn module: fastcells.convert would change that",))
     if not isinstance(module, DropIn):
         raise TypeError(f"explain: module must be a recurrent layer or cell, got {type(module).__name__}")
+    if isinstance(module, OverTime) and options:
+        input, hx, _ = module._ragged(input, hx, **options)
     reason = module._route(input, hx)
     if reason is not None:
         form = (

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -322,40 +322,57 @@ class OverTime(DropIn):
 
         Raises TypeError, ValueError for lengths, reset or reset_to of another kind, shape or range.
         """
-        plain = super().forward
-        if lengths is None and reset is None:
-            if reset_to is not None:
-                raise ValueError("reset_to must be None without reset: it is what a reset leads to")
-            return plain(input, hx)
+        if lengths is None and reset is None and reset_to is None:
+            return super().forward(input, hx)
+        input, hx, finish = self._ragged(input, hx, lengths, reset, reset_to)
+        return finish(super().forward(input, hx))
+
+    def _ragged(
+        self,
+        input: Any,
+        hx: Any,
+        lengths: Lengths | None = None,
+        reset: Tensor | None = None,
+        reset_to: Any = None,
+    ) -> tuple[Any, Any, Callable]:
+        """The call without lengths and resets that one with them comes to: (input, hx, what makes of its results
+        those of the call)."""
+        if reset is None and reset_to is not None:
+            raise ValueError("reset_to must be None without reset: it is what a reset leads to")
         if isinstance(input, PackedSequence):
             raise ValueError("lengths and reset must be None with a PackedSequence, which has lengths of its own")
         cell, out = self._cell(), self.proj_size or self.hidden_size
+
+        def fail(mistake: Mistake, result: Any = None) -> Any:
+            raise mistake.error(f"{type(self).__name__}: {mistake}") from None
+
         try:
             batch = self._batch(input)
             states = None if hx is None else self._states(cell, input, batch, hx, out)
         except Mistake as mistake:
-            plain(input, hx)  # raises what torch.nn raises
-            raise mistake.error(f"{type(self).__name__}: {mistake}") from None
+            return input, hx, partial(fail, mistake)  # after torch.nn's own error, if it raises one
         if isinstance(reset_to, (tuple, list, Tensor)):
             try:
                 reset_to = self._states(cell, input, batch, reset_to, out, "reset_to")
             except Mistake as mistake:
-                raise mistake.error(f"{type(self).__name__}: {mistake}") from None
+                fail(mistake)
         steps, size, _ = batch.x.shape
-        if not size:
-            return plain(input, hx)
         batched, directions = input.dim() == 3, 2 if self.bidirectional else 1
-        if not batched:
-            reset = reset.unsqueeze(1) if isinstance(reset, Tensor) and reset.dim() == 1 else reset
+        if not batched and isinstance(reset, Tensor) and reset.dim() == 1:
+            reset = reset.unsqueeze(1)
         ragged = Ragged(steps, size, lengths, reset, batch_first=self.batch_first and batched, device=batch.x.device)
         entered = ragged.enter(states, reset_to, directions)
         if ragged.whole:
-            return plain(input, _as_given(entered, batched))
+            return input, _as_given(entered, batched), lambda result: result
         packed = PackedSequence(ragged.pack(input if batched else batch.x), ragged.batch_sizes)
-        y, finals = plain(packed, _as_given(entered))
-        finals = ragged.leave(finals if isinstance(finals, tuple) else (finals,), states, directions)
-        y = ragged.unpack(y.data)
-        return y if batched else y.squeeze(1), _as_given(finals, batched)
+
+        def finish(result: Any) -> Any:
+            y, finals = result
+            finals = ragged.leave(finals if isinstance(finals, tuple) else (finals,), states, directions)
+            y = ragged.unpack(y.data)
+            return y if batched else y.squeeze(1), _as_given(finals, batched)
+
+        return packed, _as_given(entered), finish
 
     def _batch(self, input: Any) -> Batch:
         rows = self.num_layers * (2 if self.bidirectional else 1)

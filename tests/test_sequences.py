@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_engine import everything, invented, problem
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fastcells import cells, functional, nn, unrolled
+from fastcells import cells, explain, functional, nn, unrolled
 
 
 def by_steps(cell, x, states, parameters, lengths=None, reset=None, reset_to=None):
@@ -348,3 +348,12 @@ def test_packed_sequences_have_lengths_of_their_own():
     (c, x, states, parameters, sizes), _, _ = problem(cells.gru, 3, 2, 3, 4, lengths=[3, 1])
     with pytest.raises(ValueError, match="must be None with batch_sizes"):
         functional.layer(c, x, states, parameters, sizes, lengths=[3, 1])
+
+
+def test_explain_counts_the_tokens():
+    layer, x = nn.LSTM(2, 6), torch.randn(9, 3, 2)
+    assert "packed input, 9 steps, 3 sequences, 13 tokens" in str(explain(layer, x, lengths=[1, 9, 3]))
+    reset = torch.zeros(9, 3, dtype=torch.bool)
+    assert "padded input, 9 steps, 3 sequences, 27 tokens" in str(explain(layer, x, reset=reset))
+    reset[3] = True
+    assert "packed input, 6 steps, 6 sequences, 27 tokens" in str(explain(layer, x, reset=reset))
