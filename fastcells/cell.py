@@ -31,7 +31,7 @@ class Recurrent(Operators):
 
 
 class Names(SimpleNamespace):
-    """x, u or s: one attribute per name."""
+    """x, u, s or p: one attribute per name."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"there is no {name!r}, only {', '.join(self.__dict__)}")
@@ -40,12 +40,25 @@ class Names(SimpleNamespace):
 class Cell:
     """A recurrent cell, callable as the function that it was declared from. Made by the decorator `cell`.
 
-    Attributes: `name`, `gates` (order of the blocks in weight_ih and weight_hh) and `states` (the first one, the hidden
-    state, is the layer's output and enters the recurrent products).
+    Attributes: `name`, `gates` (order of the blocks in weight_ih and weight_hh), `states` (the first one, the hidden
+    state, is the layer's output and enters the recurrent products), `parameters` (tensors of its own, [H] each),
+    `scalars` (numbers of its own), `inputs` ([N, H] each, the same at all steps) and `step_inputs` ([T, N, H] each).
     """
 
-    def __init__(self, function: Callable, name: str, gates: Sequence[str], states: Sequence[str]) -> None:
+    def __init__(
+        self,
+        function: Callable,
+        name: str,
+        gates: Sequence[str],
+        states: Sequence[str],
+        parameters: Sequence[str] = (),
+        scalars: Sequence[str] = (),
+        inputs: Sequence[str] = (),
+        step_inputs: Sequence[str] = (),
+    ) -> None:
         self.function, self.name, self.gates, self.states = function, name, tuple(gates), tuple(states)
+        self.parameters, self.scalars = tuple(parameters), tuple(scalars)
+        self.inputs, self.step_inputs = tuple(inputs), tuple(step_inputs)
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
         self.made_by: tuple[Callable, tuple] | None = (
@@ -53,7 +66,19 @@ class Cell:
         )
 
     def __repr__(self) -> str:
-        return f"<cell {self.name}: gates {' '.join(self.gates)}; states {' '.join(self.states)}>"
+        lists = ("gates", "states", "parameters", "scalars", "inputs", "step_inputs")
+        said = [f"{n.replace('_', ' ')} {' '.join(getattr(self, n))}" for n in lists if getattr(self, n)]
+        return f"<cell {self.name}: {'; '.join(said)}>"
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Names of the cell's own parameters, then scalars: the order of its tensors in `functional.layer`."""
+        return self.parameters + self.scalars
+
+    @property
+    def fed(self) -> tuple[str, ...]:
+        """Names of its extra inputs, then step inputs: the order of its `inputs` in `functional.layer`."""
+        return self.inputs + self.step_inputs
 
     def __reduce__(self):
         """Pickled as functions are: by name, or as the call that makes it."""
@@ -77,19 +102,26 @@ class Cell:
     def __deepcopy__(self, memo: dict) -> Cell:
         return self  # as functions do: a cell never changes
 
-    def __call__(self, x: Any, u: Any, s: Any) -> Any:
-        """The declared function itself: new state(s) from `x`, `u`, `s`, each with an attribute per gate or state."""
-        return self.function(x, u, s)
+    def __call__(self, x: Any, u: Any, s: Any, *p: Any) -> Any:
+        """The declared function itself: new state(s) from `x`, `u`, `s` (and `p`), each with an attribute per name."""
+        return self.function(x, u, s, *p)
 
-    def step(self, x: Mapping[str, Any], product: Callable[[str, Any], Any], states: Mapping[str, Any]) -> tuple:
+    def step(
+        self,
+        x: Mapping[str, Any],
+        product: Callable[[str, Any], Any],
+        states: Mapping[str, Any],
+        own: Mapping[str, Any] | None = None,
+    ) -> tuple:
         """One time step on values of any one kind.
 
-        x: pre-activations W_g x + b_g by gate; product(g, v) gives U_g v + b'_g; states by name.
-        Returns the new states in the order of `self.states`.
+        x: pre-activations W_g x + b_g by gate; product(g, v) gives U_g v + b'_g; states, and the cell's own parameters,
+        scalars and extra inputs, by name. Returns the new states in the order of `self.states`.
         """
         hidden = states[self.states[0]]
         u = {g: Recurrent(partial(product, g), hidden) for g in self.gates}
-        result = self.function(Names(**x), Names(**u), Names(**states))
+        p = (Names(**own or {}),) if self.own or self.fed else ()
+        result = self.function(Names(**x), Names(**u), Names(**states), *p)
         result = result if isinstance(result, tuple) else (result,)
         if len(result) != len(self.states):
             raise TypeError(
@@ -99,7 +131,8 @@ class Cell:
         return tuple(getattr(r, "__fastcells_value__", r) for r in result)
 
     def trace(self) -> tuple[Node, ...]:
-        """The new states as expression graphs over leaves ("x", gate), ("s", state) and nodes "product"."""
+        """The new states as expression graphs: over leaves ("x", gate), ("s", state), ("p", parameter),
+        ("scalar", ...), ("input", ...), ("step_input", ...), and nodes "product"."""
         try:
             return self._trace()
         except (TypeError, AttributeError) as error:
@@ -114,6 +147,16 @@ class Cell:
             {g: leaf("x", g) for g in self.gates},
             lambda g, v: Node("product", (v,), ("hh", g)),
             {s: leaf("s", s) for s in self.states},
+            {
+                n: leaf(kind, n)
+                for kind, names in (
+                    ("p", self.parameters),
+                    ("scalar", self.scalars),
+                    ("input", self.inputs),
+                    ("step_input", self.step_inputs),
+                )
+                for n in names
+            },
         )
         for name, new in zip(self.states, states, strict=True):
             if not isinstance(new, Node):
@@ -128,24 +171,43 @@ def _lookup(module: str, qualname: str) -> Any:
     return found
 
 
-def cell(gates: str, states: str = "h", name: str | None = None) -> Callable[[Callable], Cell]:
+def cell(
+    gates: str,
+    states: str = "h",
+    name: str | None = None,
+    *,
+    parameters: str = "",
+    scalars: str = "",
+    inputs: str = "",
+    step_inputs: str = "",
+) -> Callable[[Callable], Cell]:
     """Declare a recurrent cell.
 
     gates: names of the gates, in the order of their blocks of rows in weight_ih [gates * H, I] and weight_hh.
     states: names of the states; the first is the hidden state h.
+    parameters, scalars: names of learned tensors of the cell's own, one number per unit [H] each, or a single number.
+    inputs, step_inputs: names of extra inputs, given with each call: [N, H] each, the same at all steps (the mask of
+    variational dropout), or [T, N, H] (that of zoneout).
 
     The function takes (x, u, s): `x.g` = W_g x_t + b_g and `u.g` = U_g h_{t-1} + b'_g for each gate g, `u.g(v)` the
-    recurrent product of another vector, `s.h` the states of the step before; it returns the new states in order. It may
-    use arithmetic and the functions of `fastcells.expression`; it runs on NumPy arrays, torch tensors and symbols, and
-    forward and backward kernels are derived from it.
+    recurrent product of another vector, `s.h` the states of the step before; where the cell has parameters, scalars or
+    extra inputs, a fourth argument p has them, `p.beta`. It returns the new states in order. It may use arithmetic and
+    the functions of `fastcells.expression`; it runs on NumPy arrays, torch tensors and symbols, and forward and
+    backward kernels are derived from it.
 
     Raises ValueError for names that are no identifiers, or repeated.
     """
-    for what, names in (("gates", gates.split()), ("states", states.split())):
-        if not names or len(set(names)) != len(names) or not all(re.fullmatch(r"[A-Za-z]\w*", n) for n in names):
+    extra = {"parameters": parameters, "scalars": scalars, "inputs": inputs, "step_inputs": step_inputs}
+    lists = {what: names.split() for what, names in {"gates": gates, "states": states, **extra}.items()}
+    lists["names of the fourth argument"] = [n for what in extra for n in lists[what]]
+    for what, names in lists.items():
+        if len(set(names)) != len(names) or not all(re.fullmatch(r"[A-Za-z]\w*", n) for n in names):
             raise ValueError(f"cell: {what} must be different identifiers separated by spaces, got {names}")
+    for what in ("gates", "states"):
+        if not lists[what]:
+            raise ValueError(f"cell: {what} must be different identifiers separated by spaces, at least one, got none")
 
     def declare(function: Callable) -> Cell:
-        return Cell(function, name or function.__name__, gates.split(), states.split())
+        return Cell(function, name or function.__name__, *(lists[what] for what in ("gates", "states", *extra)))
 
     return declare

@@ -10,7 +10,7 @@ from torch.nn.modules import rnn as original
 
 from .cpu.host import host
 from .cpu.layer import Sequences, planned
-from .functional import STEPS
+from .functional import STEPS, flat
 from .nn import DropIn, OverTime, Recurrent
 from .plan import few_at_once
 
@@ -59,11 +59,12 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None, **options: Any)
         return Explanation(name, "torch", (few,))
     previous: tuple[str, ...] = ()
     for k, directions in enumerate(call.parameters):
-        plan = planned(call.cell, directions[0], sequences)  # type: ignore[arg-type]
+        plan = planned(call.cell, directions[0], sequences)
         if plan.reasons != previous:
             reasons += [f"layer {k}: {r}" for r in plan.reasons]
         previous = plan.reasons
-    tensors = [batch.x, *(call.states or ()), *(w for ds in call.parameters for d in ds for w in d if w is not None)]
+    weights = [t for directions in call.parameters for t in flat(directions) if t is not None]
+    tensors = [batch.x, *(call.states or ()), *weights]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         reasons.append("a gradient is wanted: the activated gates and the states of every step are kept for it")
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from .cell import Cell
 from .cpu import layer as cpu
 from .cpu.engine import DTYPES
 from .plan import STEP_ROWS, few_at_once
+from .program import build
 from .ragged import Lengths, Ragged
 
-Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-
+Parameters = tuple[Any, ...]
+"""(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) and, of a cell that has some, a tuple of its own tensors."""
 
 STEPS: dict[Cell, Callable] = {
     cells.lstm: torch._VF.lstm_cell,
@@ -54,12 +55,18 @@ def refusal(*tensors: Tensor) -> str | None:
     return None
 
 
+def flat(parameters: Sequence[Parameters]) -> list[Tensor | None]:
+    """All tensors of all directions."""
+    return [t for p in parameters for t in (*p[:5], *(p[5] if len(p) > 5 else ()))]
+
+
 def layer(
     cell: Cell,
     x: Tensor,
     states: tuple[Tensor, ...] | None,
     parameters: Sequence[Parameters],
     batch_sizes: Tensor | None = None,
+    inputs: Sequence[Tensor] = (),
     *,
     lengths: Lengths | None = None,
     reset: Tensor | None = None,
@@ -70,7 +77,10 @@ def layer(
     cell: the recurrent cell. x: [T, N, I], any strides, or packed rows [total, I] with batch_sizes, an int64 tensor [T]
     that does not increase. states: None for zeros, or [D, N, H] for each of the cell's states (the first one [D, N, P]
     with a projection). parameters: (weight_ih [G * H, I], weight_hh [G * H, H or P], bias_ih, bias_hh [G * H] or None,
-    weight_hr [P, H] or None) for each of the D directions; the second one runs backward in time.
+    weight_hr [P, H] or None, the cell's own tensors) for each of the D directions; the second one runs backward in
+    time. weight_hh may be None if the cell has no recurrent product; its own tensors, `cell.own`, are [H] each, or []
+    if scalars, and may be left out if there are none. inputs: the cell's extra inputs, `cell.fed`: [D, N, H] each, or
+    [D, T, N, H] ([D, total, H] for packed rows) for those of every step.
 
     For padded x: lengths: steps of each sequence, [N] integers from 0 to T. reset: bool [T, N], true where the state
     returns to reset_to (states like `states`; 0 for zeros; None for `states` themselves) before that step. It cuts the
@@ -82,18 +92,19 @@ def layer(
     Raises TypeError, ValueError for arguments that do not fit together, RuntimeError for tensors that the engine does
     not take (see `refusal`): float32 or float64 throughout, on the CPU.
     """
-    _check(cell, x, states, parameters, batch_sizes)
+    _check(cell, x, states, parameters, batch_sizes, inputs)
     if lengths is None and reset is None:
-        return unchecked_layer(cell, x, states, parameters, batch_sizes)
+        return unchecked_layer(cell, x, states, parameters, batch_sizes, inputs)
     if batch_sizes is not None:
         raise ValueError("lengths and reset must be None with batch_sizes: packed rows have lengths of their own")
     if isinstance(reset_to, tuple):
-        _check(cell, x, reset_to, parameters, batch_sizes, "reset_to")
+        _check(cell, x, reset_to, parameters, batch_sizes, inputs, "reset_to")
     ragged, directions = Ragged(x.shape[0], x.shape[1], lengths, reset), len(parameters)
     entered = ragged.enter(states, reset_to, directions)
     if ragged.whole:
-        return unchecked_layer(cell, x, entered, parameters)
-    y, finals = unchecked_layer(cell, ragged.pack(x), entered, parameters, ragged.batch_sizes)
+        return unchecked_layer(cell, x, entered, parameters, inputs=inputs)
+    fed = [ragged.spread(t) if t.dim() == 3 else torch.stack([ragged.pack(d) for d in t]) for t in inputs]
+    y, finals = unchecked_layer(cell, ragged.pack(x), entered, parameters, ragged.batch_sizes, fed)
     return ragged.unpack(y), ragged.leave(finals, states, directions)
 
 
@@ -103,6 +114,7 @@ def unchecked_layer(
     states: tuple[Tensor, ...] | None,
     parameters: Sequence[Parameters],
     batch_sizes: Tensor | None = None,
+    inputs: Sequence[Tensor] = (),
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """`layer` for callers that have checked the arguments themselves: kernels go by raw addresses.
 
@@ -110,8 +122,8 @@ def unchecked_layer(
     """
     if torch.autograd._profiler_enabled():
         with record_function(f"fastcells::{cell.name}"):
-            return _run(cell, x, states, parameters, batch_sizes)
-    return _run(cell, x, states, parameters, batch_sizes)
+            return _run(cell, x, states, parameters, batch_sizes, inputs)
+    return _run(cell, x, states, parameters, batch_sizes, inputs)
 
 
 def _run(
@@ -120,19 +132,20 @@ def _run(
     states: tuple[Tensor, ...] | None,
     parameters: Sequence[Parameters],
     batch_sizes: Tensor | None,
+    inputs: Sequence[Tensor],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     step = STEPS.get(cell)
     if step is not None and parameters[0][4] is None:
         rows = x.shape[-2] if batch_sizes is None or batch_sizes.shape[0] == 1 else STEP_ROWS
         if few_at_once(x.shape[0] if batch_sizes is None else 1, rows):
             return _single_step(step, cell, x, states, parameters)
-    flat = [w for p in parameters for w in p]
-    tensors = [x, *(states or ()), *flat]
+    tensors = [x, *(states or ()), *inputs, *flat(parameters)]
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
-        y, *finals = _Layer.apply(cell, batch_sizes, len(parameters), states is not None, x, *(states or ()), *flat)
+        y, *finals = _Layer.apply(cell, batch_sizes, len(parameters), states is not None, *tensors)
         return y, tuple(finals)
     sequences = cpu.Sequences(x, batch_sizes)
-    y, finals, _ = cpu.forward(cell, x, states, parameters, sequences, training=False)
+    _, _, _, whole = _split(cell, len(parameters), states is not None, tensors)
+    y, finals, _ = cpu.forward(cell, x, states, whole, sequences, training=False, inputs=inputs)
     return y, finals
 
 
@@ -142,7 +155,7 @@ def _single_step(
     """The same for one time step by torch's cell operation."""
     rows = x if x.dim() == 2 else x[0]
     results = []
-    for k, (w_ih, w_hh, b_ih, b_hh, _) in enumerate(parameters):
+    for k, (w_ih, w_hh, b_ih, b_hh, *_) in enumerate(parameters):
         zero = rows.new_zeros(rows.shape[0], w_hh.shape[1]) if states is None else None
         initial = [zero if states is None else states[j][k] for j in range(len(cell.states))]
         result = step(rows, initial if len(initial) > 1 else initial[0], w_ih, w_hh, b_ih, b_hh)
@@ -153,7 +166,7 @@ def _single_step(
     return y.view(*x.shape[:-1], -1), tuple(finals)
 
 
-def _check(cell, x, states, parameters, batch_sizes, states_name="states") -> None:
+def _check(cell, x, states, parameters, batch_sizes, inputs, states_name="states") -> None:
     """Raise for the first argument of `layer` that does not fit."""
 
     def want(condition: bool, name: str, expected: str, given: object, error: type[Exception] = ValueError) -> None:
@@ -186,8 +199,10 @@ def _check(cell, x, states, parameters, batch_sizes, states_name="states") -> No
     tensors = [x]
     for k, given in enumerate(parameters):
         name = f"parameters[{k}]"
-        want(len(given) == 5, name, "(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)", f"{len(given)} items")
-        w_ih, w_hh, b_ih, b_hh, w_hr = given
+        kinds = "(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, the cell's own tensors)"
+        want(len(given) in (5, 6), name, kinds, f"{len(given)} items")
+        w_ih, w_hh, b_ih, b_hh, w_hr = given[:5]
+        own = given[5] if len(given) > 5 else ()
         want_tensor(w_ih, f"{name}: weight_ih", [None, x.shape[-1]])
         total, gates = w_ih.shape[0], len(cell.gates)
         want(total > 0 and total % gates == 0, f"{name}: weight_ih", f"of {gates} gates' rows", tuple(w_ih.shape))
@@ -195,7 +210,17 @@ def _check(cell, x, states, parameters, batch_sizes, states_name="states") -> No
         if k == 0:
             first, size = hidden, hidden if w_hr is None else len(w_hr)
         want(hidden == first, f"{name}: weight_ih", f"of hidden size {first}, as the first direction's", hidden)
-        want_tensor(w_hh, f"{name}: weight_hh", [total, size])
+        programs = build(cell, w_hr is not None)
+        if w_hh is not None or programs.gradients.u:
+            want_tensor(w_hh, f"{name}: weight_hh", [total, size])
+        square = w_hr is None or size == hidden or not programs.square
+        want(
+            square, f"{name}: weight_hr", f"of {hidden} rows, as cell {cell.name} does not only multiply h_(t-1)", size
+        )
+        want(len(own) == len(cell.own), f"{name}[5]", f"one Tensor each for {cell.own}", f"{len(own)} items")
+        for tensor, own_name in zip(own, cell.own, strict=True):
+            shape = [] if own_name in cell.scalars else [hidden]
+            want_tensor(tensor, f"{name}: {own_name}", shape)
         want((b_ih is None) == (b_hh is None), f"{name}: bias_ih, bias_hh", "both given or both None", (b_ih, b_hh))
         if b_ih is not None:
             want_tensor(b_ih, f"{name}: bias_ih", [total])
@@ -203,12 +228,17 @@ def _check(cell, x, states, parameters, batch_sizes, states_name="states") -> No
         want((w_hr is None) == (parameters[0][4] is None), f"{name}: weight_hr", "as the first direction's", w_hr)
         if w_hr is not None:
             want_tensor(w_hr, f"{name}: weight_hr", [size, hidden])
-        tensors += [t for t in given if t is not None]
+        tensors += [t for t in (*given[:5], *own) if t is not None]
     if states is not None:
         want(len(states) == len(cell.states), states_name, f"one Tensor each for {cell.states}", f"{len(states)} items")
         for j, (s, name) in enumerate(zip(states, cell.states, strict=True)):
             want_tensor(s, f"{states_name}[{j}] ({name})", [len(parameters), rows, hidden if j else size])
             tensors.append(s)
+    want(len(inputs) == len(cell.fed), "inputs", f"one Tensor each for {cell.fed}", f"{len(inputs)} items")
+    for t, name in zip(inputs, cell.fed, strict=True):
+        steps = x.shape[:-1] if name in cell.step_inputs else [rows]
+        want_tensor(t, f"inputs: {name}", [len(parameters), *steps, first])
+        tensors.append(t)
     reason = refusal(*tensors)
     want(reason is None, "the call", "one that the engine takes", reason, RuntimeError)
     dtypes = {t.dtype for t in tensors}
@@ -216,19 +246,22 @@ def _check(cell, x, states, parameters, batch_sizes, states_name="states") -> No
 
 
 def _split(cell: Cell, directions: int, given: bool, tensors: Sequence) -> tuple:
-    """x, states or None, parameters"""
+    """x, states or None, inputs, parameters"""
     x, *rest = tensors
     count = len(cell.states) if given else 0
-    states, flat = rest[:count], rest[count:]
-    return x, tuple(states) if given else None, [tuple(flat[5 * k : 5 * k + 5]) for k in range(directions)]
+    states, inputs, flat = rest[:count], rest[count : count + len(cell.fed)], rest[count + len(cell.fed) :]
+    each = 5 + len(cell.own)
+    parameters = [(*flat[k : k + 5], tuple(flat[k + 5 : k + each])) for k in range(0, directions * each, each)]
+    return x, tuple(states) if given else None, tuple(inputs), parameters
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cell, batch_sizes, directions, given, *tensors):
-        x, states, parameters = _split(cell, directions, given, tensors)
+        x, states, inputs, parameters = _split(cell, directions, given, tensors)
         sequences = cpu.Sequences(x, batch_sizes)
-        y, finals, saved = cpu.forward(cell, x, states, parameters, sequences, training=True)
+        ctx.feed = any([t.requires_grad for t in inputs])
+        y, finals, saved = cpu.forward(cell, x, states, parameters, sequences, True, inputs, ctx.feed)
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.sequences, ctx.batch_sizes, ctx.plans = cell, sequences, batch_sizes, saved.plans
         ctx.directions, ctx.given, ctx.inputs = directions, given, len(tensors)
@@ -249,10 +282,10 @@ def _backward(ctx, dy, *dstates):
     needs = ctx.needs_input_grad[4:]
     if torch.is_grad_enabled():  # create_graph: the derivative must itself be differentiable
         return None, None, None, None, *_differentiable(ctx, inputs, needs, dy, dstates)
-    x, states, parameters = _split(ctx.cell, ctx.directions, ctx.given, inputs)
+    x, states, fed, parameters = _split(ctx.cell, ctx.directions, ctx.given, inputs)
     count = len(states or ())
-    wanted = cpu.Wanted(needs[0], any(needs[1 : 1 + count]), any(needs[1 + count :]))
-    dx, d0, dparameters = cpu.backward(
+    wanted = cpu.Wanted(needs[0], any(needs[1 : 1 + count]), any(needs[1 + count + len(fed) :]))
+    dx, d0, dparameters, dinputs = cpu.backward(
         ctx.cell,
         x,
         states,
@@ -264,8 +297,10 @@ def _backward(ctx, dy, *dstates):
         dstates,
         wanted,
         overwrite=not _keeps_graph(),
+        inputs=fed,
+        feed=ctx.feed,
     )
-    found = [dx, *(d0 if ctx.given else ()), *(g for p in dparameters for g in p)]
+    found = [dx, *(d0 if ctx.given else ()), *dinputs, *(g for p in dparameters for g in p)]
     return None, None, None, None, *(g if need else None for g, need in zip(found, needs, strict=True))
 
 
@@ -278,8 +313,8 @@ def _keeps_graph() -> bool:
 def _differentiable(ctx, inputs, needs, dy, dstates) -> list[Tensor | None]:
     """The gradients as functions of inputs and cotangents, by autograd through the cell's torch form."""
     with torch.enable_grad():
-        x, states, parameters = _split(ctx.cell, ctx.directions, ctx.given, inputs)
-        y, finals = unrolled.layer(ctx.cell, x, states, parameters, ctx.batch_sizes)
+        x, states, fed, parameters = _split(ctx.cell, ctx.directions, ctx.given, inputs)
+        y, finals = unrolled.layer(ctx.cell, x, states, parameters, ctx.batch_sizes, fed)
         outputs = [(o, d) for o, d in zip((y, *finals), (dy, *dstates), strict=True) if d is not None]
         asked = [t for t, need in zip(inputs, needs, strict=True) if need]
         grads = iter(

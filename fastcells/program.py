@@ -28,12 +28,13 @@ class Place:
 
     when: "now" at this time step; "before" at the step that was processed before it, "after" at the one processed next
     (the buffer's initial rows where a sequence has no such step); "static" the same at all steps; "first" like static,
-    but the initial rows at a sequence's first processed step.
+    but the initial rows at a sequence's first processed step. uniform: a single number that stands for all units.
     """
 
     buffer: str
     slot: int = 0
     when: str = "now"
+    uniform: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,9 @@ class Gradients:
 
     x: dict[str, int]  # W_g x_t + b_g
     u: dict[str, int]  # U_g v + b'_g
-    operands: dict[str, int | None]  # slot of v for each u gate, None where it is the hidden state itself
+    operands: dict[str, str | int]  # for each u gate the state that v is, or v's slot
     projected: int | None  # slot of the vector that is projected, if there is a projection
+    own: tuple[Node, ...]  # leaves of the cell's parameters, scalars and inputs that buffers "d.<name>" are for
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,10 @@ class Programs:
     backward: Program
     slots: int
     gradients: Gradients
-    states: tuple[str, ...]
+    states: tuple[str, ...]  # the cell's, then the derived ones
+    derived: tuple[Node, ...]  # what the derived states are, over leaves of the cell's states
+    streams: frozenset[str]  # states other than the first that enter recurrent products
+    square: bool  # a projection has to keep the hidden size
     start_gates: tuple[str, ...]  # x gates in the order of their slots
     bias_gates: tuple[str, ...]  # gates whose recurrent product starts from its own bias
     shared: frozenset[str]  # gates where x.g and u.g share one accumulator and one bias
@@ -130,16 +135,19 @@ class Programs:
     cross: int  # vectors that the backward pass hands from one of its stages to a later one
 
 
-def build(cell: Cell, project: bool) -> Programs:
-    """Derive both programs. project: a linear projection of the hidden state follows the cell (LSTM's proj_size)."""
-    return _build(cell.name, cell.states, cell.gates, cell.trace(), project)
+@lru_cache(maxsize=256)
+def build(cell: Cell, project: bool, feed: bool = False) -> Programs:
+    """Derive both programs. project: a linear projection of the hidden state follows the cell (LSTM's proj_size).
+    feed: the backward pass yields gradients of the cell's extra inputs too."""
+    return _build(cell.name, cell.states, cell.gates, cell.trace(), project, feed)
 
 
 @lru_cache(maxsize=256)
 def _build(
-    name: str, states: tuple[str, ...], gates: tuple[str, ...], traced: tuple[Node, ...], project: bool
+    name: str, states: tuple[str, ...], gates: tuple[str, ...], traced: tuple[Node, ...], project: bool, feed: bool
 ) -> Programs:
-    step = _Step(name, states, gates, traced, project)
+    step = _Step(states, gates, traced, project, feed)
+    states = step.states
     forward = _Staging(step.outputs, step.forward_accumulators)
     x_slot = {g: k for k, g in enumerate(step.x_gates)}
     u_slot = {g: x_slot[g] if g in step.shared else len(x_slot) + step.bias_gates.index(g) for g in step.u_gates}
@@ -148,11 +156,18 @@ def _build(
     stored = {n: leaf("now", s) for n, s in step.new_state.items()}
     forced = {n for n in forward.crossing if n not in step.new_state} | step.operands
     wanted = _forward_values(step.backward_roots, set(forward.nodes))
-    saved = _choose_saved(forward.nodes, wanted, set(stored), forced)
+    while True:  # until whatever a stage stores can be had there
+        saved = _choose_saved(forward.nodes, wanted, set(stored), forced)
+        parts = [forward.needs(k, [n for n in saved if forward.stage(n) == k]) for k in range(forward.depth)]
+        missing = {n for part in parts for n in part if n.op != "leaf" and n not in saved and n not in stored}
+        if not missing:
+            break
+        forced |= missing
     available = {**stored, **{n: leaf("saved", k) for k, n in enumerate(saved)}}
     roots = dict(zip(step.backward, substitute(step.backward_roots, available), strict=True))
-    hidden_gradient = leaf("d", states[0])
-    backward = _Staging(list(roots.values()), {hidden_gradient: 0})
+    reached = {step.hidden: leaf("d", states[0])}  # states that products take in, and their gradients
+    reached |= {n: leaf("d", n.value[1]) for n in step.operand_of.values() if step.is_state(n)}
+    backward = _Staging(list(roots.values()), dict.fromkeys(reached.values(), 0))
 
     grad_slot = {("x", g): x_slot[g] for g in step.x_gates} | {("u", g): u_slot[g] for g in step.u_gates}
     written = {slot: backward.stage(roots[key]) for key, slot in grad_slot.items()}
@@ -184,9 +199,10 @@ def _build(
             matrix, gate = node.value[:2] if node.op == "product" else ("ih", node.value[1])
             if node.op == "product":
                 operand = node.args[0]
-                rows = (
-                    Place("s." + states[0], 0, "before") if operand is step.hidden else Place("saved", slot_of[operand])
-                )
+                if step.is_state(operand):
+                    rows = Place("s." + operand.value[1], 0, "before")
+                else:
+                    rows = Place("saved", slot_of[operand])
                 targets.setdefault(rows, []).append((matrix, gate, index))
                 if matrix == "hh" and gate not in step.shared:
                     start = (Place("bias", step.bias_gates.index(gate), "static"),)
@@ -210,7 +226,7 @@ def _build(
         loads = {}
         for n in forward.needs(k, [n for n, _, _ in outputs]):
             if n.op == "leaf":
-                loads[n] = Place("s." + n.value[1], 0, "before")
+                loads[n] = Place("s." + n.value[1], 0, "before") if n.value[0] == "s" else _own_place(n)
             else:
                 loads[n] = Place("saved", slot_of[n]) if n in slot_of else Place("s." + step.new_state[n])
         size = "P" if any(n.op == "product" and n.value[0] == "hr" for n, _ in accumulators) else "H"
@@ -223,14 +239,18 @@ def _build(
     stages = []
     for k in range(backward.depth):
         accumulators, segments = [], []
-        if k == 0:
-            carry = Place("carry." + states[0], 0, "static" if states[0] in carried else "first")
-            accumulators.append((hidden_gradient, (Place("dy"), carry)))
-            for run in runs([g for g in step.u_gates if step.operand_of[g] is step.hidden], u_slot):
+        for state, gradient in reached.items() if k == 0 else ():
+            start = ()  # nothing but products reaches a derived state
+            if state is step.hidden:
+                start = (Place("dy"), Place("carry." + states[0], 0, "static" if states[0] in carried else "first"))
+            elif state.value[1] not in step.derived:
+                start = (Place("carry." + state.value[1], 0, "static"),)
+            for run in runs([g for g in step.u_gates if step.operand_of[g] is state], u_slot):
                 weights = Weights("hh", run, transposed=True)
-                segments.append(Segment(Place("grad", u_slot[run[0]], "before"), weights, (0,)))
+                segments.append(Segment(Place("grad", u_slot[run[0]], "before"), weights, (len(accumulators),)))
+            accumulators.append((gradient, start))
         for node in backward.accumulators(k):
-            if node is not hidden_gradient:
+            if node not in reached.values():
                 matrix, gate = node.value
                 rows = Place("projected") if matrix == "hr" else Place("grad", u_slot[gate])
                 segments.append(Segment(rows, Weights(matrix, (gate,), transposed=True), (len(accumulators),)))
@@ -238,11 +258,14 @@ def _build(
         results = [
             (roots[key], Place("projected") if key[0] == "hr" else Place("grad", grad_slot[key]), False)
             for key in roots
-            if key[0] != "s" and not (key[0] == "u" and key[1] in step.shared)
+            if key[0] in ("x", "u", "hr") and not (key[0] == "u" and key[1] in step.shared)
         ]
         results += [
-            (roots["s", s], Place("carry." + s, 0, "static"), False) for s in states if s in carried or s != states[0]
+            (roots["s", s], Place("carry." + s, 0, "static"), False)
+            for s in states
+            if s not in step.derived and (s in carried or s != states[0])
         ]
+        results += [(roots["own", n], _total_place(n), False) for n in step.own]
         results = [r for r in results if backward.stage(r[0]) == k]
         results += [(n, Place("cross", j, "static"), False) for n, j in cross.items() if backward.stage(n) == k]
         loads = {}
@@ -253,6 +276,10 @@ def _build(
                 loads[n] = Place("saved", slot_of[saved[n.value[1]]])
             elif n.value[0] == "d":
                 loads[n] = Place("carry." + n.value[1], 0, "static")
+            elif n.value[0] == "total":
+                loads[n] = Place("total." + n.value[1], 0, "static")
+            elif n.value[0] not in ("s", "now"):
+                loads[n] = _own_place(n)
             else:
                 loads[n] = Place("s." + n.value[1], 0, "now" if n.value[0] == "now" else "after")
         size = "P" if project and k == 0 else "H"
@@ -265,10 +292,14 @@ def _build(
         gradients=Gradients(
             x_slot,
             u_slot,
-            {g: None if v is step.hidden else slot_of[v] for g, v in step.operand_of.items()},
+            {g: v.value[1] if step.is_state(v) else slot_of[v] for g, v in step.operand_of.items()},
             slot_of[step.outputs[0].args[0]] if project else None,
+            step.own,
         ),
         states=states,
+        derived=tuple(step.derived.values()),
+        streams=frozenset(n.value[1] for n in reached if n is not step.hidden),
+        square=step.square,
         start_gates=step.x_gates,
         bias_gates=step.bias_gates,
         shared=frozenset(step.shared),
@@ -277,21 +308,54 @@ def _build(
     )
 
 
+OWN = ("p", "scalar", "input", "step_input")  # kinds of leaves that are a cell's own tensors
+
+
+def _own_place(n: Node) -> Place:
+    kind, name = n.value
+    return Place("own." + name, 0, "now" if kind == "step_input" else "static", uniform=kind == "scalar")
+
+
+def _total_place(n: Node) -> Place:
+    return Place("total." + n.value[1], 0, "now" if n.value[0] == "step_input" else "static")
+
+
+def _derive(outputs: list[Node], states: tuple[str, ...]) -> tuple[list[Node], dict[str, Node]]:
+    """Operands of products that only need the step before, such as p.mask * s.h, become states, made in that step.
+
+    Returns the outputs with those of the new states, and what the new states are over leaves of the given ones.
+    """
+
+    def early(node: Node) -> bool:
+        leaves = [n for n in topological([node]) if n.op == "leaf" or n.op == "product"]
+        return all(n.op == "leaf" and n.value[0] not in ("x", "step_input") for n in leaves)
+
+    products = [n for n in topological(outputs) if n.op == "product" and n.value[0] == "hh"]
+    operands = [n.args[0] for n in products if not _Step.is_state(n.args[0]) and early(n.args[0])]
+    derived = {f"{states[0]}+{k}": v for k, v in enumerate(dict.fromkeys(operands))}
+    state_of = {v: leaf("s", name) for name, v in derived.items()}
+    replace = {n: Node("product", (state_of[n.args[0]],), n.value) for n in products if n.args[0] in state_of}
+    outputs = substitute(outputs, replace)
+    new = dict(zip([leaf("s", s) for s in states], outputs, strict=True))
+    return outputs + substitute(list(derived.values()), new), derived
+
+
 class _Step:
     """One time step of a cell as a graph, with the gradients of its pre-activations and states."""
 
     def __init__(
-        self, name: str, states: tuple[str, ...], gates: tuple[str, ...], traced: tuple[Node, ...], project: bool
+        self, states: tuple[str, ...], gates: tuple[str, ...], traced: tuple[Node, ...], project: bool, feed: bool
     ):
         outputs = list(traced)
         self.hidden = leaf("s", states[0])
+        # Where h is not only what u.g multiplies, or u.g multiplies another vector, sizes have to agree.
+        self.square = any(
+            self.hidden in n.args if n.op != "product" else n.args[0] is not self.hidden for n in topological(outputs)
+        )
         if project:
-            if any(
-                self.hidden in n.args if n.op != "product" else n.args[0] is not self.hidden
-                for n in topological(outputs)
-            ):
-                raise ValueError(f"cell {name}: a projection needs a cell whose {states[0]} enters only through u.g")
             outputs[0] = Node("product", (outputs[0],), ("hr", states[0]))
+        outputs, self.derived = _derive(outputs, states)
+        self.states = states = states + tuple(self.derived)
         self.outputs, self.shared = _share(outputs)
         nodes = topological(self.outputs)
         products = sorted(
@@ -300,14 +364,14 @@ class _Step:
         x_leaves = [leaf("x", g) for g in gates if leaf("x", g) in nodes]
         self.new_state = dict(zip(self.outputs, states, strict=True))
         self.operand_of = {n.value[1]: n.args[0] for n in products if n.value[0] == "hh"}
-        self.operands = {n.args[0] for n in products if n.args[0] is not self.hidden}
+        self.operands = {n.args[0] for n in products if not self.is_state(n.args[0])}
         self.u_gates = tuple(self.operand_of)
         self.bias_gates = tuple(g for g in self.u_gates if g not in self.shared)
         self.x_gates = tuple(g for g in gates if g in self.shared or leaf("x", g) in x_leaves)
         self.start_of = {n.value[1]: n for n in [*x_leaves, *products] if n.op == "leaf" or n.value[1] in self.shared}
 
         # A product of a computed vector needs all of that vector: it begins a stage. Nodes that need no stage get -1.
-        self.forward_accumulators = {n: 0 if n.args[0] is self.hidden else None for n in products}
+        self.forward_accumulators = {n: 0 if self.is_state(n.args[0]) else None for n in products}
         self.forward_accumulators |= dict.fromkeys(x_leaves, -1)
 
         found: dict[tuple[str, str], Node] = {}
@@ -318,7 +382,7 @@ class _Step:
                 found["hr" if matrix == "hr" else "u", gate] = grad
                 if gate in self.shared and matrix == "hh":
                     found["x", gate] = grad
-                if node.args[0] is not self.hidden:
+                if not self.is_state(node.args[0]):
                     yield node.args[0], Node("transposed", (grad,), (matrix, gate))
             elif node.value[0] == "x":
                 found["x", node.value[1]] = grad
@@ -328,7 +392,16 @@ class _Step:
         self.backward = {k: found.get(k, ZERO) for k in keys}
         self.backward |= {k: v for k, v in found.items() if k[0] == "hr"}
         self.backward |= {("s", s): grads.get(leaf("s", s), ZERO) for s in states}
+        kinds = OWN if feed else OWN[:2]
+        self.own = tuple(n for n in topological(self.outputs) if n.op == "leaf" and n.value[0] in kinds and n in grads)
+        for n in self.own:  # sums over the steps, but for an input of every step
+            before = ZERO if n.value[0] == "step_input" else leaf("total", n.value[1])
+            self.backward["own", n] = before + grads[n]
         self.backward_roots = list(self.backward.values())
+
+    @staticmethod
+    def is_state(node: Node) -> bool:
+        return node.op == "leaf" and node.value[0] == "s"
 
 
 class _Staging:
@@ -351,17 +424,16 @@ class _Staging:
                 level = accumulators[n]  # type: ignore[assignment]
             elif n in accumulators or n.op == "transposed":
                 level += 1
-            elif n in operands and n.op != "leaf":
-                level = max(level, 0)
-            self._level[n] = level
+            self._level[n] = max(level, 0) if n in operands and not _Step.is_state(n) else level
         for n in accumulators:
             if n in self._level and self._level[n] == -1:
                 self._level[n] = max(0, min((self._level[m] for m in self.nodes if n in m.args), default=0))
         self.depth = max((self.stage(n) for n in self.nodes), default=0) + 1
         self._roots = roots
         self.crossing: dict[Node, None] = {}
+        made = [*roots, *(n for n in self.nodes if n in operands)]
         for k in range(self.depth):  # a later stage needs it, and it cannot be computed from stored vectors there
-            for n in self.needs(k, [r for r in roots if self.stage(r) == k]):
+            for n in self.needs(k, [r for r in made if self.stage(r) == k]):
                 if self._level[n] >= 0 and self._level[n] < k:
                     self.crossing[n] = None
 
@@ -437,7 +509,12 @@ def _forward_values(roots: list[Node], forward: set[Node]) -> set[Node]:
 
     for r in roots:
         visit(r)
-    return {n for n in found if not (n.op == "leaf" and n.value[0] == "s")}
+    return {n for n in found if not _is_kept(n)}
+
+
+def _is_kept(node: Node) -> bool:
+    """Whether the backward pass has the value anyway: a state, or a tensor of the cell's own."""
+    return node.op == "leaf" and node.value[0] in ("s", *OWN)
 
 
 def _choose_saved(nodes: list[Node], wanted: set[Node], stored: set[Node], forced: set[Node]) -> list[Node]:
@@ -453,7 +530,7 @@ def _choose_saved(nodes: list[Node], wanted: set[Node], stored: set[Node], force
             if node in seen or node in saved or node in stored or node.op == "constant":
                 return 0.0
             seen.add(node)
-            if node.op == "leaf" and node.value[0] == "s":
+            if _is_kept(node):
                 return 0.0
             if node.op not in OPERATIONS:
                 return float("inf")  # an input projection or a recurrent product is gone after the step
@@ -471,7 +548,7 @@ def _choose_saved(nodes: list[Node], wanted: set[Node], stored: set[Node], force
             if node not in saved or node in forced:
                 continue
             args = {b for a in node.args for b in (a.args if is_condition(a) else (a,))}
-            args -= {a for a in args if a.op == "constant" or a in stored or (a.op == "leaf" and a.value[0] == "s")}
+            args -= {a for a in args if a.op == "constant" or a in stored or _is_kept(a)}
             for trial in (saved - {node}, (saved - {node}) | args):
                 cost = recompute_cost(trial)
                 if cost < best:

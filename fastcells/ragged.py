@@ -111,6 +111,10 @@ class Ragged:
             return x.new_zeros(1, x.shape[-1])
         return _Rows.apply(x.reshape(-1, x.shape[-1]), self._token, self._row)
 
+    def spread(self, t: Tensor) -> Tensor:
+        """What belongs to each sequence, [R, N, F] -> to each of its stretches, [R, stretches, F]."""
+        return t if self.whole else t.index_select(1, self._columns)
+
     def unpack(self, y: Tensor) -> Tensor:
         """Packed rows [rows, F] -> tokens [T, N, F] ([N, T, F]), zero past the end of a sequence."""
         return _Rows.apply(y[: self.tokens], self._row, self._token[: self.tokens]).view(*self._shape, -1)
@@ -126,14 +130,14 @@ class Ragged:
             if not isinstance(reset_to, tuple):
                 return None
             states = tuple(torch.zeros_like(t) for t in reset_to)
-        entered = states if self.whole else tuple(s.index_select(1, self._columns) for s in states)
+        entered = tuple(map(self.spread, states))
         after = np.stack(self._after_reset[:directions])
         if reset_to is None or not after.any():
             return entered
         replaced = self._table(np.tile(after, (len(states[0]) // directions, 1))).unsqueeze(-1)
         if not isinstance(reset_to, tuple):
             return tuple(s.masked_fill(replaced, 0) for s in entered)
-        others = reset_to if self.whole else tuple(t.index_select(1, self._columns) for t in reset_to)
+        others = tuple(map(self.spread, reset_to))
         return tuple(torch.where(replaced, t, s) for s, t in zip(entered, others, strict=True))
 
     def leave(self, finals: States, states: States | None, directions: int) -> States:

@@ -17,14 +17,17 @@ def layer(
     cell: Cell,
     x: Tensor,
     states: tuple[Tensor, ...] | None,
-    parameters: Sequence[tuple[Tensor | None, ...]],
+    parameters: Sequence[tuple],
     batch_sizes: Tensor | None = None,
+    fed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The same call as `functional.layer`, one step of torch operations at a time."""
     counts = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
     inputs = x.unbind(0) if batch_sizes is None else x.split(counts)
     results = [
-        _direction(cell, inputs, counts, None if states is None else [s[k] for s in states], p, reverse=bool(k))
+        _direction(
+            cell, inputs, counts, None if states is None else [s[k] for s in states], p, [t[k] for t in fed], bool(k)
+        )
         for k, p in enumerate(parameters)
     ]
     outputs = [torch.cat(step, -1) for step in zip(*(y for y, _ in results), strict=True)]
@@ -32,13 +35,21 @@ def layer(
     return y, tuple(torch.stack(s) for s in zip(*(final for _, final in results), strict=True))
 
 
-def _direction(cell, inputs, counts, states, parameters, reverse) -> tuple[list[Tensor], list[Tensor]]:
-    w_ih, w_hh, b_ih, b_hh, w_hr = parameters
+def _direction(cell, inputs, counts, states, parameters, fed, reverse) -> tuple[list[Tensor], list[Tensor]]:
+    w_ih, w_hh, b_ih, b_hh, w_hr = parameters[:5]
+    own = dict(zip(cell.own, parameters[5] if len(parameters) > 5 else (), strict=True))
+    fixed = dict(zip(cell.inputs, fed, strict=False))
+    by_step = {
+        name: t.unbind(0) if t.dim() == 3 else t.split(counts)
+        for name, t in zip(cell.step_inputs, fed[len(cell.inputs) :], strict=True)
+    }
     gates = {g: k for k, g in enumerate(cell.gates)}
     h = w_ih.shape[0] // len(gates)
     rows = max(counts)
     if states is None:
-        states = [w_ih.new_zeros(rows, w_hh.shape[1])] + [w_ih.new_zeros(rows, h) for _ in cell.states[1:]]
+        states = [w_ih.new_zeros(rows, h if w_hr is None else len(w_hr))] + [w_ih.new_zeros(rows, h)] * (
+            len(cell.states) - 1
+        )
 
     def affine(v: Tensor, weight: Tensor, bias: Tensor | None, gate: str) -> Tensor:
         block = slice(gates[gate] * h, (gates[gate] + 1) * h)
@@ -49,7 +60,10 @@ def _direction(cell, inputs, counts, states, parameters, reverse) -> tuple[list[
         n = counts[t]  # sequences that have this step are the first ones
         active = {name: s[:n] for name, s in zip(cell.states, states, strict=True)}
         new = cell.step(
-            {g: affine(inputs[t], w_ih, b_ih, g) for g in gates}, lambda g, v: affine(v, w_hh, b_hh, g), active
+            {g: affine(inputs[t], w_ih, b_ih, g) for g in gates},
+            lambda g, v: affine(v, w_hh, b_hh, g),
+            active,
+            {**own, **{name: v[:n] for name, v in fixed.items()}, **{name: v[t] for name, v in by_step.items()}},
         )
         if w_hr is not None:
             new = (torch.nn.functional.linear(new[0], w_hr), *new[1:])

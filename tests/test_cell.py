@@ -247,6 +247,36 @@ def test_gate_names_are_checked(gates):
         cell(gates="a", states=gates)
 
 
-def test_projection_needs_a_cell_without_its_hidden_state():
-    with pytest.raises(ValueError, match="enters only through"):
-        build(cells.gru, project=True)
+def test_what_only_needs_the_step_before_becomes_a_state():
+    """The operand p.mask * s.h is made at the end of the step before: no stage of its own."""
+
+    @cell(gates="r z n", inputs="mask")
+    def dropped(x, u, s, p):
+        h = p.mask * s.h
+        r = ex.sigmoid(x.r + u.r(h))
+        z = ex.sigmoid(x.z + u.z(h))
+        n = ex.tanh(x.n + r * u.n(h))
+        return n + z * (s.h - n)
+
+    programs = build(dropped, False)
+    assert len(programs.forward.stages) == len(programs.backward.stages) == 1
+    assert programs.states == ("h", "h+0")
+    assert repr(programs.derived[0]) == "mul(input.mask, s.h)"
+
+
+def test_only_a_projection_that_keeps_the_size_fits_a_cell_that_uses_its_hidden_state():
+    assert build(cells.gru, True).square
+    assert not build(cells.lstm, True).square
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ({"parameters": "a a"}, "parameters must be different"),
+        ({"parameters": "a", "inputs": "a"}, "names of the fourth argument must be different"),
+        ({"scalars": "1"}, "scalars must be different identifiers"),
+    ],
+)
+def test_names_of_a_cells_own_tensors_are_checked(names, words):
+    with pytest.raises(ValueError, match=words):
+        cell(gates="a", **names)

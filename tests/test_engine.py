@@ -53,13 +53,50 @@ def minimal(x, u, s):
     return s.h + f * (tanh(x.z + u.z(f * s.h)) - s.h)
 
 
+@cell(gates="i f g o", states="h c", parameters="p_i p_f p_o", scalars="scale")
+def peephole(x, u, s, p):
+    """Gates that see the cell state (Gers, Schraudolph & Schmidhuber 2002), and a learned number."""
+    i = sigmoid(x.i + u.i + p.p_i * s.c)
+    f = sigmoid(x.f + u.f + p.p_f * s.c)
+    c = f * s.c + i * tanh(x.g + u.g)
+    o = sigmoid(x.o + u.o + p.p_o * c)
+    return o * tanh(p.scale * c), c
+
+
+@cell(gates="h", parameters="u")
+def independent(x, u, s, p):
+    """IndRNN (Li et al. 2018): no recurrent product at all."""
+    return relu(x.h + p.u * s.h)
+
+
+@cell(gates="i f g o", states="h c", inputs="mask", step_inputs="keep", parameters="gain")
+def regularised(x, u, s, p):
+    """Variational dropout of the operand of the products, with a learned gain, and zoneout of the cell state."""
+    h = p.gain * p.mask * s.h + 0.1
+    i = sigmoid(x.i + u.i(h))
+    f = sigmoid(x.f + u.f(h))
+    o = sigmoid(x.o + u.o(h))
+    c = where(p.keep < 0.0, f * s.c + i * tanh(x.g + u.g(h)), p.keep * s.c)
+    return o * tanh(c), c
+
+
+@cell(gates="a b c", states="h m", step_inputs="mask")
+def odd(x, u, s, p):
+    """Products of another state, of an input projection, of a masked state (in a stage without products before it)."""
+    a = tanh(u.a(s.m) + x.a)
+    return a * tanh(u.b(p.mask * s.h)) + s.h * 0.5, a + u.c(x.c)
+
+
+OWN = [peephole, independent, regularised, odd]
+
+
 def problem(c, steps, rows, inputs, hidden, *, directions=1, project=0, bias=True, given=True, lengths=None,
             dtype=torch.float64, seed=0):  # fmt: skip
     """Random arguments of functional.layer, all requiring gradients, and their names."""
     generator = torch.Generator().manual_seed(seed)
 
     def make(*shape, scale=1.0):
-        numbers = torch.randn(*shape, dtype=torch.float64, generator=generator) * scale
+        numbers = torch.randn(shape, dtype=torch.float64, generator=generator) * scale
         return numbers.to(dtype).requires_grad_()
 
     gates, out, scale = len(c.gates), project or hidden, hidden**-0.5
@@ -72,9 +109,10 @@ def problem(c, steps, rows, inputs, hidden, *, directions=1, project=0, bias=Tru
             make(gates * hidden, scale=scale) if bias else None,
             make(project, hidden, scale=scale) if project else None,
         )
-        parameters.append(w)
-        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-        names += [f"{n}[{d}]" for n, p in zip(kinds, w, strict=True) if p is not None]
+        own = tuple(make() if n in c.scalars else make(hidden) for n in c.own)
+        parameters.append((*w, own) if own else w)
+        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", *c.own)
+        names += [f"{n}[{d}]" for n, p in zip(kinds, (*w, *own), strict=True) if p is not None]
     batch_sizes = None
     shape: tuple[int, ...] = (steps, rows)
     if lengths is not None:
@@ -83,9 +121,11 @@ def problem(c, steps, rows, inputs, hidden, *, directions=1, project=0, bias=Tru
     x = make(*shape, inputs)
     sizes = [out] + [hidden] * (len(c.states) - 1)
     states = tuple(make(directions, rows, s) for s in sizes) if given else None
-    names = ["x", *(f"{s}_0" for s in c.states if given), *names]
-    leaves = [x, *(states or ()), *(p for w in parameters for p in w if p is not None)]
-    return (c, x, states, parameters, batch_sizes), leaves, names
+    fed = [make(directions, *(shape if n in c.step_inputs else (rows,)), hidden) for n in c.fed]
+    names = ["x", *(f"{s}_0" for s in c.states if given), *c.fed, *names]
+    flat = (p for w in parameters for p in (*w[:5], *(w[5] if c.own else ())))
+    leaves = [x, *(states or ()), *fed, *(p for p in flat if p is not None)]
+    return (c, x, states, parameters, batch_sizes, *([fed] if fed else [])), leaves, names
 
 
 def everything(function, arguments, leaves, seed=1):
@@ -94,7 +134,7 @@ def everything(function, arguments, leaves, seed=1):
     outputs = [y, *finals]
     generator = torch.Generator().manual_seed(seed)
     cotangents = [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs]
-    return outputs, torch.autograd.grad(outputs, leaves, cotangents)
+    return outputs, torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True, materialize_grads=True)
 
 
 def agree(arguments, leaves, names, tolerance=1e-11):
@@ -134,9 +174,74 @@ def test_a_users_own_cell(c, lengths):
     agree(*problem(c, 5, 4, 3, 11, directions=2, lengths=lengths))
 
 
+@pytest.mark.parametrize("options", [{}, {"lengths": [5, 4, 4, 1]}, {"given": False, "directions": 1}], ids=str)
+@pytest.mark.parametrize("c", OWN, ids=lambda c: c.name)
+def test_a_cells_own_parameters_and_inputs(c, options):
+    agree(*problem(c, 5, 4, 3, 11, **{"directions": 2, **options}))
+
+
+@pytest.mark.parametrize("c", OWN, ids=lambda c: c.name)
+def test_a_cells_own_parameters_and_inputs_in_float32_where_inputs_need_no_gradient(c):
+    arguments, leaves, names = problem(c, 9, 33, 3, 24, dtype=torch.float32)
+    kept = [(t, n) for t, n in zip(leaves, names, strict=True) if n not in c.fed]
+    for t, n in zip(leaves, names, strict=True):
+        t.requires_grad_(n not in c.fed)
+    agree(arguments, [t for t, _ in kept], [n for _, n in kept], tolerance=1e-4)
+
+
+def test_a_cells_own_inputs_with_lengths_and_resets():
+    """Each stretch between resets takes its sequence's inputs along: as one sequence after the other."""
+    (c, x, states, parameters, _, fed), _, _ = problem(regularised, 7, 3, 4, 5, directions=2)
+    reset = torch.zeros(7, 3, dtype=torch.bool)
+    reset[3, 1] = reset[2, 2] = True
+    y, finals = functional.layer(c, x, states, parameters, inputs=fed, lengths=[4, 7, 5], reset=reset)
+    pieces = {0: [(0, 4)], 1: [(0, 3), (3, 7)], 2: [(0, 2), (2, 5)]}
+    for n, stretches in pieces.items():
+        for begin, end in stretches:
+            at = slice(n, n + 1)
+            inputs = [t[:, at] if t.dim() == 3 else t[:, begin:end, at] for t in fed]
+            part, _ = unrolled.layer(c, x[begin:end, at], [s[:, at] for s in states], parameters, None, inputs)
+            torch.testing.assert_close(y[begin:end, at], part, rtol=1e-11, atol=1e-12)
+
+
+def test_no_weights_where_there_is_no_product():
+    (c, x, states, [(w_ih, _, *rest)], *_), _, _ = problem(independent, 5, 4, 3, 11)
+    arguments = (c, x, states, [(w_ih, None, *rest)], None)
+    leaves = [x, *states, w_ih, *rest[3]]
+    agree(arguments, leaves, ["x", "h_0", "weight_ih", "u"])
+    with pytest.raises(TypeError, match="weight_hh must be a Tensor"):
+        functional.layer(**_changed(weights={1: None}))
+
+
+def test_second_derivatives_reach_a_cells_own_parameters():
+    arguments, leaves, _ = problem(peephole, 3, 2, 2, 3)
+
+    def loss(*leaves):
+        y, _ = functional.layer(*arguments)
+        return y.square().sum()
+
+    first = torch.autograd.grad(loss(), leaves, create_graph=True)
+    ours = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    y, _ = unrolled.layer(*arguments)
+    first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+    truth = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+PROJECTED = [(cells.lstm, 7), (cells.lstm, 18), (cells.gru, 18), (cells.gru_reset_before, 18), (peephole, 18)]
+
+
 @pytest.mark.parametrize("lengths", [None, [4, 2, 2]])
-def test_projection(lengths):
-    agree(*problem(cells.lstm, 4, 3, 5, 18, project=7, directions=2, lengths=lengths))
+@pytest.mark.parametrize(("c", "size"), PROJECTED, ids=lambda v: getattr(v, "name", v))
+def test_projection(c, size, lengths):
+    agree(*problem(c, 4, 3, 5, 18, project=size, directions=2, lengths=lengths))
+
+
+def test_a_projection_has_to_keep_the_size_that_a_cell_uses_its_hidden_state_with():
+    arguments, _, _ = problem(cells.gru, 4, 3, 5, 18, project=7)
+    with pytest.raises(ValueError, match="weight_hr must be of 18 rows, as cell gru does not only multiply"):
+        functional.layer(*arguments)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -85,7 +85,7 @@ LATENCY_CHAINS = 8  # independent sums that hide the latency of a fused multiply
 
 def tile_shape(stage: Stage, registers: int, lanes: int) -> Shape:
     """Accumulators fill the registers, leaving room for a weight vector and the rows' broadcasts."""
-    count = len(stage.accumulators)
+    count = max(1, len(stage.accumulators))
     block = 4 if count == 1 else 2 if count == 2 else 1
     rows = max(1, min(6, (registers - 4) // (count * block)))
     return Shape(lanes, rows, (2 * block, *(w for w in (4, 2, 1) if w <= block), 0))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..cell import Cell
+from ..expression import Node, apply, leaf
 from ..plan import Plan, Shape, plan
 from ..program import Programs, Weights, build, runs
 from . import team
 from .engine import Runner, Times, View, arena, product, zeros
 
-Parameters = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+Parameters = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, tuple[Tensor, ...]]
 
 SMALL_PRODUCT = 1 << 16  # multiplications, below which torch's product costs less than a kernel's preparation
 
@@ -24,15 +26,15 @@ SMALL_PRODUCT = 1 << 16  # multiplications, below which torch's product costs le
 class Ready:
     """A cell with its programs and their runners for one number format."""
 
-    def __init__(self, cell: Cell, project: bool, dtype: torch.dtype) -> None:
+    def __init__(self, cell: Cell, project: bool, dtype: torch.dtype, feed: bool) -> None:
         self.cell = cell
-        self.programs: Programs = build(cell, project)
+        self.programs: Programs = build(cell, project, feed)
         self.forward = Runner(self.programs.forward, dtype)
         self.backward = Runner(self.programs.backward, dtype)
         self.gates = {g: k for k, g in enumerate(cell.gates)}  # the order of the weights' rows
         self._spans: dict[tuple[str, ...], slice | None] = {}
         p, g = self.programs, self.programs.gradients
-        # Blocks of adjacent slots, one product each: (gates, first slot, slot of the operand or None for the state).
+        # Blocks of adjacent slots, one product each: (gates, first slot, slot of the operand or name of the state).
         self.recurrent = [
             (run, g.u[run[0]], operand)
             for operand in dict.fromkeys(g.operands.values())
@@ -55,9 +57,9 @@ class Ready:
 
 
 @lru_cache(maxsize=256)
-def ready(cell: Cell, project: bool, dtype: torch.dtype) -> Ready:
-    """The same object for the same cell; nothing is compiled before a kernel first runs."""
-    return Ready(cell, project, dtype)
+def ready(cell: Cell, project: bool, dtype: torch.dtype, feed: bool = False) -> Ready:
+    """The same object for the same cell; nothing is compiled before a kernel first runs. feed: see `program.build`."""
+    return Ready(cell, project, dtype, feed)
 
 
 class Sequences:
@@ -159,7 +161,7 @@ def by_time(t: Tensor) -> Tensor:
 
 def usable(t: Tensor) -> Tensor:
     """The tensor itself if the numbers of a row are adjacent, else a copy."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return t if t.dim() == 0 or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 @dataclass
@@ -174,13 +176,38 @@ class Saved:
 class Direction:
     """One direction of a layer: its weights as the programs want them."""
 
-    def __init__(self, r: Ready, parameters: Parameters, reverse: bool) -> None:
-        self.r, self.reverse = r, reverse
-        self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr = parameters
-        self.w_ih, self.w_hh = usable(self.w_ih), usable(self.w_hh)
-        self.w_hr = None if self.w_hr is None else usable(self.w_hr)
-        self.hidden = self.w_ih.shape[0] // len(r.gates)
-        self.depth = self.w_hh.shape[1]
+    def __init__(self, r: Ready, parameters: Parameters, inputs: Sequence[Tensor], k: int) -> None:
+        self.r, self.reverse = r, bool(k)
+        w_ih, w_hh, self.b_ih, self.b_hh, w_hr, own = parameters
+        self.w_ih = usable(w_ih)
+        self.w_hh = None if w_hh is None else usable(w_hh)
+        self.w_hr = None if w_hr is None else usable(w_hr)
+        self.hidden = w_ih.shape[0] // len(r.gates)
+        self.depth = self.hidden if w_hr is None else w_hr.shape[0]
+        self.own = dict(zip(r.cell.own, map(usable, own), strict=True))
+        self.fed = {name: usable(t[k]) for name, t in zip(r.cell.fed, inputs, strict=True)}
+
+    def own_views(self, sequences: Sequences) -> dict[str, View]:
+        """Of the cell's own tensors, and of its extra inputs."""
+        steps = self.r.cell.step_inputs
+        return {
+            **{"own." + n: View(t.data_ptr()) for n, t in self.own.items()},
+            **{"own." + n: view(t, sequences) if n in steps else fixed(t) for n, t in self.fed.items()},
+        }
+
+    def derive(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """The derived states, [N, H] each, before the first step."""
+        p = self.r.programs
+        known = {leaf("s", n): t for n, t in zip(p.states, states, strict=False)}
+        known |= {leaf(kind, n): t for n, t in {**self.own, **self.fed}.items() for kind in ("p", "scalar", "input")}
+
+        def value(node: Node) -> Any:
+            if node not in known:
+                constant = node.op == "constant"
+                known[node] = node.value if constant else apply(node.op, *map(value, node.args))
+            return known[node]
+
+        return [value(n) for n in p.derived]
 
     def rows_of(self, weight: Tensor, gates: tuple[str, ...]) -> Tensor:
         """The gates' rows of a weight or bias, without a copy where they follow each other."""
@@ -236,12 +263,9 @@ class Direction:
     def pack(self, run: Runner, stage: int, weights: Weights, units: int, threads: int) -> tuple[int, int]:
         """(depth, address of the panel)"""
         depth = self.depth_of(weights)
-        if weights.matrix == "hr":
-            assert self.w_hr is not None
-            weight, offsets = self.w_hr, [0]
-        else:
-            weight = self.w_ih if weights.matrix == "ih" else self.w_hh
-            offsets = [self.r.gates[g] * self.hidden for g in weights.gates]
+        weight = {"ih": self.w_ih, "hh": self.w_hh, "hr": self.w_hr}[weights.matrix]
+        assert weight is not None, "a product has weights"
+        offsets = [0] if weights.matrix == "hr" else [self.r.gates[g] * self.hidden for g in weights.gates]
         if weights.transposed:
             rows = weight if weights.matrix == "hr" else self.rows_of(weight, weights.gates)
             return depth, run.panel(rows, stage, True, [0], units, depth, threads)
@@ -254,9 +278,10 @@ class Direction:
         return planned(self.r.cell, (self.w_ih, self.w_hh), sequences)
 
 
-def planned(cell: Cell, weights: Sequence[Tensor], sequences: Sequences) -> Plan:
+def planned(cell: Cell, weights: Sequence[Tensor | None], sequences: Sequences) -> Plan:
     """The schedule that a direction with these weights (weight_ih, weight_hh) takes now."""
     w_ih, w_hh = weights[:2]
+    assert w_ih is not None
     gates = len(cell.gates)
     rows, inputs = w_ih.shape
     return plan(
@@ -266,7 +291,7 @@ def planned(cell: Cell, weights: Sequence[Tensor], sequences: Sequences) -> Plan
             sequences.total,
             inputs,
             rows // gates,
-            w_hh.shape[1],
+            0 if w_hh is None else w_hh.shape[1],
             gates,
             w_ih.element_size(),
             team.size(),
@@ -281,17 +306,22 @@ def forward(
     parameters: Sequence[Parameters],
     sequences: Sequences,
     training: bool,
+    inputs: Sequence[Tensor] = (),
+    feed: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
-    """(y, final states, what backward needs). Shapes as `functional.layer`; nothing is saved unless training."""
+    """(y, final states, what backward needs). Shapes as `functional.layer`; nothing is saved unless training.
+
+    feed: backward will be asked for gradients of the inputs.
+    """
     arena.reset()
     x, dtype = usable(x), x.dtype
-    r = ready(cell, parameters[0][4] is not None, dtype)
+    r = ready(cell, parameters[0][4] is not None, dtype, feed)
     p = r.programs
     in_place = not training and len(p.forward.stages) == 1  # a unit's state is read and then written by the same tile
-    directions = [Direction(r, q, bool(k)) for k, q in enumerate(parameters)]
+    directions = [Direction(r, q, inputs, k) for k, q in enumerate(parameters)]
     count, rows, total = len(directions), sequences.rows, sequences.total
     width, hidden = directions[0].depth, directions[0].hidden
-    states = None if states is None else tuple(usable(s) for s in states)
+    states = _all_states(directions, states, rows)
     y = torch.empty((*x.shape[:-1], count * width), dtype=dtype)
     finals = tuple([torch.empty((count, rows, hidden if j else width), dtype=dtype) for j in range(len(p.states))])
     nothing = zeros(max(width, hidden) * r.forward.item)
@@ -302,13 +332,16 @@ def forward(
         start, own = d.biases()
         initial = _initial(states, k, len(p.states), nothing)
         views = {"s." + p.states[0]: view(y, sequences, k * width, initial[0]), "bias": View(own)}
-        series = []
+        views |= d.own_views(sequences)
+        series: list[Tensor | None] = []
         for j, name in enumerate(p.states[1:], 1):
-            if in_place:
+            if in_place and name not in p.streams:
+                series.append(None)
                 views["s." + name] = fixed(finals[j][k], initial[j])
             else:
-                series.append(torch.empty((total, hidden), dtype=dtype))
-                views["s." + name] = view(series[-1], sequences, 0, initial[j])
+                made = torch.empty((total, hidden), dtype=dtype)
+                series.append(made)
+                views["s." + name] = view(made, sequences, 0, initial[j])
         if in_place:
             slots, views["saved"] = y, View(0)
         elif training:
@@ -345,13 +378,27 @@ def forward(
             row_block=schedule.row_block,
             shares=sequences.shares(threads),
         )
-        for j, t in enumerate([y, *series]):
+        for j, t in ((j, t) for j, t in enumerate([y, *series]) if t is not None):
             final = sequences.edge(t, last=not d.reverse)
             finals[j].select(0, k).copy_(final if j or count == 1 else final[:, k * width : (k + 1) * width])
         saved.slots.append(slots)
-        saved.series += series
+        saved.series += [t for t in series if t is not None]
         saved.plans.append(schedule)
-    return y, finals, saved
+    return y, finals[: len(cell.states)], saved
+
+
+def _all_states(
+    directions: Sequence[Direction], states: Sequence[Tensor] | None, rows: int
+) -> tuple[Tensor, ...] | None:
+    """[D, N, width] of each state before the first step, the derived ones among them; None: all zero."""
+    first = directions[0]
+    count = len(first.r.cell.states)
+    if not first.r.programs.derived:
+        return None if states is None else tuple(usable(s) for s in states)
+    if states is None:
+        states = [first.w_ih.new_zeros(len(directions), rows, first.hidden)] * count
+    derived = zip(*(d.derive([s[k] for s in states]) for k, d in enumerate(directions)), strict=True)
+    return (*map(usable, states), *map(torch.stack, derived))
 
 
 def _initial(states: tuple[Tensor, ...] | None, k: int, count: int, nothing: int) -> Sequence[Tensor | int]:
@@ -379,30 +426,36 @@ def backward(
     dfinals: Sequence[Tensor | None],
     wanted: Wanted,
     overwrite: bool,
-) -> tuple[Tensor | None, list[Tensor | None], list[list[Tensor | None]]]:
-    """Gradients of x, the states (if wanted) and, a list for each direction, the parameters.
+    inputs: Sequence[Tensor] = (),
+    feed: bool = False,
+) -> tuple[Tensor | None, list[Tensor | None], list[list[Tensor | None]], list[Tensor | None]]:
+    """Gradients of x, the states (if wanted), a list for each direction of the parameters (the cell's own at the end),
+    and the inputs (if forward was told so).
 
     overwrite: what forward saved is not needed again.
     """
     arena.reset()
     x, dtype = usable(x), x.dtype
     y = y.contiguous()  # as it was made; a saved-tensor hook may have returned another
-    r = ready(cell, parameters[0][4] is not None, dtype)
+    r = ready(cell, parameters[0][4] is not None, dtype, feed)
     p, item = r.programs, r.backward.item
-    directions = [Direction(r, q, bool(k)) for k, q in enumerate(parameters)]
+    directions = [Direction(r, q, inputs, k) for k, q in enumerate(parameters)]
     count, rows, total = len(directions), sequences.rows, sequences.total
     width, hidden = directions[0].depth, directions[0].hidden
-    states = None if states is None else tuple(usable(s) for s in states)
+    states = _all_states(directions, states, rows)
+    dfinals = [*dfinals, *[None] * len(p.derived)]
     dy = None if dy is None else usable(dy)
     dfinals = [None if t is None else usable(t) for t in dfinals]
     dx = None
+    wanted = wanted._replace(states=wanted.states or bool(p.derived and (wanted.weights or feed)))
     dstates = [
         torch.empty((count, rows, hidden if j else width), dtype=dtype) if wanted.states or given is not None else None
         for j, given in enumerate(dfinals)
     ]
+    dinputs = [torch.zeros_like(t, memory_format=torch.contiguous_format) if feed else None for t in inputs]
     dparameters: list[list[Tensor | None]] = []
     nothing = zeros(max(width, hidden) * item)
-    others = len(p.states) - 1
+    others, g = len(p.states) - 1, p.gradients
     for k, d in enumerate(directions):
         schedule = saved.plans[k]
         threads = schedule.threads
@@ -415,11 +468,18 @@ def backward(
             "grad": view(grad, sequences),
             "s." + p.states[0]: view(y, sequences, k * width, initial[0]),
             "cross": View(arena.take(p.cross * rows * hidden * item), 0, p.cross * hidden * item),
+            **d.own_views(sequences),
         }
+        totals = {n: torch.zeros((rows, hidden), dtype=dtype) for n in cell.own}
+        totals |= {n: t[k] for n, t in zip(cell.fed, dinputs, strict=True) if t is not None}
+        steps = cell.step_inputs
+        views |= {"total." + n: view(t, sequences) if n in steps else fixed(t) for n, t in totals.items()}
         for j, name in enumerate(p.states):
             given = dfinals[j]
             if j > 0:
                 views["s." + name] = view(saved.series[k * others + j - 1], sequences, 0, initial[j])
+            if j >= len(cell.states):
+                continue
             if j > 0 or name in p.carried:
                 total_carry = dstates[j]
                 if total_carry is None:  # nobody asks for the state's gradient, at either end
@@ -452,14 +512,22 @@ def backward(
         if wanted.x:
             dx = _input_gradient(d, x.shape, dx, grad[:, : len(p.start_gates) * hidden])
         if wanted.states:
-            assert dstates[0] is not None
-            _initial_gradient(d, dstates[0][k], sequences.edge(grad, last=d.reverse))
+            _initial_gradients(d, [None if t is None else t[k] for t in dstates], sequences.edge(grad, last=d.reverse))
+        if p.derived and wanted.states:
+            assert states is not None
+            _derived_gradients(d, [s[k] for s in states], [None if t is None else t[k] for t in dstates], totals)
         if wanted.weights:
-            previous = _previous(y, k * width, d, sequences, None if states is None else states[0][k])
-            dparameters.append(_parameter_gradients(d, x, previous, grad, slots, projected))
+            previous = {}
+            for j, name in enumerate(p.states):
+                if name in g.operands.values():
+                    series = saved.series[k * others + j - 1] if j else y
+                    begins = None if states is None else states[j][k]
+                    previous[name] = _previous(series, 0 if j else k * width, d, sequences, begins)
+            own = [totals[n].sum() if n in cell.scalars else totals[n].sum(0) for n in cell.own]
+            dparameters.append([*_parameter_gradients(d, x, previous, grad, slots, projected), *own])
         else:
-            dparameters.append([None] * 5)
-    return dx, dstates, dparameters
+            dparameters.append([None] * (5 + len(cell.own)))
+    return dx, dstates[: len(cell.states)], dparameters, dinputs
 
 
 def _input_gradient(d: Direction, shape: torch.Size, dx: Tensor | None, grad: Tensor) -> Tensor:
@@ -489,17 +557,42 @@ def _over_time(a: Tensor, b: Tensor) -> Tensor:
     return whole.sum(0).addmm_(a[cut:].t(), b[cut:])
 
 
-def _initial_gradient(d: Direction, out: Tensor, grad: Tensor) -> None:
-    """The hidden state's gradient before the first step: its direct path's is in `out`, its products' are added.
+def _initial_gradients(d: Direction, out: Sequence[Tensor | None], grad: Tensor) -> None:
+    """The states' gradients before the first step: their direct paths' are in `out`, their products' are added.
 
-    out: [N, width]; grad: [N, slots * H], of the first step.
+    out: [N, width] each; grad: [N, slots * H], of the first step.
     """
     p, h = d.r.programs, d.hidden
-    if p.states[0] not in p.carried:
-        out.zero_()
-    for run, first, operand in d.r.recurrent:
-        if operand is None:
-            out.addmm_(grad[:, first * h : (first + len(run)) * h], d.rows_of(d.w_hh, run))
+    for name, total in zip(p.states, out, strict=True):
+        if total is None:
+            continue
+        if name not in p.carried:
+            total.zero_()
+        for run, first, operand in d.r.recurrent:
+            if operand == name:
+                assert d.w_hh is not None
+                total.addmm_(grad[:, first * h : (first + len(run)) * h], d.rows_of(d.w_hh, run))
+
+
+def _derived_gradients(
+    d: Direction, states: Sequence[Tensor], grads: Sequence[Tensor | None], totals: dict[str, Tensor]
+) -> None:
+    """Hand the derived states' gradients before the first step on to what they were made from.
+
+    states, grads: [N, width] of all states, to which is added; totals: the same of the cell's own tensors.
+    """
+    count = len(d.r.cell.states)
+    again = copy.copy(d)
+    with torch.enable_grad():
+        given = [s.detach().requires_grad_() for s in states[:count]]
+        again.own = {n: t.detach().expand(totals[n].shape).requires_grad_() for n, t in d.own.items()}
+        again.fed = {n: t.detach().requires_grad_() for n, t in d.fed.items()}
+        leaves = [(t, g) for t, g in zip(given, grads, strict=False) if g is not None]
+        leaves += [(t, totals[n]) for n, t in {**again.own, **again.fed}.items() if n in totals]
+        found = torch.autograd.grad(again.derive(given), [t for t, _ in leaves], list(grads[count:]), allow_unused=True)
+    for (_, total), grad in zip(leaves, found, strict=True):
+        if grad is not None:
+            total += grad
 
 
 def _previous(
@@ -523,7 +616,12 @@ def _previous(
 
 
 def _parameter_gradients(
-    d: Direction, x: Tensor, previous: list[tuple[slice, Tensor]], grad: Tensor, slots: Tensor, projected: Tensor
+    d: Direction,
+    x: Tensor,
+    previous: dict[str, list[tuple[slice, Tensor]]],
+    grad: Tensor,
+    slots: Tensor,
+    projected: Tensor,
 ) -> list[Tensor | None]:
     """In the order of the parameters: large products over all steps and sequences."""
     p, h = d.r.programs, d.hidden
@@ -553,13 +651,21 @@ def _parameter_gradients(
         return whole
 
     dw_ih = assemble(d.w_ih, [(p.start_gates, 0, [(every, x.reshape(-1, x.shape[-1]))])])
-    dw_hh = assemble(
-        d.w_hh,
-        [
-            (run, first, previous if operand is None else [(every, slots[:, operand * h : (operand + 1) * h])])
-            for run, first, operand in d.r.recurrent
-        ],
-    )
+    dw_hh = None
+    if d.w_hh is not None:
+        dw_hh = assemble(
+            d.w_hh,
+            [
+                (
+                    run,
+                    first,
+                    previous[operand]
+                    if isinstance(operand, str)
+                    else [(every, slots[:, operand * h : (operand + 1) * h])],
+                )
+                for run, first, operand in d.r.recurrent
+            ],
+        )
     dw_hr = None
     if d.w_hr is not None:
         assert g.projected is not None

@@ -122,6 +122,11 @@ class _Tile:
     def at(self, place: Place, row: int, vector: int):
         return self.b.add(self.row_addresses(place)[row], self.b.add(self.unit_bytes, i64(vector * self.vector_bytes)))
 
+    def load(self, place: Place, row: int, vector: int):
+        if place.uniform:
+            return self.v.splat(self.b.load(self.v.pointer(self.row_addresses(place)[row], self.v.fmt.scalar)))
+        return self.v.load(self.at(place, row, vector), self.mask)
+
     # ---- the variant ----
     def emit(self) -> None:
         b = self.b
@@ -289,7 +294,7 @@ class _Tile:
             for w in range(self.width):
                 values = {node: accumulators[m, w, a] for a, (node, _) in enumerate(self.stage.accumulators)}
                 for node, place in self.stage.loads.items():
-                    values[node] = self.v.load(self.at(place, m, w), self.mask)
+                    values[node] = self.load(place, m, w)
                 for node in self.order:
                     if node not in values:
                         values[node] = self.compute(node, values)
