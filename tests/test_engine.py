@@ -194,7 +194,7 @@ def test_a_cells_own_inputs_with_lengths_and_resets():
     (c, x, states, parameters, _, fed), _, _ = problem(regularised, 7, 3, 4, 5, directions=2)
     reset = torch.zeros(7, 3, dtype=torch.bool)
     reset[3, 1] = reset[2, 2] = True
-    y, finals = functional.layer(c, x, states, parameters, inputs=fed, lengths=[4, 7, 5], reset=reset)
+    y, _ = functional.layer(c, x, states, parameters, inputs=fed, lengths=[4, 7, 5], reset=reset)
     pieces = {0: [(0, 4)], 1: [(0, 3), (3, 7)], 2: [(0, 2), (2, 5)]}
     for n, stretches in pieces.items():
         for begin, end in stretches:
