@@ -568,7 +568,12 @@ class Recurrent(OverTime):
         original.LSTM(input_size, hidden_size, *options, device="meta")  # raises what torch.nn raises for wrong options
         self.cell, self.input_size, self.hidden_size = cell, input_size, hidden_size
         self.num_layers, self.bias, self.batch_first, self.dropout, self.bidirectional, self.proj_size = options
-        build(cell, bool(proj_size))  # raises for a cell that is wrong
+        programs = build(cell, bool(proj_size))  # raises for a cell that is wrong
+        if programs.square and proj_size not in (0, hidden_size):
+            raise ValueError(
+                f"proj_size must be 0 or hidden_size {hidden_size} for cell {cell.name}, which does not only multiply "
+                f"its {cell.states[0]} with weight_hh, got {proj_size}"
+            )
         for directions in self._weight_shapes(len(cell.gates)):
             for name, shape in (item for items in directions for item in items if item):
                 self.register_parameter(name, torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))

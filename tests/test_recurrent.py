@@ -191,7 +191,11 @@ WRONG = {
     "cell": (lambda: nn.Recurrent("lstm", I, H), TypeError, "cell must be a Cell, .* got str"),
     "hidden_size": (lambda: nn.Recurrent(cells.lstm, I, 0), ValueError, "hidden_size must be greater than zero"),
     "dropout": (lambda: nn.Recurrent(cells.lstm, I, H, dropout=2), ValueError, "dropout should be a number"),
-    "projection": (lambda: nn.Recurrent(cells.gru, I, H, proj_size=2), ValueError, "cell gru: a projection needs"),
+    "projection": (
+        lambda: nn.Recurrent(cells.gru, I, H, proj_size=2),
+        ValueError,
+        "proj_size must be 0 or hidden_size",
+    ),
     "input kind": (lambda: call("x"), TypeError, "Recurrent: input must be a Tensor or a PackedSequence, got str"),
     "input rank": (lambda: call(torch.zeros(1, T, N, I)), ValueError, "must have 3 dimensions, .* shape"),
     "features": (lambda: call(torch.zeros(T, N, I + 1)), RuntimeError, "input_size = 4 features, got 5"),
