@@ -253,9 +253,11 @@ FIGURES = {
 
 def left_out(suite: str, case: Case, provider: str) -> str | None:
     """Why a suite leaves a provider out of a case, which its results then say, or None."""
-    if provider == "torch.compile":  # compiles some 10 s for each cell, call and dtype
+    if provider == "torch.compile":  # compiles some 15 s for each cell, call, dtype and kind of mask
         if suite == "quick":
             return "compiles for longer than the suite quick can wait"
         if case.dtype == "float64":
             return "compiled for float32 alone, to save time"
+        if case.how.ragged or (case.how.resets and suite != "variants"):
+            return "compiled with masks for resets in the suite variants alone, to save time"
     return None

@@ -1,6 +1,6 @@
-"""The tables and plots that are kept: benchmarks/figures/NAME*.md and .png, and the tables within the README.
+"""The tables and plots that are kept: benchmarks/figures/NAME*.md and .png, and the README's parts that show them.
 
-A table of the README lies between the lines <!-- NAME --> and <!-- /NAME -->, and is replaced as a whole.
+A part of the README lies between the lines <!-- NAME --> and <!-- /NAME -->, and is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -17,16 +17,27 @@ ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "figures"
 
 
+#: The plots that the README shows, with what they show.
+SHOWN = {
+    "core": ("speedup", "Speed-up over the best peer by shape and cell"),
+    "scaling": ("scaling", "Time against T, N, H and threads"),
+    "variants": ("plain", "Time of each variant over the plain layer's"),
+}
+
+
 def write(name: str, results: Results, root: Path = ROOT) -> Iterator[Path]:
     """Write what belongs to one of `FIGURES`; yields each path."""
-    folder = root / FOLDER.relative_to(ROOT)
-    folder.mkdir(exist_ok=True, parents=True)
-    yield from report.write(results, folder, f"{name}_")
-    tables = {"core": core, "variants": variants}
-    make = tables.get(FIGURES[name].suite)
-    lines = "\n".join(f"{machine.line(facts)}." for facts in results.machines.values())
-    text = "\n\n".join([*([make(results)] if make else []), lines])
-    if include(root / "README.md", name, text):
+    suite, within = FIGURES[name].suite, FOLDER.relative_to(ROOT)
+    (root / within).mkdir(exist_ok=True, parents=True)
+    written = list(report.write(results, root / within, name))
+    yield from written
+    parts = [{"core": core, "variants": variants}[suite](results)] if suite != "scaling" else []
+    plot, what = SHOWN[suite]
+    if root / within / f"{name}_{plot}.png" in written:
+        parts.append(f"![{what}]({within}/{name}_{plot}.png)")
+    parts += [f"{machine.line(facts)}." for facts in results.machines.values()]
+    parts.append(f"[Every case and provider, and what could not be measured]({within}/{name}.md)")
+    if include(root / "README.md", name, "\n\n".join(parts)):
         yield root / "README.md"
 
 

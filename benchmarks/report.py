@@ -21,14 +21,17 @@ AXES = ("T", "N", "H", "threads")
 DPI = 160  # sizes below are those of a page; lettering stays legible at half of it
 
 
-def write(results: Results, folder: Path, prefix: str = "") -> Iterator[Path]:
-    """Write report.md and the plots that the results have data for; yields each path. prefix: of the files' names."""
+def write(results: Results, folder: Path, name: str = "") -> Iterator[Path]:
+    """Write the report and the plots that the results have data for; yields each path.
+
+    They are report.md, speedup.png, roof.png..., or with a name NAME.md, NAME_speedup.png, NAME_roof.png...
+    """
     plots = {"speedup": speedup(results), "roof": roof(results), "scaling": scaling(results), "plain": plain(results)}
-    drawn = {f"{prefix}{name}.png": figure for name, figure in plots.items() if figure is not None}
-    for name, figure in drawn.items():
-        figure.savefig(folder / name, dpi=DPI)
-        yield folder / name
-    path = folder / f"{prefix}report.md"
+    drawn = {f"{name}_{kind}" if name else kind: figure for kind, figure in plots.items() if figure is not None}
+    for kind, figure in drawn.items():
+        figure.savefig(folder / f"{kind}.png", dpi=DPI)
+        yield folder / f"{kind}.png"
+    path = folder / f"{name or 'report'}.md"
     path.write_text(markdown(results, list(drawn)))
     yield path
 
@@ -46,7 +49,7 @@ def markdown(results: Results, plots: list[str]) -> str:
     """The table, the lines below it and links to the plots."""
     head, *lines = show.cells(results)
     notes = "\n".join(f"- {text}" for text in show.summary(results))
-    pictures = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in plots)
+    pictures = "\n".join(f"![{name}]({name}.png)" for name in plots)
     note = f"{show.NOTE[0].upper()}{show.NOTE[1:]}."
     return "\n\n".join([table(head, lines), note, notes, pictures]).rstrip() + "\n"
 

@@ -1,6 +1,7 @@
 """The suite of benchmarks: no time without a right answer, fair rounds, results that say what was lost."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,9 @@ import pytest
 pytest.importorskip("rich", reason="the suite needs pip install .[bench]")
 pytest.importorskip("matplotlib", reason="the suite needs pip install .[bench]")
 
-from benchmarks import machine, memory, providers, report, results, runner, show, worker
+from benchmarks import figures, machine, memory, providers, report, results, runner, show, worker
 from benchmarks.__main__ import main
-from benchmarks.cases import CELLS, MODES, PLAIN, SHAPES, SUITES, Case, left_out
+from benchmarks.cases import CELLS, FIGURES, MODES, PLAIN, SHAPES, SUITES, Case, left_out
 from benchmarks.problem import Problem
 from benchmarks.providers import OURS, Prepared, Provider, Unsupported
 from benchmarks.results import Results, Row
@@ -396,6 +397,30 @@ def test_the_report_marks_losses_and_has_plots(tmp_path):
     assert "![scaling](scaling.png)" in text
 
 
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_renew_the_readme(tmp_path, name):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n<!-- {name} -->\nold\n<!-- /{name} -->\nafter\n")
+    cases = [replace(SMALL, T=t, cell=cell, mode=m) for cell in PLAIN for t in (2, 4, 8, 16) for m in CALLS]
+    cases += [replace(SMALL, mode="lengths")]
+    rows = [r for case in cases for r in two(2.0, case)]
+    rows.append(row("plain layer", [0.9e-3] * 3, cases[-1], [1e-3] * 3, peer=False))
+    for _ in range(2):  # the second time as well
+        paths = list(figures.write(name, measured(*rows), tmp_path))
+        text = readme.read_text()
+        assert paths[-1] == readme
+        assert text.startswith("before\n<!--")
+        assert text.endswith("-->\nafter\n")
+        assert "old" not in text
+        assert text.count("measured: float32 products") == 1
+    shown = re.findall(r"\]\((.*?)\)", text)
+    assert len(shown) == 2
+    assert all((tmp_path / path).exists() for path in shown)
+    if name != "scaling":
+        assert "2.00x" in text
+    assert ("1.11x" in text) is (name == "variants")
+
+
 # Command line ---------------------------------------------------------------------------------------------------------
 
 
@@ -418,6 +443,8 @@ def test_the_report_marks_losses_and_has_plots(tmp_path):
         "compare /nowhere/a.jsonl /nowhere/b.jsonl",
         "report /nowhere/a.jsonl",
         "list huge",
+        "figures core",
+        "figures scaling --results /nowhere/a.jsonl",
     ],
 )
 def test_bad_arguments_get_one_line_and_status_2(arguments, capsys):

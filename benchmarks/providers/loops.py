@@ -8,17 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as symbolic_shapes
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from benchmarks.cases import Case
-from benchmarks.problem import Problem
-from benchmarks.providers import Prepared
 from benchmarks.providers.torch_layers import TorchLike
 from benchmarks.providers.variants import CELLS, States
-
-#: The compiler unrolls loops, so that its time grows with T: beyond, one step is compiled, and the loop is Python's.
-WHOLE = 1
 
 
 def step(
@@ -90,8 +86,8 @@ class LoopLayer(torch.nn.Module):
                 self.names.append([name + suffix for name in shapes])
         self.directions = directions
 
-    def forward(self, one: Callable, whole: Callable | None, x: Tensor, hx: Any, lengths: Any, resets: Any) -> Any:
-        """one: a step; whole: a direction, None for the loop here."""
+    def forward(self, one: Callable, x: Tensor, hx: Any, lengths: Any, resets: Any) -> Any:
+        """one: a step."""
         given = hx if isinstance(hx, tuple) else (hx,) * len(self.case.kind.states)
         time = torch.arange(x.shape[0], device=x.device)[:, None]
         alive = None if lengths is None else (time < lengths.to(x.device)).unsqueeze(2)
@@ -102,8 +98,7 @@ class LoopLayer(torch.nn.Module):
             zero = x.new_zeros(x.shape[1], self.hidden_size)
             states = tuple(zero if s is None else s[row] for s in given)
             weights = tuple(self.get_parameter(name) for name in names)
-            run = whole or partial(direction, one)
-            y, final = run(x, states, weights, row % self.directions == 1, alive, resets)
+            y, final = direction(one, x, states, weights, row % self.directions == 1, alive, resets)
             outputs.append(y)
             finals.append(final)
             if len(outputs) == self.directions:
@@ -120,22 +115,21 @@ class Loop(TorchLike):
     def layer(self, case: Case, **options: Any) -> torch.nn.Module:
         return LoopLayer(case, **options)
 
-    def functions(self, case: Case) -> tuple[Callable, Callable | None]:
-        """A step, and a whole direction or None."""
-        return partial(step, CELLS[case.cell].torch), None
+    def step(self, case: Case) -> Callable:
+        return partial(step, CELLS[case.cell].torch)
 
     def run(self, layer: Any, x: Any, hx: Any, lengths: Tensor | None, resets: Any) -> Any:
-        functions = self.functions(layer.case)
+        one = self.step(layer.case)
         if not isinstance(x, PackedSequence):
-            return layer(*functions, x, hx, lengths, resets)
+            return layer(one, x, hx, lengths, resets)
         padded, lengths = pad_packed_sequence(x)
-        y, final = layer(*functions, padded, hx, lengths, resets)
+        y, final = layer(one, padded, hx, lengths, resets)
         return pack_padded_sequence(y, lengths), final
 
 
 class CompiledLoop(Loop):
     name = "torch.compile"
-    note = f"whole loop compiled up to T = {WHOLE}; one step, for any N and H, beyond"
+    note = "one step compiled, for any N and H, in a Python loop: unrolled, T steps would compile for minutes"
 
     def available(self) -> str | None:
         from torch._inductor.cpp_builder import get_cpp_compiler
@@ -145,22 +139,14 @@ class CompiledLoop(Loop):
         except Exception as error:
             return f"no C++ compiler: {str(error).strip().splitlines()[0]}"
 
-    def prepare(self, problem: Problem) -> Prepared:
-        # A suite has more combinations of cell, call and masks than the limit that is to catch endless recompiling.
-        torch._dynamo.config.recompile_limit = 1000
-        torch._dynamo.config.accumulated_recompile_limit = 1000
-        return super().prepare(problem)
-
-    def functions(self, case: Case) -> tuple[Callable, Callable | None]:
-        return compiled_step(case.cell), compiled_direction(case.cell) if case.T <= WHOLE else None
+    def step(self, case: Case) -> Callable:
+        return compiled_step(case.cell)
 
 
 @lru_cache
 def compiled_step(cell: str) -> Callable:
     """Compiled once for all shapes: a shape of its own would cost more time than there is for a case."""
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000  # masks, gradients
+    torch._inductor.config.compile_threads = 1  # others would wait for the same core
+    symbolic_shapes.backed_size_oblivious = True  # or N = 1 compiles anew
     return torch.compile(partial(step, CELLS[cell].torch), dynamic=True)
-
-
-@lru_cache
-def compiled_direction(cell: str) -> Callable:
-    return torch.compile(partial(direction, partial(step, CELLS[cell].torch)), dynamic=False)
