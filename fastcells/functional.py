@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from .cpu import layer as cpu
 from .cpu.engine import DTYPES
 from .plan import STEP_ROWS, few_at_once
 from .program import build
-from .ragged import Lengths, Ragged
+from .ragged import Lengths, Ragged, backward_in_time
 
 Parameters = tuple[Any, ...]
 """(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) and, of a cell that has some, a tuple of its own tensors."""
@@ -71,6 +72,7 @@ def layer(
     lengths: Lengths | None = None,
     reset: Tensor | None = None,
     reset_to: tuple[Tensor, ...] | Literal[0] | None = None,
+    reverse: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run a recurrent layer over time, differentiably.
 
@@ -86,6 +88,8 @@ def layer(
     returns to reset_to (states like `states`; 0 for zeros; None for `states` themselves) before that step. It cuts the
     sequence between the steps t - 1 and t for both directions: backward in time, the state returns before step t - 1.
 
+    reverse: the only direction there is runs backward in time.
+
     Returns y, [T, N, D * H] or [total, D * H], zero past the end of a sequence, and the final states, shaped as the
     initial ones, at each sequence's true end (which is step 0 backward in time).
 
@@ -93,13 +97,22 @@ def layer(
     not take (see `refusal`): float32 or float64 throughout, on the CPU.
     """
     _check(cell, x, states, parameters, batch_sizes, inputs)
-    if lengths is None and reset is None:
+    if lengths is None and reset is None and not reverse:
         return unchecked_layer(cell, x, states, parameters, batch_sizes, inputs)
+    directions = len(parameters)
+    if reverse and directions > 1:
+        raise ValueError("reverse must be False with the parameters of 2 directions, the second of which is reverse")
     if batch_sizes is not None:
-        raise ValueError("lengths and reset must be None with batch_sizes: packed rows have lengths of their own")
+        if lengths is not None or reset is not None:
+            raise ValueError("lengths and reset must be None with batch_sizes: packed rows have lengths of their own")
+        turn = partial(backward_in_time, batch_sizes=batch_sizes)
+        each = [name in cell.step_inputs for name in cell.fed]
+        fed = [torch.stack([turn(d) for d in t]) if e else t for t, e in zip(inputs, each, strict=True)]
+        y, finals = unchecked_layer(cell, turn(x), states, parameters, batch_sizes, fed)
+        return turn(y), finals
     if isinstance(reset_to, tuple):
         _check(cell, x, reset_to, parameters, batch_sizes, inputs, "reset_to")
-    ragged, directions = Ragged(x.shape[0], x.shape[1], lengths, reset), len(parameters)
+    ragged = Ragged(x.shape[0], x.shape[1], lengths, reset, reverse=reverse)
     entered = ragged.enter(states, reset_to, directions)
     if ragged.whole:
         return unchecked_layer(cell, x, entered, parameters, inputs=inputs)

@@ -24,7 +24,7 @@ from .cell import Cell
 from .functional import Parameters, refusal, unchecked_layer
 from .plan import few_at_once
 from .program import build
-from .ragged import Lengths, Ragged
+from .ragged import Lengths, Ragged, backward_in_time
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "Recurrent"]
 
@@ -309,22 +309,26 @@ class OverTime(DropIn):
         lengths: Lengths | None = None,
         reset: Tensor | None = None,
         reset_to: Any = None,
+        reverse: bool = False,
     ) -> Any:
-        """As torch.nn's layers: same arguments, results and exceptions; and, for padded input:
+        """As torch.nn's layers: same arguments, results and exceptions; and:
 
-        lengths: steps of each sequence, N integers from 0 to T in any order. Output past the end is zero, final states
-        are those at each sequence's true end, and time is spent on real steps only.
+        lengths, for padded input: steps of each sequence, N integers from 0 to T in any order. Output past the end is
+        zero, final states are those at each sequence's true end, and time is spent on real steps only.
 
-        reset: bool [T, N] ([N, T] with batch_first, [T] without a batch), true where before that step the state returns
-        to reset_to: states shaped as hx, 0 for zeros, None for hx itself (which at step 0 changes nothing). Between the
-        steps t - 1 and t a reset cuts the sequence for both directions: backward in time, the state returns before step
-        t - 1. Final states are those after the last step that a direction takes.
+        reset, for padded input: bool [T, N] ([N, T] with batch_first, [T] without a batch), true where before that step
+        the state returns to reset_to: states shaped as hx, 0 for zeros, None for hx itself (which at step 0 changes
+        nothing). Between the steps t - 1 and t a reset cuts the sequence for both directions: backward in time, the
+        state returns before step t - 1. Final states are those after the last step that a direction takes.
 
-        Raises TypeError, ValueError for lengths, reset or reset_to of another kind, shape or range.
+        reverse: all layers, of one direction, run backward in time, from each sequence's end to its step 0.
+
+        Raises TypeError, ValueError for lengths, reset or reset_to of another kind, shape or range; ValueError for
+        reverse with bidirectional layers.
         """
-        if lengths is None and reset is None and reset_to is None:
+        if lengths is None and reset is None and reset_to is None and not reverse:
             return super().forward(input, hx)
-        input, hx, finish = self._ragged(input, hx, lengths, reset, reset_to)
+        input, hx, finish = self._ragged(input, hx, lengths, reset, reset_to, reverse)
         return finish(super().forward(input, hx))
 
     def _ragged(
@@ -334,12 +338,15 @@ class OverTime(DropIn):
         lengths: Lengths | None = None,
         reset: Tensor | None = None,
         reset_to: Any = None,
+        reverse: bool = False,
     ) -> tuple[Any, Any, Callable]:
-        """The call without lengths and resets that one with them comes to: (input, hx, what makes of its results
-        those of the call)."""
+        """The call without these arguments that one with them comes to: (input, hx, what makes of its results those of
+        the call)."""
         if reset is None and reset_to is not None:
             raise ValueError("reset_to must be None without reset: it is what a reset leads to")
-        if isinstance(input, PackedSequence):
+        if reverse and self.bidirectional:
+            raise ValueError("reverse must be False with bidirectional=True, where the second direction is reverse")
+        if isinstance(input, PackedSequence) and not (lengths is None and reset is None):
             raise ValueError("lengths and reset must be None with a PackedSequence, which has lengths of its own")
         cell, out = self._cell(), self.proj_size or self.hidden_size
 
@@ -351,6 +358,12 @@ class OverTime(DropIn):
             states = None if hx is None else self._states(cell, input, batch, hx, out)
         except Mistake as mistake:
             return input, hx, partial(fail, mistake)  # after torch.nn's own error, if it raises one
+        if isinstance(input, PackedSequence):
+
+            def turned(packed: PackedSequence) -> PackedSequence:
+                return PackedSequence(backward_in_time(packed.data, packed.batch_sizes), *packed[1:])
+
+            return turned(input), hx, lambda result: (turned(result[0]), result[1])
         if isinstance(reset_to, (tuple, list, Tensor)):
             try:
                 reset_to = self._states(cell, input, batch, reset_to, out, "reset_to")
@@ -360,7 +373,8 @@ class OverTime(DropIn):
         batched, directions = input.dim() == 3, 2 if self.bidirectional else 1
         if not batched and isinstance(reset, Tensor) and reset.dim() == 1:
             reset = reset.unsqueeze(1)
-        ragged = Ragged(steps, size, lengths, reset, batch_first=self.batch_first and batched, device=batch.x.device)
+        batch_first = self.batch_first and batched
+        ragged = Ragged(steps, size, lengths, reset, batch_first=batch_first, reverse=reverse, device=batch.x.device)
         entered = ragged.enter(states, reset_to, directions)
         if ragged.whole:
             return input, _as_given(entered, batched), lambda result: result
@@ -427,8 +441,8 @@ class LayerModule(OverTime, original.RNNBase):
     """What torch.nn's layers over whole sequences have to themselves."""
 
     def forward(self, input: Any, hx: Any = None, **sequences: Any) -> Any:
-        """As the torch.nn class of the same name: same arguments, results and exceptions; lengths, reset, reset_to: see
-        `OverTime.forward`."""
+        """As the torch.nn class of the same name: same arguments, results and exceptions; lengths, reset, reset_to,
+        reverse: see `OverTime.forward`."""
         # torch.compile breaks its graph at every RNNBase, then would compile what that calls, function by function.
         global _not_compiled
         if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():

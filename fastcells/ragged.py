@@ -22,11 +22,12 @@ States = tuple[Tensor, ...]
 class Ragged:
     """The stretches of a padded batch, longest first, and the way of tokens and states to them and back.
 
-    steps: T; size: N; lengths: [N], each 0 to T, or None for T; reset: bool [T, N] ([N, T] with batch_first) or None.
-    Raises TypeError, ValueError for lengths or reset of another kind, shape or range.
+    steps: T; size: N; lengths: [N], each 0 to T, or None for T; reset: bool [T, N] ([N, T] with batch_first) or None;
+    reverse: stretches run from their last step to their first. Raises TypeError, ValueError for lengths or reset of
+    another kind, shape or range.
 
-    `whole`: every sequence is one stretch of T steps, so that tokens need no packing. `batch_sizes`, if not: int64
-    [steps of the longest], how many stretches have each step.
+    `whole`: every sequence is one stretch of T steps, in order, so that tokens need no packing. `batch_sizes`, if not:
+    int64 [steps of the longest], how many stretches have each step.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Ragged:
         reset: Tensor | None,
         *,
         batch_first: bool = False,
+        reverse: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         self._shape = (size, steps) if batch_first else (steps, size)
@@ -45,8 +47,9 @@ class Ragged:
         resets = None if reset is None else _checked_reset(reset, self._shape, batch_first)
         self.tokens, self._empty = int(ends.sum()), ends == 0
         never = np.zeros(size, bool)
-        self._after_reset = never if resets is None else resets[:, 0], never  # stretches that a direction so enters
-        self.whole = self.tokens == size * steps and (resets is None or not resets[:, 1:].any())
+        self._after_reset = [never if resets is None else resets[:, 0], never]
+        self.whole = self.tokens == size * steps and not (resets is not None and resets[:, 1:].any())
+        self.whole &= not (reverse and size)
         if self.whole:
             return
         if not self.tokens:  # a step is run all the same, and nobody sees it
@@ -67,14 +70,17 @@ class Ragged:
         order = np.argsort(-length, kind="stable")
         column, start, length, follows = column[order], start[order], length[order], follows[order]
         self._column = column
-        if resets is not None:
-            self._after_reset = resets[column, start], follows
         self.batch_sizes = torch.from_numpy(
             len(length) - np.searchsorted(length[::-1], np.arange(length[0]), side="right")
         )
+        # Which stretches a direction enters after a reset, and the one that it leaves each sequence from.
+        self._after_reset = [follows if resets is None else resets[column, start], follows]
+        self._leaves = [self._at(~follows), self._at(start == 0)]
         self._step, row = (1, steps) if batch_first else (size, 1)  # from a token to the next, in time and in sequences
         self._first_token = start * self._step + column * row
-        self._leaves = self._at(~follows), self._at(start == 0)  # which stretch a direction leaves each sequence from
+        if reverse:
+            self._first_token += (length - 1) * self._step
+            self._step, self._after_reset, self._leaves = -self._step, self._after_reset[1:], self._leaves[1:]
 
     def _at(self, chosen: np.ndarray) -> Tensor:
         """[N]: the chosen stretch of each sequence, 0 where a sequence has none."""
@@ -156,6 +162,16 @@ class Ragged:
                 result = result.masked_fill(empty, 0) if states is None else torch.where(empty, states[j], result)
             chosen.append(result)
         return tuple(chosen)
+
+
+def backward_in_time(rows: Tensor, batch_sizes: Tensor) -> Tensor:
+    """Packed rows [total, F] with the steps of every sequence in the opposite order."""
+    counts = batch_sizes.numpy()
+    steps, begin = np.arange(len(counts)), np.cumsum(counts) - counts
+    sequence = np.arange(len(rows)) - np.repeat(begin, counts)
+    lengths = len(counts) - np.searchsorted(counts[::-1], np.arange(counts[0]), side="right")
+    other = torch.from_numpy(begin[lengths[sequence] - 1 - np.repeat(steps, counts)] + sequence).to(rows.device)
+    return _Rows.apply(rows, other, other)
 
 
 class _Rows(torch.autograd.Function):

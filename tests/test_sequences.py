@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from fastcells import cells, explain, functional, nn, unrolled
 
 
-def by_steps(cell, x, states, parameters, lengths=None, reset=None, reset_to=None):
+def by_steps(cell, x, states, parameters, lengths=None, reset=None, reset_to=None, reverse=False):
     """What `functional.layer` is to compute, reset_to being states."""
     steps, size, _ = x.shape
     lengths = [steps] * size if lengths is None else lengths
@@ -22,8 +22,9 @@ def by_steps(cell, x, states, parameters, lengths=None, reset=None, reset_to=Non
         for n in range(size):
             initial, returned = ([s[d : d + 1, n : n + 1] for s in given] for given in (states, reset_to))
             current, y = initial, {}
-            for t in reversed(range(lengths[n])) if d else range(lengths[n]):
-                if reset[t, n] if d == 0 else t + 1 < lengths[n] and reset[t + 1, n]:
+            backward = d == 1 or reverse
+            for t in reversed(range(lengths[n])) if backward else range(lengths[n]):
+                if reset[t, n] if not backward else t + 1 < lengths[n] and reset[t + 1, n]:
                     current = returned
                 y[t], current = unrolled.layer(cell, x[t : t + 1, n : n + 1], tuple(current), [weights])
             padding = x.new_zeros(1, 1, states[0].shape[-1])
@@ -39,7 +40,7 @@ def keep_some(y, probability, training):
     return y * ((y.detach() * 1e3).frac().abs() > probability) / (1 - probability)
 
 
-def module_by_steps(module, input, hx=None, lengths=None, reset=None, reset_to=None):
+def module_by_steps(module, input, hx=None, lengths=None, reset=None, reset_to=None, reverse=False):
     """What a module of ours is to compute."""
     cell = module._cell()
     directions = 2 if module.bidirectional else 1
@@ -68,7 +69,9 @@ def module_by_steps(module, input, hx=None, lengths=None, reset=None, reset_to=N
         if k and module.dropout:
             y = keep_some(y, module.dropout, True)
         own = slice(k * directions, (k + 1) * directions)
-        y, final = by_steps(cell, y, [s[own] for s in initial], parameters, lengths, reset, [s[own] for s in returned])
+        y, final = by_steps(
+            cell, y, [s[own] for s in initial], parameters, lengths, reset, [s[own] for s in returned], reverse
+        )
         finals.append(final)
     result = tuple(torch.cat(s) for s in zip(*finals, strict=True))
     if not batched:
@@ -132,7 +135,7 @@ def calls(draw):
             return made if len(made) > 1 else made[0]
 
         hx = states() if draw(st.booleans()) else None
-        arguments: dict = {}
+        arguments: dict = {"reverse": not options["bidirectional"] and draw(st.booleans())}
         if draw(st.booleans()):
             lengths = draw(st.lists(st.integers(0, steps), min_size=size, max_size=size))
             arguments["lengths"] = lengths if batched else lengths[0]
@@ -339,6 +342,29 @@ mask = torch.zeros(4, 3, dtype=torch.bool)
 def test_mistakes(arguments, error, words):
     with pytest.raises(error, match=words):
         nn.LSTM(2, 6)(torch.randn(4, 3, 2), **arguments)
+
+
+def test_reverse_alone_is_the_second_direction():
+    lengths = [2, 5, 3]
+    both, alone = nn.GRU(3, 6, bidirectional=True).double(), nn.GRU(3, 6).double()
+    alone.load_state_dict({n.removesuffix("_reverse"): w for n, w in both.state_dict().items() if "_reverse" in n})
+    x = torch.randn(5, 3, 3, dtype=torch.float64)
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    for input, arguments in ((x, {}), (x, {"lengths": lengths}), (packed, {})):
+        (y, h), (expected, expected_h) = alone(input, reverse=True, **arguments), both(input, **arguments)
+        if input is packed:
+            y, expected = (pad_packed_sequence(t)[0] for t in (y, expected))
+        torch.testing.assert_close(y, expected[..., 6:], rtol=0, atol=1e-12)
+        torch.testing.assert_close(h, expected_h[1:], rtol=0, atol=1e-12)
+    (c, x, states, parameters, sizes), _, _ = problem(cells.lstm, 3, 2, 3, 4, lengths=[3, 1], directions=2)
+    y, finals = functional.layer(c, x, states, parameters, sizes)
+    ours, ours_finals = functional.layer(c, x, tuple(s[1:] for s in states), parameters[1:], sizes, reverse=True)
+    torch.testing.assert_close(ours, y[:, 4:], rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours_finals, tuple(s[1:] for s in finals), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="reverse must be False"):
+        both(x, reverse=True)
+    with pytest.raises(ValueError, match="reverse must be False"):
+        functional.layer(c, x, states, parameters, sizes, reverse=True)
 
 
 def test_packed_sequences_have_lengths_of_their_own():
