@@ -1,18 +1,13 @@
-"""The machine: what it is, how a process is pinned to some of its cores, and its measured roof.
-
-The compute roof is the best of several `torch.mm` of 1024 x 1024: a little below the FMA peak of the cores. The memory
-roof is a compiled sum over arrays that half fill each level of cache, read again and again, by one thread a core.
-"""
+"""The machine: what it is, how a process is pinned to some of its cores, and its roof, as `fastcells.roof` measures
+it."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from time import perf_counter, sleep
+from time import sleep
 from typing import Any
 
 from benchmarks.cases import Case
@@ -94,64 +89,29 @@ def line(machine: dict[str, Any]) -> str:
     threads = f"{machine['threads']} thread" + "s" * (machine["threads"] > 1)
     return (
         f"{machine['cpu']}, {' '.join(machine['features'])}; {threads} of {machine['cores']} cores, "
-        f"load {machine['load']}; Python {machine['python']}, {versions}; measured: float32 products "
+        f"load {machine['load']}; Python {machine['python']}, {versions}; measured: float32 multiply-adds "
         f"{roof['gigaflops']['float32']:.0f} GFLOP/s, reading GB/s: {levels}"
     )
 
 
 def roof(threads: int) -> dict[str, Any]:
-    """Peaks of `threads` cores together: gigaflops by dtype, and levels of memory with size and bandwidth."""
-    return {"gigaflops": {name: gigaflops(name) for name in ("float32", "float64")}, "levels": levels(threads)}
+    """Peaks of `threads` cores together: gigaflops by dtype, and levels of memory with size and bandwidth.
 
-
-def gigaflops(dtype: str) -> float:
+    A level is measured on what half fills it, memory on four times the last cache.
+    """
     import torch
 
-    size = 1024
-    a, out = torch.ones(size, size, dtype=getattr(torch, dtype)), torch.empty(size, size, dtype=getattr(torch, dtype))
-    torch.mm(a, a, out=out)
-    return 2e-9 * size**3 / min(seconds(lambda: torch.mm(a, a, out=out)) for _ in range(7))
+    from fastcells import roof
 
-
-def seconds(call: Any) -> float:
-    start = perf_counter()
-    call()
-    return perf_counter() - start
-
-
-def levels(threads: int) -> list[dict[str, Any]]:
-    import numba
-    import numpy as np
-
-    @numba.njit(nogil=True, fastmath=True)
-    def read(array: np.ndarray, times: int) -> float:
-        total = np.float32(0)
-        for _ in range(times):
-            for k in range(array.size):
-                total += array[k]
-            total *= np.float32(0.5)  # or the sums of all the times are one sum to the compiler
-        return total  # type: ignore[return-value]
-
-    found = []
-    with ThreadPoolExecutor(threads) as pool:
-        for name, size in caches():
-            half = 4 * size if name == "memory" else size // 2
-            arrays = [np.ones(half // 4, np.float32) for _ in range(threads)]
-            times = max(1, (1 << 27) // half)
-            read(arrays[0], 1)
-            best = min(seconds(lambda a=arrays, n=times: list(pool.map(read, a, [n] * threads))) for _ in range(4))
-            rate = 1e-9 * threads * times * arrays[0].nbytes / best
-            found.append({"name": name, "bytes": size, "gigabytes_per_s": rate})
-    return found
-
-
-def caches() -> Iterable[tuple[str, int]]:
-    """Name and size of each data cache that one core reaches, then "memory" with the size of the last."""
-    sizes = {"L1": 32 << 10, "L2": 1 << 20, "L3": 32 << 20}  # where the system does not say
-    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
-        if (index / "type").read_text().strip() != "Instruction":
-            sizes[f"L{(index / 'level').read_text().strip()}"] = int((index / "size").read_text().strip()[:-1]) << 10
-    return [*sorted(sizes.items()), ("memory", min(sizes["L3"], 64 << 20))]
+    caches = roof.caches() or (("L1", 32 << 10), ("L2", 1 << 20), ("L3", 32 << 20))  # where the system does not say
+    sizes = [(name, size, size // 2) for name, size in caches]
+    last = min(caches[-1][1], 64 << 20)
+    levels = [
+        {"name": name, "bytes": size, "gigabytes_per_s": 1e-9 * roof.bandwidth(measured, threads)}
+        for name, size, measured in [*sizes, ("memory", last, 4 * last)]
+    ]
+    dtypes = {"float32": torch.float32, "float64": torch.float64}
+    return {"gigaflops": {n: 1e-9 * roof.peak_flops(d, threads) for n, d in dtypes.items()}, "levels": levels}
 
 
 def bound(case: Case, flops: float, peaks: dict[str, Any]) -> tuple[float, str]:

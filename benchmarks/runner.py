@@ -25,7 +25,7 @@ from benchmarks.results import Row
 WARM = 2e-3  # seconds of calls that a turn begins with, not timed; a call that takes longer needs none
 SAMPLE = 4e-3  # seconds that a sample takes at least, by repeating the call
 LEAST_ROUNDS, MOST_ROUNDS = 3, 25
-SLOW = 8.0  # times the fastest provider's time, from which one round is enough where there is no time for more
+SLOW = 3.0  # times the fastest provider's time, from which one round is enough where there is no time for more
 
 
 class Broken(Exception):
@@ -93,7 +93,7 @@ def rounds(prepared: Mapping[str, Prepared], seconds: float) -> dict[str, list[f
             estimates[name] = min(estimates[name], sample(provider, 2))
     fastest = min(estimates.values(), default=0.0)
     least = {
-        name: LEAST_ROUNDS if estimate < SLOW * fastest or estimate * LEAST_ROUNDS < share else 1
+        name: LEAST_ROUNDS if estimate < SLOW * fastest or estimate * LEAST_ROUNDS < max(share, 0.3) else 1
         for name, estimate in estimates.items()
     }
     spent = dict.fromkeys(prepared, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -11,28 +12,30 @@ from typing import Any
 
 import torch
 
-from .cpu import engine, team
+from .cpu import store, team
+from .cpu.engine import DTYPES, LINE
+from .cpu.host import host
+
+UNROLLED = 8  # of the loops of the kernels in `cpu.peaks`
 
 
 def peak_flops(dtype: torch.dtype, threads: int) -> float:
-    """Floating-point operations a second in large matrix products: the better of torch's and the engine's."""
+    """Operations a second of `threads` threads together that do multiply-adds from register to register."""
     return max(_peak_flops(dtype, n) for n in {1, threads})  # on a busy machine one thread may do more than a team
 
 
 def _peak_flops(dtype: torch.dtype, threads: int) -> float:
-    n = 384
-    with using_threads(threads):
-        a, b, out = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype), torch.empty(n, n, dtype=dtype)
+    name, lanes = DTYPES[dtype], host().lanes(dtype.itemsize)
+    chains = min(12, host().registers - 4)  # more than any core's latency times its throughput
 
-        def ours() -> None:
-            engine.arena.reset()
-            start = engine.zeros(n * out.element_size())
-            engine.product(a[None], b, out[None], start, threads=team.size())
+    def make() -> Callable:
+        from .cpu.peaks import make_multiply_add
 
-        candidates: list[Callable[[], Any]] = [lambda: torch.mm(a, b, out=out)]
-        if dtype in engine.DTYPES:
-            candidates.append(ours)
-        return 2 * n**3 / min(best(f, 0.06) for f in candidates)
+        return make_multiply_add(name, chains, UNROLLED, lanes)
+
+    rounds = 1 << 13
+    seconds = _best(store.kernel(f"multiply_add_{name}", [f"{chains} {UNROLLED}"], make), threads, rounds)
+    return 2 * rounds * UNROLLED * chains * lanes * threads / seconds
 
 
 def bandwidth(size: int, threads: int) -> float:
@@ -41,12 +44,32 @@ def bandwidth(size: int, threads: int) -> float:
 
 
 def _bandwidth(size: int, threads: int) -> float:
-    numbers = max(size, 4096) // 4
-    passes = max(8 * threads, (1 << 24) // (4 * numbers))
-    with using_threads(threads):
-        again = torch.zeros(numbers).expand(passes, -1)  # the same memory at each pass
-        sums = torch.empty(passes)
-        return 4 * numbers * passes / best(lambda: torch.sum(again, 1, out=sums), 0.06)
+    lanes = host().lanes(4)
+
+    def make() -> Callable:
+        from .cpu.peaks import make_read
+
+        return make_read("float32", UNROLLED, lanes)
+
+    line = UNROLLED * lanes * 4
+    rounds = max(1, size // line)
+    own = rounds * line  # of each thread
+    times = max(1, (1 << 24) // own)
+    data = torch.ones(threads * own // 4 + LINE)
+    address = -(-data.data_ptr() // LINE) * LINE
+    return (
+        threads
+        * times
+        * own
+        / _best(store.kernel("read_float32", [str(UNROLLED)], make), threads, address, own, rounds, times)
+    )
+
+
+def _best(kernel: store.Kernel, threads: int, *words: int) -> float:
+    """The shortest of several runs of a kernel of `peaks` on a frame of these words, in seconds."""
+    sums = torch.zeros(threads + 1, LINE, dtype=torch.uint8)
+    frame = array("q", [*words, sums.data_ptr()])
+    return best(lambda: team.run(kernel, frame.buffer_info()[0], threads), 0.06)
 
 
 def best(function: Callable[[], Any], budget: float, least: int = 4) -> float:

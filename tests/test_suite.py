@@ -412,7 +412,7 @@ def test_figures_renew_the_readme(tmp_path, name):
         assert text.startswith("before\n<!--")
         assert text.endswith("-->\nafter\n")
         assert "old" not in text
-        assert text.count("measured: float32 products") == 1
+        assert text.count("measured: float32 multiply-adds") == 1
     shown = re.findall(r"\]\((.*?)\)", text)
     assert len(shown) == 2
     assert all((tmp_path / path).exists() for path in shown)
