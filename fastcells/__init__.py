@@ -5,7 +5,7 @@ fastcells.convert(model)                 # swaps the recurrent layers of an exis
 print(fastcells.explain(layer, x))       # which path a call takes, and why
 """
 
-from . import cells, expression, functional, nn, reference, rl
+from . import activations, cells, expression, functional, importers, nn, reference, rl, variants
 from .cell import Cell, cell
 from .convert import convert, revert
 from .explain import Explanation, explain
@@ -15,16 +15,19 @@ __all__ = [
     "Cell",
     "Explanation",
     "Report",
+    "activations",
     "cell",
     "cells",
     "convert",
     "explain",
     "expression",
     "functional",
+    "importers",
     "nn",
     "profile",
     "reference",
     "revert",
     "rl",
+    "variants",
 ]
 __version__ = "0.1.0"

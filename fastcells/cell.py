@@ -45,6 +45,9 @@ class Cell:
     `scalars` (numbers of its own), `inputs` ([N, H] each, the same at all steps) and `step_inputs` ([T, N, H] each).
     """
 
+    made_by: tuple[Callable, tuple] | None = None  # the function, and its arguments, of a cell with options
+    recurrent_weight: Callable | None = None  # what nn.Recurrent makes of weight_hh before the cell uses it
+
     def __init__(
         self,
         function: Callable,
@@ -61,9 +64,6 @@ class Cell:
         self.inputs, self.step_inputs = tuple(inputs), tuple(step_inputs)
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
-        self.made_by: tuple[Callable, tuple] | None = (
-            None  # the function, and its arguments, of a cell that has options
-        )
 
     def __repr__(self) -> str:
         lists = ("gates", "states", "parameters", "scalars", "inputs", "step_inputs")

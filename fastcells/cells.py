@@ -47,3 +47,59 @@ def rnn_tanh(x, u, s):
 def rnn_relu(x, u, s):
     """Simple recurrent network with rectified linear units (Le, Jaitly & Hinton 2015)."""
     return relu(x.h + u.h)
+
+
+@cell(gates="i g o", states="h c")
+def coupled_lstm(x, u, s):
+    """LSTM whose forget gate is what the input gate leaves (Greff et al. 2017, LSTM: A Search Space Odyssey, CIFG)."""
+    i = sigmoid(x.i + u.i)
+    g = tanh(x.g + u.g)
+    o = sigmoid(x.o + u.o)
+    c = (1 - i) * s.c + i * g
+    return o * tanh(c), c
+
+
+@cell(gates="f n")
+def mgu(x, u, s):
+    """Minimal gated unit (Zhou, Wu, Zhang & Zhou 2016): one gate both resets and updates."""
+    f = sigmoid(x.f + u.f)
+    n = tanh(x.n + u.n(f * s.h))
+    return s.h + f * (n - s.h)
+
+
+@cell(gates="z n")
+def ligru(x, u, s):
+    """Light gated recurrent unit (Ravanelli, Brakel, Omologo & Bengio 2018).
+
+    Its batch normalisation of W x_t needs no state and stays outside: before the layer, or folded into W and b.
+    """
+    z = sigmoid(x.z + u.z)
+    n = relu(x.n + u.n)
+    return n + z * (s.h - n)
+
+
+@cell(gates="f g")
+def janet(x, u, s):
+    """Just another network: the LSTM with a forget gate alone (van der Westhuizen & Lasenby 2018), its beta being 1."""
+    f = x.f + u.f
+    g = tanh(x.g + u.g)
+    return sigmoid(f) * s.h + (1 - sigmoid(f - 1)) * g
+
+
+@cell(gates="g c")
+def ugrnn(x, u, s):
+    """Update gate network (Collins, Sohl-Dickstein & Sussillo 2017)."""
+    g = sigmoid(x.g + u.g)
+    c = tanh(x.c + u.c)
+    return c + g * (s.h - c)
+
+
+@cell(gates="z u")
+def minimal_rnn(x, u, s):
+    """MinimalRNN (Chen 2017): the input is taken into the space of the states, z, and a gate mixes it in there.
+
+    U_u is the paper's U_h and U_z its U_z, which applies to z; of W_u and its bias nothing is used.
+    """
+    z = tanh(x.z)
+    gate = sigmoid(u.u + u.z(z))
+    return z + gate * (s.h - z)

@@ -606,6 +606,13 @@ class Recurrent(OverTime):
     def _cell(self) -> Cell:
         return self.cell
 
+    def _run(self, input: Any, call: Call, layer: Callable = unchecked_layer) -> Any:
+        change = self.cell.recurrent_weight
+        if change is not None:
+            parameters = [tuple((p[0], change(p[1]), *p[2:]) for p in directions) for directions in call.parameters]
+            call = call._replace(parameters=parameters)
+        return super()._run(input, call, layer)
+
     def _forward_in_torch(self, input: Any, hx: Any) -> Any:
         return self._run(input, self._parts(input, hx)[0], unrolled.layer)
 

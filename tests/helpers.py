@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from fastcells.nn import Recurrent
+from fastcells.nn import NotTaken, Recurrent
 
 TOLERANCE = 1e-9  # float64, relative to the largest magnitude of the true tensor
 SLACK = 2.0  # float32: at most so many times torch.nn's own float32 error ...
@@ -87,6 +87,20 @@ class Case:
         return pack_padded_sequence(
             x, lengths, batch_first=self.batch_first, enforce_sorted=self.layout == "packed"
         ), hx
+
+
+class Loop(Recurrent):
+    """The oracle of any cell: its own function as a loop of torch operations, differentiated by autograd."""
+
+    def _read(self, *args: Any, **options: Any) -> Any:
+        raise NotTaken("this is the oracle")
+
+
+def loop(layer: Recurrent) -> Loop:
+    """The oracle with a layer's own weights."""
+    oracle = copy.deepcopy(layer)
+    oracle.__class__ = Loop
+    return oracle  # type: ignore[return-value]
 
 
 def pairwise(**options: Sequence) -> list[dict[str, Any]]:

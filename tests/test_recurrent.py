@@ -8,31 +8,23 @@ import textwrap
 
 import pytest
 import torch
-from helpers import compare, outputs, pairwise, same
+from helpers import compare, loop, outputs, pairwise, same
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastcells
-from fastcells import cell, cells, nn
+from fastcells import Cell, cell, cells, nn, variants
 from fastcells.expression import sigmoid, tanh
-from fastcells.nn import NotTaken
 
-SHIPPED = [cells.lstm, cells.gru, cells.gru_reset_before, cells.rnn_tanh, cells.rnn_relu]
+ON_THE_PAGE = [c for c in vars(cells).values() if isinstance(c, Cell)]
+VARIANTS = [
+    variants.lstm("relu", "hard_sigmoid"),
+    variants.gru("elu", "softsign", reset_after=False, clip=0.5),
+    variants.rnn("leaky_relu"),
+    variants.antisymmetric_rnn(),
+]
+SHIPPED = ON_THE_PAGE + VARIANTS
 DTYPES = (torch.float64, torch.float32)
 T, N, I, H = 5, 3, 4, 9  # noqa: E741
-
-
-class Loop(nn.Recurrent):
-    """The oracle: the cell's own function as a loop of torch operations, differentiated by autograd."""
-
-    def _read(self, *args, **options):
-        raise NotTaken("this is the oracle")
-
-
-def loop(layer):
-    """The oracle with a layer's own weights."""
-    oracle = copy.deepcopy(layer)
-    oracle.__class__ = Loop
-    return oracle
 
 
 def data(layer, layout="padded", states=True, steps=T, batch=N):

@@ -1,0 +1,214 @@
+"""Recurrent layers of Keras and ONNX as modules: gate order, layout of weights and biases, activations.
+
+Neither library is needed for arrays; `from_keras` also takes a layer of Keras 2 or 3, `from_onnx` a whole model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import cells, nn, variants
+from .activations import ONNX, Activation
+from .cell import Cell
+
+# The gates of a cell by the letters of ours, in the order of the other library's blocks.
+KERAS_ORDER = {"LSTM": "ifgo", "GRU": "zrn", "SimpleRNN": "h"}
+ONNX_ORDER = {"LSTM": "iofg", "GRU": "zrn", "RNN": "h"}
+ONNX_ACTIVATIONS = {"LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh"), "RNN": ("Tanh",)}
+
+TORCHS: dict[Cell, tuple[type[torch.nn.Module], dict[str, Any]]] = {
+    cells.lstm: (nn.LSTM, {}),
+    cells.gru: (nn.GRU, {}),
+    cells.rnn_tanh: (nn.RNN, {"nonlinearity": "tanh"}),
+    cells.rnn_relu: (nn.RNN, {"nonlinearity": "relu"}),
+}
+"""Cells that torch.nn has a layer of."""
+
+
+def from_keras(layer: Any, weights: Sequence[Any] | None = None) -> torch.nn.Module:
+    """The module of a Keras LSTM, GRU or SimpleRNN layer, or of one in Bidirectional(merge_mode="concat").
+
+    layer: the Keras layer; or what `keras.layers.serialize` makes of it, {"class_name": ..., "config": {...}}, and
+    weights, the arrays of its `get_weights()`: kernel [I, G * H], recurrent kernel [H, G * H] and, with use_bias, bias
+    [G * H] ([2, G * H] for a GRU with reset_after), those of the backward layer after those of the forward one.
+
+    Returns a layer of `fastcells.nn`: LSTM, GRU or RNN where torch.nn has the cell, else Recurrent; batch_first, in the
+    format of the weights. It always gives (output [N, T, D * H], final states), whatever return_sequences and
+    return_state say. `recurrent_dropout` is taken over.
+
+    Raises ValueError for other layers and for options that no module here has, with the option's name. A `dropout` of
+    the inputs is left out, with a warning.
+    """
+    if weights is None:
+        layer, weights = {"class_name": type(layer).__name__, "config": layer.get_config()}, layer.get_weights()
+    arrays = [np.asarray(w) for w in weights]
+    kind, config = layer["class_name"], layer["config"]
+    directions = 1
+    if kind == "Bidirectional":
+        if config.get("merge_mode", "concat") != "concat":
+            raise ValueError(f"merge_mode must be 'concat', got {config['merge_mode']!r}")
+        directions, inner = 2, config["layer"]
+        kind, config = inner["class_name"], inner["config"]
+    if kind not in KERAS_ORDER:
+        raise ValueError(f"layer must be one of {', '.join(KERAS_ORDER)} or Bidirectional, got {kind}")
+    if config.get("go_backwards"):
+        raise ValueError("go_backwards must be False: flip the input in time instead")
+    if config.get("dropout"):
+        warnings.warn(f"{kind}: dropout={config['dropout']} of the inputs is left out", stacklevel=2)
+
+    order, hidden, bias = KERAS_ORDER[kind], config["units"], config.get("use_bias", True)
+    count = (3 if bias else 2) * directions
+    if len(arrays) != count:
+        raise ValueError(f"weights must be {count} arrays for {kind} with {directions} direction(s), got {len(arrays)}")
+    activation = config.get("activation") or "linear"
+    gates = config.get("recurrent_activation") or "linear"
+    reset_after = config.get("reset_after", True)
+    if kind == "LSTM":
+        cell = variants.lstm(activation, gates)
+    elif kind == "GRU":
+        cell = variants.gru(activation, gates, reset_after)
+    else:
+        cell = variants.rnn(activation)
+
+    state: dict[str, Any] = {}
+    for d, suffix in enumerate(("_l0", "_l0_reverse")[:directions]):
+        kernel, recurrent, *own = arrays[d * count // directions : (d + 1) * count // directions]
+        state[f"weight_ih{suffix}"] = _ordered(kernel.T, cell, order)
+        state[f"weight_hh{suffix}"] = _ordered(recurrent.T, cell, order)
+        if own:
+            both = own[0] if own[0].ndim == 2 else np.stack([own[0], np.zeros_like(own[0])])
+            state[f"bias_ih{suffix}"], state[f"bias_hh{suffix}"] = (_ordered(b, cell, order) for b in both)
+    return _module(cell, arrays[0].shape[0], hidden, state, bias, batch_first=True, bidirectional=directions == 2)
+
+
+def from_onnx(model: Any) -> dict[str, torch.nn.Module]:
+    """The modules of all LSTM, GRU and RNN nodes of an ONNX model, by the node's name (or that of its first output).
+
+    model: an `onnx.ModelProto`, or the path of one. Needs the package onnx. Raises as `from_onnx_arrays`, and
+    ValueError for a node whose weights are computed by the model.
+    """
+    import onnx
+
+    if not isinstance(model, onnx.ModelProto):
+        model = onnx.load(model)
+    known = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            (value,) = (a.t for a in node.attribute if a.name == "value")
+            known[node.output[0]] = onnx.numpy_helper.to_array(value)
+    found = {}
+    for node in model.graph.node:
+        if node.op_type not in ONNX_ORDER:
+            continue
+        name = node.name or next(o for o in node.output if o)
+        inputs = dict(
+            zip(("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P"), node.input, strict=False)
+        )
+        arrays = {}
+        for key in ("W", "R", "B", "P"):
+            if inputs.get(key):
+                if inputs[key] not in known:
+                    raise ValueError(f"node {name}: {key} must be an initializer of the model, got {inputs[key]!r}")
+                arrays[key] = known[inputs[key]]
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        found[name] = from_onnx_arrays(node.op_type, **arrays, **attributes)
+    return found
+
+
+def from_onnx_arrays(op_type: str, W: Any, R: Any, B: Any = None, P: Any = None, **attributes: Any) -> torch.nn.Module:
+    """The module of one ONNX LSTM, GRU or RNN node, D = 2 for direction="bidirectional", else 1.
+
+    W [D, G * H, I], R [D, G * H, H], B [D, 2 * G * H] or None, P (an LSTM's peepholes) [D, 3 * H] or None; attributes:
+    those of the ONNX operator, with its defaults (activations, activation_alpha, activation_beta, clip, direction,
+    hidden_size, input_forget, layout, linear_before_reset).
+
+    Returns a layer of `fastcells.nn`: LSTM, GRU or RNN where torch.nn has the cell, else Recurrent; batch_first for
+    layout=1. Its output is [T, N, D * H] where ONNX's Y is [T, D, N, H]; sequence_lens are its `lengths`.
+
+    Raises ValueError for an unknown operator or activation, for attributes and arrays that do not fit together, for
+    directions of unequal activations, and for direction="reverse" (flip the input in time instead).
+    """
+    if op_type not in ONNX_ORDER:
+        raise ValueError(f"op_type must be one of {', '.join(ONNX_ORDER)}, got {op_type!r}")
+    text = {k: v.decode() if isinstance(v, bytes) else v for k, v in attributes.items()}
+    direction = text.pop("direction", "forward")
+    if direction not in ("forward", "bidirectional"):
+        raise ValueError(f"direction must be 'forward' or 'bidirectional', got {direction!r}: flip the input in time")
+    functions = _onnx_activations(op_type, 2 if direction == "bidirectional" else 1, text)
+    limit = text.pop("clip", None) or None
+    layout, hidden = text.pop("layout", 0), text.pop("hidden_size", None)
+    w, r = np.asarray(W), np.asarray(R)
+    count = 2 if direction == "bidirectional" else 1
+    order = ONNX_ORDER[op_type]
+    units = r.shape[-1]
+    if hidden not in (None, units):
+        raise ValueError(f"hidden_size must be that of R, {units}, got {hidden}")
+    for name, array, shape in (
+        ("W", w, (count, len(order) * units, w.shape[-1])),
+        ("R", r, (count, len(order) * units, units)),
+        ("B", B, (count, 2 * len(order) * units)),
+        ("P", P, (count, 3 * units)),
+    ):
+        if array is not None and np.shape(array) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {np.shape(array)}")
+    if op_type == "LSTM":
+        gate, squash, out = functions
+        cell = variants.lstm(squash, gate, out, limit)
+    elif op_type == "GRU":
+        cell = variants.gru(functions[1], functions[0], bool(text.pop("linear_before_reset", 0)), limit)
+    else:
+        cell = variants.rnn(functions[0], limit)
+    if text:
+        raise ValueError(f"attributes must be those of ONNX's {op_type}, got {', '.join(text)}")
+
+    state: dict[str, Any] = {}
+    for d, suffix in enumerate(("_l0", "_l0_reverse")[:count]):
+        state[f"weight_ih{suffix}"] = _ordered(w[d], cell, order)
+        state[f"weight_hh{suffix}"] = _ordered(r[d], cell, order)
+        if B is not None:
+            for name, b in zip(("bias_ih", "bias_hh"), np.split(np.asarray(B)[d], 2), strict=True):
+                state[name + suffix] = _ordered(b, cell, order)
+    return _module(cell, w.shape[-1], units, state, B is not None, batch_first=bool(layout), bidirectional=count == 2)
+
+
+def _onnx_activations(op_type: str, directions: int, attributes: dict[str, Any]) -> list[Activation]:
+    """The activations of a node, which names them for each direction, and gives constants to those that take some."""
+    names = attributes.pop("activations", None) or ONNX_ACTIVATIONS[op_type] * directions
+    names = [n.decode() if isinstance(n, bytes) else n for n in names]
+    constants = [list(attributes.pop(f"activation_{k}", None) or []) for k in ("alpha", "beta")]
+    each = len(ONNX_ACTIVATIONS[op_type])
+    if len(names) != each * directions:
+        raise ValueError(f"activations must be {each} names for each of {directions} direction(s), got {names}")
+    known = {k.lower(): v for k, v in ONNX.items()}
+    found = []
+    for name in names:
+        if name.lower() not in known:
+            raise ValueError(f"activations must be of {', '.join(ONNX)}, got {name!r}")
+        function, defaults = known[name.lower()]
+        given = [values.pop(0) if values else default for values, default in zip(constants, defaults, strict=False)]
+        found.append(Activation(function, tuple(given)))
+    if found[:each] * directions != found:
+        raise ValueError(f"activations must be the same for both directions, got {names}")
+    return found[:each]
+
+
+def _ordered(rows: np.ndarray, cell: Cell, order: str) -> Tensor:
+    """Blocks of rows in the order of the cell's gates."""
+    blocks = dict(zip(order, np.split(rows, len(order)), strict=True))
+    return torch.from_numpy(np.concatenate([blocks[g] for g in cell.gates]))
+
+
+def _module(
+    cell: Cell, inputs: int, hidden: int, state: Mapping[str, Tensor], bias: bool, **options: bool
+) -> torch.nn.Module:
+    dtype = state["weight_ih_l0"].dtype
+    make, extra = TORCHS.get(cell, (nn.Recurrent, {"cell": cell}))
+    module = make(input_size=inputs, hidden_size=hidden, bias=bias, dtype=dtype, **extra, **options)
+    module.load_state_dict(state)
+    return module
