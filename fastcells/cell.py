@@ -8,7 +8,7 @@ import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from .expression import Node, Operators, leaf
@@ -45,6 +45,7 @@ class Cell:
     `scalars` (numbers of its own), `inputs` ([N, H] each, the same at all steps) and `step_inputs` ([T, N, H] each).
     """
 
+    initial: Mapping[str, float] = MappingProxyType({})  # first values of parameters and scalars that have one
     made_by: tuple[Callable, tuple] | None = None  # the function, and its arguments, of a cell with options
     recurrent_weight: Callable | None = None  # what nn.Recurrent makes of weight_hh before the cell uses it
 
@@ -185,7 +186,8 @@ def cell(
 
     gates: names of the gates, in the order of their blocks of rows in weight_ih [gates * H, I] and weight_hh.
     states: names of the states; the first is the hidden state h.
-    parameters, scalars: names of learned tensors of the cell's own, one number per unit [H] each, or a single number.
+    parameters, scalars: names of learned tensors of the cell's own, one number per unit [H] each, or a single number;
+    with "gain=1" `nn.Recurrent` begins with that value, otherwise it draws as it does weights.
     inputs, step_inputs: names of extra inputs, given with each call: [N, H] each, the same at all steps (the mask of
     variational dropout), or [T, N, H] (that of zoneout).
 
@@ -197,6 +199,8 @@ def cell(
 
     Raises ValueError for names that are no identifiers, or repeated.
     """
+    initial = {n: float(v) for n, equals, v in (w.partition("=") for w in f"{parameters} {scalars}".split()) if equals}
+    parameters, scalars = (re.sub(r"=\S*", "", names) for names in (parameters, scalars))
     extra = {"parameters": parameters, "scalars": scalars, "inputs": inputs, "step_inputs": step_inputs}
     lists = {what: names.split() for what, names in {"gates": gates, "states": states, **extra}.items()}
     lists["names of the fourth argument"] = [n for what in extra for n in lists[what]]
@@ -208,6 +212,8 @@ def cell(
             raise ValueError(f"cell: {what} must be different identifiers separated by spaces, at least one, got none")
 
     def declare(function: Callable) -> Cell:
-        return Cell(function, name or function.__name__, *(lists[what] for what in ("gates", "states", *extra)))
+        made = Cell(function, name or function.__name__, *(lists[what] for what in ("gates", "states", *extra)))
+        made.initial = initial
+        return made
 
     return declare

@@ -1,11 +1,12 @@
 """The built-in cells: one page of equations.
 
 x.g = W_g x_t + b_g and u.g = U_g h_{t-1} + b'_g for each gate g; u.g(v) = U_g v + b'_g; s holds the state of the step
-before. * is the elementwise product. Gates are listed in the order of torch's weight rows.
+before and p the cell's own parameters. * is the elementwise product. Gates are listed in the order of torch's weight
+rows.
 """
 
 from .cell import cell
-from .expression import relu, sigmoid, tanh
+from .expression import exp, maximum, relu, sigmoid, softplus, tanh
 
 
 @cell(gates="i f g o", states="h c")
@@ -103,3 +104,37 @@ def minimal_rnn(x, u, s):
     z = tanh(x.z)
     gate = sigmoid(u.u + u.z(z))
     return z + gate * (s.h - z)
+
+
+@cell(gates="i f g o", states="h c", parameters="peephole_i peephole_f peephole_o")
+def peephole_lstm(x, u, s, p):
+    """LSTM whose gates see the cell state (Gers, Schraudolph & Schmidhuber 2002)."""
+    i = sigmoid(x.i + u.i + p.peephole_i * s.c)
+    f = sigmoid(x.f + u.f + p.peephole_f * s.c)
+    g = tanh(x.g + u.g)
+    c = f * s.c + i * g
+    o = sigmoid(x.o + u.o + p.peephole_o * c)
+    return o * tanh(c), c
+
+
+@cell(gates="h", parameters="recurrent")
+def indrnn(x, u, s, p):
+    """Independently recurrent network (Li, Li, Cook, Zhu & Gao 2018): each unit sees of the state itself alone."""
+    return relu(x.h + p.recurrent * s.h)
+
+
+@cell(gates="i f z o", states="h c n m")
+def slstm(x, u, s):
+    """sLSTM (Beck et al. 2024, xLSTM): exponential input gate, normaliser n, stabiliser m, sigmoid forget gate.
+
+    The paper's recurrent weights are block-diagonal by heads; here they are dense, so one head.
+    """
+    i = x.i + u.i
+    f = s.m - softplus(-(x.f + u.f))  # m_{t-1} + log(sigmoid(f))
+    z = tanh(x.z + u.z)
+    o = sigmoid(x.o + u.o)
+    m = maximum(f, i)
+    gain, keep = exp(i - m), exp(f - m)
+    c = keep * s.c + gain * z
+    n = keep * s.n + gain
+    return o * c / n, c, n, m

@@ -158,8 +158,11 @@ def from_onnx_arrays(op_type: str, W: Any, R: Any, B: Any = None, P: Any = None,
         if array is not None and np.shape(array) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {np.shape(array)}")
     if op_type == "LSTM":
-        gate, squash, out = functions
-        cell = variants.lstm(squash, gate, out, limit)
+        opening, squash, out = functions
+        coupled = bool(text.pop("input_forget", 0))
+        cell = variants.lstm(squash, opening, out, P is not None, coupled, limit)
+    elif P is not None:
+        raise ValueError(f"P must be None for {op_type}: only an LSTM has peepholes")
     elif op_type == "GRU":
         cell = variants.gru(functions[1], functions[0], bool(text.pop("linear_before_reset", 0)), limit)
     else:
@@ -174,6 +177,10 @@ def from_onnx_arrays(op_type: str, W: Any, R: Any, B: Any = None, P: Any = None,
         if B is not None:
             for name, b in zip(("bias_ih", "bias_hh"), np.split(np.asarray(B)[d], 2), strict=True):
                 state[name + suffix] = _ordered(b, cell, order)
+        if P is not None:
+            for gate, weights in zip("iof", np.split(np.asarray(P)[d], 3), strict=True):
+                if f"peephole_{gate}" in cell.parameters:
+                    state[f"peephole_{gate}{suffix}"] = torch.from_numpy(weights.copy())
     return _module(cell, w.shape[-1], units, state, B is not None, batch_first=bool(layout), bidirectional=count == 2)
 
 

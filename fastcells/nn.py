@@ -10,7 +10,7 @@ namesake: it runs the cell's own torch form where the engine does not take the c
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.modules import rnn as original  # the classes themselves: torch.nn.LSTM may be one of ours by now
 from torch.nn.utils.rnn import PackedSequence
 
-from . import cells, unrolled
+from . import cells, regularise, unrolled
 from .cell import Cell
 from .functional import Parameters, refusal, unchecked_layer
 from .plan import few_at_once
@@ -64,21 +64,31 @@ class Call(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def weight_shapes(
-    gates: int, input_size: int, hidden_size: int, proj_size: int, bias: bool, num_layers: int, directions: int
+    gates: int,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    bias: bool,
+    num_layers: int,
+    directions: int,
+    recurrent: bool = True,
+    own: tuple[tuple[str, Shape], ...] = (),
 ) -> tuple[tuple[tuple[tuple[str, Shape] | None, ...], ...], ...]:
     """Name and shape of each parameter, per layer and direction; None where a layer has none of that kind.
 
-    `num_layers=0` stands for a cell module: one set of parameters, whose names carry no layer.
+    `num_layers=0` stands for a cell module: one set of parameters, whose names carry no layer. recurrent: whether the
+    cell has recurrent products; own: names and shapes of its own parameters.
     """
     rows, out = gates * hidden_size, proj_size or hidden_size
 
     def direction(k: int, suffix: str) -> tuple[tuple[str, Shape] | None, ...]:
         return (
             (f"weight_ih{suffix}", (rows, out * directions if k else input_size)),
-            (f"weight_hh{suffix}", (rows, out)),
+            (f"weight_hh{suffix}", (rows, out)) if recurrent else None,
             (f"bias_ih{suffix}", (rows,)) if bias else None,
-            (f"bias_hh{suffix}", (rows,)) if bias else None,
+            (f"bias_hh{suffix}", (rows,)) if bias and recurrent else None,
             (f"weight_hr{suffix}", (proj_size, hidden_size)) if proj_size else None,
+            *((name + suffix, shape) for name, shape in own),
         )
 
     if not num_layers:
@@ -169,7 +179,7 @@ class DropIn(torch.nn.Module):
             raise Mistake(f"input must have input_size = {self.input_size} features, got {batch.x.shape[-1]}")
         layers = self._weight_shapes(len(cell.gates))
         parameters, weights = self._weights(layers)
-        states = None if hx is None else self._states(cell, input, batch, hx, out=layers[0][0][1][1][1])
+        states = None if hx is None else self._states(cell, input, batch, hx, out=self._out())
         return Call(cell, batch, states, parameters), layers, [batch.x, *(states or ()), *weights]
 
     def _weights(self, layers: tuple) -> tuple[list[tuple[Parameters, ...]], list[Tensor]]:
@@ -196,7 +206,7 @@ class DropIn(torch.nn.Module):
                         raise Mistake(f"{name} must have shape {shape}, got {tuple(weight.shape)}")
                     row.append(weight)
                     weights.append(weight)
-                sets.append(tuple(row))
+                sets.append(tuple(row) if len(row) == 5 else (*row[:5], tuple(row[5:])))
             parameters.append(tuple(sets))
         return parameters, weights
 
@@ -246,6 +256,10 @@ class DropIn(torch.nn.Module):
 
     def _cell(self) -> Cell:
         raise NotImplementedError
+
+    def _out(self) -> int:
+        """Features of the hidden state."""
+        return self.hidden_size
 
     def _batch(self, input: Any) -> Batch:
         raise NotImplementedError
@@ -348,7 +362,7 @@ class OverTime(DropIn):
             raise ValueError("reverse must be False with bidirectional=True, where the second direction is reverse")
         if isinstance(input, PackedSequence) and not (lengths is None and reset is None):
             raise ValueError("lengths and reset must be None with a PackedSequence, which has lengths of its own")
-        cell, out = self._cell(), self.proj_size or self.hidden_size
+        cell, out = self._cell(), self._out()
 
         def fail(mistake: Mistake, result: Any = None) -> Any:
             raise mistake.error(f"{type(self).__name__}: {mistake}") from None
@@ -387,6 +401,9 @@ class OverTime(DropIn):
             return y if batched else y.squeeze(1), _as_given(finals, batched)
 
         return packed, _as_given(entered), finish
+
+    def _out(self) -> int:
+        return self.proj_size or self.hidden_size
 
     def _batch(self, input: Any) -> Batch:
         rows = self.num_layers * (2 if self.bidirectional else 1)
@@ -541,6 +558,12 @@ class GRUCell(CellModule, original.GRUCell):
         return cells.gru
 
 
+def _rate(name: str, rate: Any) -> float:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+        raise ValueError(f"{name} must be a number in range [0, 1], got {rate!r}")
+    return float(rate)
+
+
 class Recurrent(OverTime):
     """Layers of any cell: one shipped in `fastcells.cells`, or your own function under `@fastcells.cell`.
 
@@ -548,11 +571,24 @@ class Recurrent(OverTime):
 
     - parameters: weight_ih_l{k} [G * H, I] (I = D * H, or D * proj_size, from the second layer on), weight_hh_l{k}
       [G * H, H], bias_ih_l{k} and bias_hh_l{k} [G * H], in blocks in the order of `cell.gates`, weight_hr_l{k}
-      [proj_size, H] with a projection, and the same with _reverse. All start as torch's, uniform within 1 / sqrt(H);
+      [proj_size, H] with a projection, those of the cell's own, {name}_l{k} [H] or [] (scalars), and the same with
+      _reverse; a cell without recurrent products has no weight_hh and bias_hh. All start as torch's, uniform within
+      1 / sqrt(H), but for those of the cell's own that it declares with a first value;
     - call: input [T, N, I] ([N, T, I] with batch_first, [T, I] without a batch, or a PackedSequence) and initial
       states, one [num_layers * D, N, H] for each of `cell.states` (a Tensor where there is one state, else a tuple; the
       hidden state has proj_size features with a projection; default: zeros) give (output [T, N, D * H], final states),
       D = 2 if bidirectional, else 1.
+
+    In training, with draws from torch's generator, and not in eval:
+
+    - recurrent_dropout: the rate at which units of the hidden state are dropped where it enters the recurrent products,
+      the same ones at all steps of a sequence (variational dropout, Gal & Ghahramani 2016); the rest is scaled up;
+    - zoneout: the rate at which a unit keeps its state of the step before (Krueger et al. 2017), for all of the cell's
+      states or one for each. In eval every unit moves on; the paper's blend by the rates is not taken there;
+    - weight_dropout: the rate at which elements of weight_hh are dropped, for the whole call (DropConnect, as in
+      AWD-LSTM: Merity, Keskar & Socher 2018); the rest is scaled up.
+
+    After a `reset` the masks are those of a new sequence.
 
     The layer runs on the engine, and where that does not take the call (other devices and formats, torch.func,
     torch.compile) as a loop of torch operations over the cell's function.
@@ -574,6 +610,10 @@ class Recurrent(OverTime):
         proj_size: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
+        weight_dropout: float = 0.0,
     ) -> None:
         if not isinstance(cell, Cell):
             raise TypeError(f"cell must be a Cell, as the decorator fastcells.cell makes, got {type(cell).__name__}")
@@ -581,37 +621,80 @@ class Recurrent(OverTime):
         options = num_layers, bias, batch_first, dropout, bidirectional, proj_size
         original.LSTM(input_size, hidden_size, *options, device="meta")  # raises what torch.nn raises for wrong options
         self.cell, self.input_size, self.hidden_size = cell, input_size, hidden_size
+        self.recurrent_dropout = _rate("recurrent_dropout", recurrent_dropout)
+        self.weight_dropout = _rate("weight_dropout", weight_dropout)
+        rates = [zoneout] * len(cell.states) if isinstance(zoneout, (int, float)) else list(zoneout)
+        if len(rates) != len(cell.states):
+            raise ValueError(f"zoneout must be one number or one for each of {', '.join(cell.states)}, got {zoneout}")
+        self.zoneout = tuple(_rate("zoneout", rate) for rate in rates)
         self.num_layers, self.bias, self.batch_first, self.dropout, self.bidirectional, self.proj_size = options
         programs = build(cell, bool(proj_size))  # raises for a cell that is wrong
+        if cell.fed:
+            raise ValueError(f"cell must have no inputs of its own, which functional.layer takes, got {cell}")
+        if proj_size and (recurrent_dropout or any(rates)):
+            raise ValueError(f"recurrent_dropout and zoneout must be 0 with a projection, got proj_size {proj_size}")
         if programs.square and proj_size not in (0, hidden_size):
             raise ValueError(
                 f"proj_size must be 0 or hidden_size {hidden_size} for cell {cell.name}, which does not only multiply "
                 f"its {cell.states[0]} with weight_hh, got {proj_size}"
             )
-        for directions in self._weight_shapes(len(cell.gates)):
+        sizes = input_size, hidden_size, proj_size
+        own = tuple((name, (hidden_size,) if name in cell.parameters else ()) for name in cell.own)
+        recurrent = bool(programs.gradients.u)
+        self._shapes = weight_shapes(len(cell.gates), *sizes, bias, num_layers, 1 + bool(bidirectional), recurrent, own)
+        for directions in self._shapes:
             for name, shape in (item for items in directions for item in items if item):
                 self.register_parameter(name, torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, uniform within 1 / sqrt(hidden_size), as torch.nn's layers do."""
+        """Draw all parameters anew, uniform within 1 / sqrt(hidden_size), as torch.nn's layers do, or set the first
+        value that the cell declares."""
         bound = self.hidden_size**-0.5
-        for weight in self.parameters():
-            torch.nn.init.uniform_(weight, -bound, bound)
+        for name, weight in self.named_parameters():
+            value = self.cell.initial.get(name.rpartition("_l")[0])
+            if value is None:
+                torch.nn.init.uniform_(weight, -bound, bound)
+            else:
+                torch.nn.init.constant_(weight, value)
 
     def extra_repr(self) -> str:
-        """The cell's name and torch.nn's layers' arguments."""
-        return f"{self.cell.name}, {original.RNNBase.extra_repr(self)}"  # type: ignore[arg-type]
+        """The cell's name, torch.nn's layers' arguments, and the rates of what is dropped."""
+        rates: dict[str, Any] = {name: getattr(self, name) for name in ("recurrent_dropout", "weight_dropout")}
+        rates["zoneout"] = any(self.zoneout) and self.zoneout
+        dropped = "".join(f", {name}={rate}" for name, rate in rates.items() if rate)
+        return f"{self.cell.name}, {original.RNNBase.extra_repr(self)}{dropped}"  # type: ignore[arg-type]
 
     def _cell(self) -> Cell:
         return self.cell
 
+    def _weight_shapes(self, gates: int) -> tuple:
+        return self._shapes
+
     def _run(self, input: Any, call: Call, layer: Callable = unchecked_layer) -> Any:
-        change = self.cell.recurrent_weight
-        if change is not None:
-            parameters = [tuple((p[0], change(p[1]), *p[2:]) for p in directions) for directions in call.parameters]
-            call = call._replace(parameters=parameters)
-        return super()._run(input, call, layer)
+        call = call._replace(parameters=[tuple(map(self._used, directions)) for directions in call.parameters])
+        zoned = tuple(state for state, rate in zip(self.cell.states, self.zoneout, strict=True) if rate)
+        if not self.training or not (self.recurrent_dropout or zoned):
+            return super()._run(input, call, layer)
+        rates = self.recurrent_dropout, tuple(filter(None, self.zoneout))
+
+        def regularised(cell: Cell, x: Tensor, states: Any, parameters: Sequence, batch_sizes: Tensor | None) -> tuple:
+            sizes = len(parameters), call.batch.size, self.hidden_size
+            return layer(cell, x, states, parameters, batch_sizes, regularise.masks(x, sizes, *rates))
+
+        call = call._replace(cell=regularise.masked(self.cell, bool(self.recurrent_dropout), zoned))
+        return super()._run(input, call, regularised)
+
+    def _used(self, parameters: Parameters) -> Parameters:
+        """The parameters of a direction as the cell uses them."""
+        w_ih, w_hh, b_ih, b_hh, *rest = parameters
+        if w_hh is None:  # the cell has no recurrent product, and the layer no weights and bias of it
+            return w_ih, w_hh, b_ih, None if b_ih is None else torch.zeros_like(b_ih), *rest
+        if self.cell.recurrent_weight is not None:
+            w_hh = self.cell.recurrent_weight(w_hh)
+        if self.weight_dropout and self.training:
+            w_hh = torch.dropout(w_hh, self.weight_dropout, True)
+        return w_ih, w_hh, b_ih, b_hh, *rest
 
     def _forward_in_torch(self, input: Any, hx: Any) -> Any:
         return self._run(input, self._parts(input, hx)[0], unrolled.layer)

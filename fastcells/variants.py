@@ -48,26 +48,40 @@ def lstm(
     activation: str | Callable = "tanh",
     recurrent_activation: str | Callable = "sigmoid",
     output_activation: str | Callable | None = None,
+    peepholes: bool = False,
+    coupled: bool = False,
     clip: float | None = None,
 ) -> Cell:
     """Long short-term memory with any activations: of the candidate, of the gates, and of the cell state on its way out
-    (default: the candidate's). Keras's LSTM, and ONNX's f, g, h are recurrent_activation, activation,
+    (default: the candidate's). Keras's LSTM; ONNX's with f, g, h for recurrent_activation, activation and
     output_activation.
+
+    peepholes: the gates see the cell state, by weights peephole_i, _f, _o (Gers et al. 2002). coupled: the forget gate
+    is what the input gate leaves, and has no weights (Greff et al. 2017; ONNX's input_forget).
     """
     squash, gate = named(activation), named(recurrent_activation)
     out = squash if output_activation is None else named(output_activation)
     bound = _bound(clip)
-    if (squash, gate, out, clip) == (named("tanh"), named("sigmoid"), named("tanh"), None):
-        return cells.lstm
+    plain = (squash, gate, out, clip) == (named("tanh"), named("sigmoid"), named("tanh"), None)
+    if plain and not (peepholes and coupled):
+        return cells.peephole_lstm if peepholes else cells.coupled_lstm if coupled else cells.lstm
+    gates, seeing = ("i g o", "i o") if coupled else ("i f g o", "i f o")
 
-    @cell(gates="i f g o", states="h c", name=_name("lstm", activation, recurrent_activation))
-    def step(x, u, s):
-        i = gate(bound(x.i + u.i))
-        f = gate(bound(x.f + u.f))
-        g = squash(bound(x.g + u.g))
-        o = gate(bound(x.o + u.o))
-        c = f * s.c + i * g
-        return o * out(c), c
+    @cell(
+        gates=gates,
+        states="h c",
+        parameters=" ".join(f"peephole_{g}" for g in seeing.split()) if peepholes else "",
+        name=_name("lstm", activation, recurrent_activation),
+    )
+    def step(x, u, s, p=None):
+        def opened(g, c):
+            v = getattr(x, g) + getattr(u, g)
+            return gate(bound(v + getattr(p, f"peephole_{g}") * c if peepholes else v))
+
+        i = opened("i", s.c)
+        f = 1 - i if coupled else opened("f", s.c)
+        c = f * s.c + i * squash(bound(x.g + u.g))
+        return opened("o", c) * out(c), c
 
     return step
 

@@ -20,6 +20,7 @@ VARIANTS = [
     variants.lstm("relu", "hard_sigmoid"),
     variants.gru("elu", "softsign", reset_after=False, clip=0.5),
     variants.rnn("leaky_relu"),
+    variants.lstm(peepholes=True, coupled=True, clip=0.5),
     variants.antisymmetric_rnn(),
 ]
 SHIPPED = ON_THE_PAGE + VARIANTS
@@ -37,6 +38,7 @@ def data(layer, layout="padded", states=True, steps=T, batch=N):
 
     leading = (layer.num_layers * (1 + layer.bidirectional), *([] if layout == "unbatched" else [batch]))
     hx = tuple(draw(*leading, H if k else layer.proj_size or H) for k in range(len(layer.cell.states)))
+    hx = tuple(h.abs() + 1 if name == "n" else h for name, h in zip(layer.cell.states, hx, strict=True))  # a divisor
     hx = (hx if len(hx) > 1 else hx[0]) if states else None
     if layout == "unbatched":
         return draw(steps, I), hx
@@ -95,7 +97,7 @@ def test_gradcheck(cell):
     torch.manual_seed(0)
     layer = nn.Recurrent(cell, 2, 3, bidirectional=True, dtype=torch.float64)
     x = torch.randn(3, 2, 2, dtype=torch.float64)
-    hx = tuple(torch.randn(2, 2, 3, dtype=torch.float64) for _ in cell.states)
+    hx = tuple(torch.rand(2, 2, 3, dtype=torch.float64) + 0.5 for _ in cell.states)
     names = list(dict(layer.named_parameters()))
 
     def run(x, *rest):
@@ -128,6 +130,98 @@ def test_torchs_cells_are_torchs_layers(cell, theirs, options):
     ours = make(cell, **shared, **options)
     assert {n: p.tolist() for n, p in ours.named_parameters()} == {n: p.tolist() for n, p in theirs.named_parameters()}
     compare(ours, theirs, *data(ours))
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize(
+    ("cell", "rates"),
+    [
+        (cells.lstm, {"recurrent_dropout": 0.3}),
+        (cells.lstm, {"recurrent_dropout": 0.3, "zoneout": (0.1, 0.5), "weight_dropout": 0.5}),
+        (cells.gru_reset_before, {"recurrent_dropout": 0.3, "zoneout": 0.2}),
+        (cells.peephole_lstm, {"zoneout": (0.0, 0.5)}),
+    ],
+)
+def test_regularised_cells_against_their_torch_form(cell, rates, layout):
+    """The same draws from the same seed, and every gradient through them."""
+    layer = make(cell, num_layers=2, bidirectional=True, **rates)
+    compare(layer, loop(layer), *data(layer, layout))
+
+
+ALL_RATES = {"recurrent_dropout": 0.4, "zoneout": 0.3, "weight_dropout": 0.2}
+
+
+def test_regularisation_is_off_in_eval():
+    layer, plain = make(cells.gru, **ALL_RATES), make(cells.gru)
+    x, hx = data(layer)
+    assert same(layer.eval()(x, hx), plain(x, hx))
+    assert repr(layer) == "Recurrent(gru, 4, 9, recurrent_dropout=0.4, weight_dropout=0.2, zoneout=(0.3,))"
+
+
+@pytest.mark.parametrize("rate", ALL_RATES.items(), ids=str)
+def test_regularisation_is_seeded_by_torch(rate):
+    layer = make(cells.gru, **dict([rate]))
+    x, hx = data(layer)
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(layer(x, hx))
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+@cell(gates="h")
+def additive(x, u, s):
+    return x.h + u.h
+
+
+def carrying(units, **rates):
+    """A layer that hands on its state, so that what is dropped can be counted."""
+    layer = nn.Recurrent(additive, 1, units, bias=False, **rates)
+    torch.nn.init.zeros_(layer.weight_ih_l0)
+    torch.nn.init.eye_(layer.weight_hh_l0)
+    return layer
+
+
+def within(share, rate, count):
+    """The share of a draw of so many is as near to the rate as in all but one of a million."""
+    assert abs(share - rate) < 5 * (rate * (1 - rate) / count) ** 0.5
+
+
+def test_recurrent_dropout_drops_the_same_units_of_a_sequence_at_all_steps():
+    torch.manual_seed(0)
+    layer = carrying(64, recurrent_dropout=0.25)
+    y, _ = layer(torch.zeros(3, 50, 1), torch.ones(1, 50, 64))
+    kept = y[0] != 0
+    within(kept.float().mean().item(), 0.75, kept.numel())
+    for t in range(3):
+        torch.testing.assert_close(y[t], kept / 0.75 ** (t + 1))
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_zoneout_keeps_units_of_the_step_before():
+    torch.manual_seed(0)
+    layer = nn.Recurrent(cells.lstm, 5, 64, zoneout=(0.1, 0.4))
+    x = torch.randn(40, 10, 5)
+    y, _ = layer(x)
+    kept = y[1:] == y[:-1]
+    within(kept.float().mean().item(), 0.1, kept.numel())
+    assert len({tuple(step.flatten().tolist()) for step in kept}) == len(kept)
+    states = [torch.zeros(2, 1, 10, 64)]
+    for t in range(10):
+        states.append(torch.stack(layer(x[t : t + 1], tuple(states[-1]))[1]))
+    for name, rate in enumerate((0.1, 0.4)):
+        c = torch.stack([s[name] for s in states[1:]])
+        within((c[1:] == c[:-1]).float().mean().item(), rate, c[1:].numel())
+
+
+def test_weight_dropout_drops_the_same_weights_of_all_sequences():
+    torch.manual_seed(0)
+    layer = carrying(2000, weight_dropout=0.25)
+    y, _ = layer(torch.zeros(2, 3, 1), torch.ones(1, 3, 2000))
+    kept = y[0, 0] != 0
+    within(kept.float().mean().item(), 0.75, kept.numel())
+    torch.testing.assert_close(y, torch.stack([kept / 0.75, kept / 0.75**2]).unsqueeze(1).expand_as(y))
 
 
 # The module
@@ -183,6 +277,8 @@ WRONG = {
     "cell": (lambda: nn.Recurrent("lstm", I, H), TypeError, "cell must be a Cell, .* got str"),
     "hidden_size": (lambda: nn.Recurrent(cells.lstm, I, 0), ValueError, "hidden_size must be greater than zero"),
     "dropout": (lambda: nn.Recurrent(cells.lstm, I, H, dropout=2), ValueError, "dropout should be a number"),
+    "zoneout": (lambda: nn.Recurrent(cells.gru, I, H, zoneout=(0.1, 0.2)), ValueError, "one for each of h, got"),
+    "rate": (lambda: nn.Recurrent(cells.gru, I, H, weight_dropout=1.5), ValueError, "weight_dropout must be a number"),
     "projection": (
         lambda: nn.Recurrent(cells.gru, I, H, proj_size=2),
         ValueError,
