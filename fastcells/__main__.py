@@ -362,7 +362,8 @@ def find_cell(name: str, names: Sequence[str] = tuple(CELLS)) -> Cell:
 
 
 def run_warmup(arguments: argparse.Namespace) -> None:
-    from .cpu.engine import _pack, _product
+    from .cpu.engine import _pack, plain
+    from .cpu.script import driver
 
     profiler = importlib.import_module("fastcells.profile")
     chosen = []
@@ -375,7 +376,7 @@ def run_warmup(arguments: argparse.Namespace) -> None:
     width = max(len(cell.name) for cell in chosen) + len("_projected_backward_float64")
     for name in arguments.dtype or ["float32"]:
         dtype = DTYPE[name]
-        makers = [partial(_pack, dtype), partial(getattr, _product(dtype), "kernel")]
+        makers: list = [driver, partial(_pack, dtype), *[partial(getattr, r, "kernel") for r in plain(dtype)]]
         for cell in chosen:
             ready = cpu.ready(cell, arguments.projection, dtype)
             makers += [partial(getattr, r, "kernel") for r in (ready.forward, ready.backward)]

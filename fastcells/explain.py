@@ -10,9 +10,8 @@ from torch.nn.modules import rnn as original
 
 from .cpu.host import host
 from .cpu.layer import Sequences, planned
-from .functional import STEPS, flat
+from .functional import flat
 from .nn import DropIn, OverTime, Recurrent
-from .plan import few_at_once
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,9 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None, **options: Any)
         f"kernels of cell {call.cell.name}, {batch.x.dtype}, vectors of {host().vector_bytes} bytes; "
         f"{layout} input, {sequences.steps} steps, {sequences.rows} sequences, {sequences.total} tokens"
     ]
-    few = few_at_once(sequences.steps, sequences.rows)
-    if few is not None and call.parameters[0][0][4] is None and call.cell in STEPS:
-        return Explanation(name, "torch", (few,))
     previous: tuple[str, ...] = ()
     for k, directions in enumerate(call.parameters):
-        plan = planned(call.cell, directions[0], sequences)
+        plan = planned(call.cell, directions[0], sequences, len(directions))
         if plan.reasons != previous:
             reasons += [f"layer {k}: {r}" for r in plan.reasons]
         previous = plan.reasons

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -10,24 +10,15 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from . import cells, unrolled
+from . import unrolled
 from .cell import Cell
 from .cpu import layer as cpu
 from .cpu.engine import DTYPES
-from .plan import STEP_ROWS, few_at_once
 from .program import build
 from .ragged import Lengths, Ragged, backward_in_time
 
 Parameters = tuple[Any, ...]
 """(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) and, of a cell that has some, a tuple of its own tensors."""
-
-STEPS: dict[Cell, Callable] = {
-    cells.lstm: torch._VF.lstm_cell,
-    cells.gru: torch._VF.gru_cell,
-    cells.rnn_tanh: torch._VF.rnn_tanh_cell,
-    cells.rnn_relu: torch._VF.rnn_relu_cell,
-}
-"""torch's operation for one step of a cell."""
 
 
 def refusal(*tensors: Tensor) -> str | None:
@@ -147,11 +138,6 @@ def _run(
     batch_sizes: Tensor | None,
     inputs: Sequence[Tensor],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    step = STEPS.get(cell)
-    if step is not None and parameters[0][4] is None:
-        rows = x.shape[-2] if batch_sizes is None or batch_sizes.shape[0] == 1 else STEP_ROWS
-        if few_at_once(x.shape[0] if batch_sizes is None else 1, rows):
-            return _single_step(step, cell, x, states, parameters)
     tensors = [x, *(states or ()), *inputs, *flat(parameters)]
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
         y, *finals = _Layer.apply(cell, batch_sizes, len(parameters), states is not None, *tensors)
@@ -160,23 +146,6 @@ def _run(
     _, _, _, whole = _split(cell, len(parameters), states is not None, tensors)
     y, finals, _ = cpu.forward(cell, x, states, whole, sequences, training=False, inputs=inputs)
     return y, finals
-
-
-def _single_step(
-    step: Callable, cell: Cell, x: Tensor, states: tuple[Tensor, ...] | None, parameters: Sequence[Parameters]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The same for one time step by torch's cell operation."""
-    rows = x if x.dim() == 2 else x[0]
-    results = []
-    for k, (w_ih, w_hh, b_ih, b_hh, *_) in enumerate(parameters):
-        zero = rows.new_zeros(rows.shape[0], w_hh.shape[1]) if states is None else None
-        initial = [zero if states is None else states[j][k] for j in range(len(cell.states))]
-        result = step(rows, initial if len(initial) > 1 else initial[0], w_ih, w_hh, b_ih, b_hh)
-        results.append(result if isinstance(result, tuple) else (result,))
-    # Copies: outputs of a layer are tensors of their own, and may be changed in place.
-    y = torch.cat([r[0] for r in results], -1)
-    finals = [torch.stack(s) for s in zip(*results, strict=True)]
-    return y.view(*x.shape[:-1], -1), tuple(finals)
 
 
 def _check(cell, x, states, parameters, batch_sizes, inputs, states_name="states") -> None:
@@ -276,7 +245,7 @@ class _Layer(torch.autograd.Function):
         ctx.feed = any([t.requires_grad for t in inputs])
         y, finals, saved = cpu.forward(cell, x, states, parameters, sequences, True, inputs, ctx.feed)
         ctx.set_materialize_grads(False)
-        ctx.cell, ctx.sequences, ctx.batch_sizes, ctx.plans = cell, sequences, batch_sizes, saved.plans
+        ctx.cell, ctx.sequences, ctx.batch_sizes, ctx.plan = cell, sequences, batch_sizes, saved.plan
         ctx.directions, ctx.given, ctx.inputs = directions, given, len(tensors)
         ctx.save_for_backward(*tensors, y, *saved.slots, *saved.series)
         return y, *finals
@@ -305,7 +274,7 @@ def _backward(ctx, dy, *dstates):
         y,
         parameters,
         ctx.sequences,
-        cpu.Saved(rest[: ctx.directions], rest[ctx.directions :], ctx.plans),
+        cpu.Saved(rest[: ctx.directions], rest[ctx.directions :], ctx.plan),
         dy,
         dstates,
         wanted,

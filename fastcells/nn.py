@@ -22,7 +22,6 @@ from torch.nn.utils.rnn import PackedSequence
 from . import cells, regularise, unrolled
 from .cell import Cell
 from .functional import Parameters, refusal, unchecked_layer
-from .plan import few_at_once
 from .program import build
 from .ragged import Lengths, Ragged, backward_in_time
 
@@ -130,13 +129,9 @@ class DropIn(torch.nn.Module):
     def _mistake(self, input: Any, hx: Any) -> Mistake | None:
         """What is wrong with a call that torch refused, if that can be told."""
         try:
-            self._read(input, hx, thorough=True)
+            self._read(input, hx)
         except NotTaken as reason:
             return reason if isinstance(reason, Mistake) else None
-        return None
-
-    def _better(self, input: Any) -> str | None:
-        """Why torch's own implementation is the better one for this input, as far as a glance can tell."""
         return None
 
     def _route(self, input: Any, hx: Any = None) -> str | None:
@@ -147,13 +142,8 @@ class DropIn(torch.nn.Module):
             return str(reason)
         return None
 
-    def _read(self, input: Any, hx: Any, thorough: bool = False) -> Call:
-        """The call as the engine takes it. Raises NotTaken. Every call comes here, so each check is a cheap one.
-
-        thorough: read it also where torch's own implementation is the better one.
-        """
-        if not thorough and (better := self._better(input)):
-            raise NotTaken(better)
+    def _read(self, input: Any, hx: Any) -> Call:
+        """The call as the engine takes it. Raises NotTaken. Every call comes here, so each check is a cheap one."""
         call, layers, tensors = self._parts(input, hx)
         cell, batch, states, _ = call
         if not batch.size:
@@ -471,9 +461,6 @@ class LayerModule(OverTime, original.RNNBase):
 
 class CellModule(DropIn, original.RNNCellBase):
     """What the cells have to themselves: they are layers over one step."""
-
-    def _better(self, input: Any) -> str | None:
-        return few_at_once(1, input.shape[0] if input.dim() == 2 else 1) if isinstance(input, Tensor) else None
 
     def _batch(self, input: Any) -> Batch:
         if not isinstance(input, Tensor):

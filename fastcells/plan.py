@@ -9,7 +9,7 @@ from typing import NamedTuple
 PANEL_BYTES = 32 * 1024  # of weights that a tile may go through at a time: about a first-level cache
 SINGLE_ROW_DEPTH = 256  # of a single row's products
 FUSED_BYTES = 1 << 19  # of weights that fused time steps may read: half of a common second-level cache
-STEP_ROWS = 32  # of a single step, from which a kernel pays for packing the weights
+STEP_ROWS = 32  # of a single step, up to which packing the weights does not pay
 ROW_BLOCK = 96  # rows that go through all time steps together
 THREAD_FLOPS = 400_000  # of a call, below which waking a team costs more than it brings
 STEP_FLOPS = 60_000  # of a time step, below which a barrier costs more than the second thread brings
@@ -17,8 +17,9 @@ ROWS_A_THREAD = 2  # at least; a tile of a single row cannot keep the multiply-a
 
 
 class Shape(NamedTuple):
-    """One layer and direction. steps: T; rows: N at the fullest step; total: rows of all steps; gates: blocks of weight
-    rows; depth: of the recurrent product (H, or the projected size); item: bytes of a number; threads: at most."""
+    """One layer, by one of its directions. steps: T; rows: N at the fullest step; total: rows of all steps; gates:
+    blocks of weight rows; depth: of the recurrent product (H, or the projected size); item: bytes of a number; threads:
+    at most, of all directions."""
 
     steps: int
     rows: int
@@ -29,16 +30,20 @@ class Shape(NamedTuple):
     gates: int
     item: int
     threads: int
+    directions: int = 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """threads: team size. split: what they share, "rows" or "units". project_ahead: the input projection of all time
-    steps is one product before the loop. row_block: see the constant. reasons: a sentence a choice."""
+    """threads: of one direction. split: what they share, "rows" or "units". side_by_side: each direction has threads of
+    its own. project_ahead: the input projection of all time steps is one product before the loop. in_place: weights are
+    read as they are, not packed first. row_block: see the constant. reasons: a sentence a choice."""
 
     threads: int
     split: str
+    side_by_side: bool
     project_ahead: bool
+    in_place: bool
     row_block: int
     reasons: tuple[str, ...]
 
@@ -49,8 +54,12 @@ def plan(shape: Shape) -> Plan:
     reasons = []
     step_flops = 2 * shape.gates * shape.hidden * (shape.depth + shape.inputs) * shape.rows
     flops = step_flops * shape.total // max(shape.rows, 1)
-    threads, split = share(shape.rows, flops, step_flops, shape.threads)
-    if threads == 1:
+    side_by_side = shape.directions > 1 and shape.threads >= shape.directions and 2 * flops >= THREAD_FLOPS
+    available = shape.threads // shape.directions if side_by_side else shape.threads
+    threads, split = share(shape.rows, flops, step_flops, available)
+    if side_by_side:
+        reasons.append(f"the {shape.directions} directions run side by side, {threads} thread(s) each")
+    elif threads == 1:
         why = (
             "one thread is set"
             if shape.threads == 1
@@ -77,15 +86,11 @@ def plan(shape: Shape) -> Plan:
         reasons.append(f"input projection of all {shape.steps} steps ahead: {why}")
     else:
         reasons.append(f"input projection fused into the recurrent product: {why}")
+    in_place = shape.steps == 1 and shape.rows <= STEP_ROWS
+    if in_place:
+        reasons.append(f"weights read as they are: one step of {shape.rows} row(s) does not pay for packing them")
     row_block = shape.rows if shape.rows <= ROW_BLOCK else -(-shape.rows // -(-shape.rows // ROW_BLOCK))
-    return Plan(threads, split, project_ahead, row_block, tuple(reasons))
-
-
-def few_at_once(steps: int, rows: int) -> str | None:
-    """Why torch's own cell operation is the better way for so few numbers, or None where the engine is."""
-    if steps > 1 or rows >= STEP_ROWS:
-        return None
-    return f"one step of {rows} sequence(s): torch's cell operation, which packs no weights, costs less than a kernel"
+    return Plan(threads, split, side_by_side, project_ahead, in_place, row_block, tuple(reasons))
 
 
 def share(rows: int, flops: int, step_flops: int, threads: int) -> tuple[int, str]:

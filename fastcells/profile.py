@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .convert import convert, revert
-from .cpu import engine, store, team
+from .cpu import engine, script, store
 from .cpu import layer as cpu
 from .explain import explain
 from .nn import DropIn
@@ -40,7 +40,7 @@ from .roof import bandwidth, best, level, peak_flops, using_threads
 INPUT, PRODUCT, POINTWISE, BARRIER = "input projection", "recurrent product", "pointwise", "barrier"
 BACK_PRODUCT, BACK_POINTWISE = "backward recurrent product", "backward pointwise"
 INPUT_GRADIENT, WEIGHT_GRADIENTS = "input gradient", "weight gradients"
-PACKING, REST = "packing of weights", "torch and Python"
+PACKING, COPIES, REST = "packing of weights", "biases and final states", "torch and Python"
 PARTS = (
     INPUT,
     PRODUCT,
@@ -51,6 +51,7 @@ PARTS = (
     INPUT_GRADIENT,
     WEIGHT_GRADIENTS,
     PACKING,
+    COPIES,
     REST,
 )
 
@@ -93,45 +94,49 @@ class Watch:
         return timed
 
     def reset(self, on: bool, leave_out: Callable[[str], bool] | None = None) -> None:
+        if leave_out is not self.leave_out:
+            cpu.forget()  # what was prepared with other products
         self.seconds.clear()
         self.on, self.leave_out = on, leave_out
+        script.observer = self.launch if on else None
 
-    def kernel(self, kernel: store.Kernel, *_: Any) -> str:
-        """The part that a kernel belongs to."""
-        if kernel.name.startswith("pack_"):
+    def launch(self, launch: script.Launch, run: Callable[[], None]) -> None:
+        """Run a launch, timed as the part that it belongs to."""
+        self.wrap(run, lambda: self._part(launch))()
+
+    @staticmethod
+    def _part(launch: script.Launch) -> str:
+        if launch.label in PARTS:
+            return launch.label
+        if launch.label.startswith("pack_"):
             return PACKING
-        if kernel.name.startswith("product_"):
-            return self._open[-1][0] if self._open else INPUT
-        return BACK_PRODUCT if "_backward_" in kernel.name else PRODUCT
+        if "_forward_" in launch.label:
+            return PRODUCT
+        return BACK_PRODUCT if "_backward_" in launch.label else COPIES
 
 
 @contextmanager
 def watching(watch: Watch) -> Iterator[None]:
     """The engine's functions are wrapped within the block."""
-    before = team.run, cpu._parameter_gradients, cpu._previous, cpu._input_gradient, engine.Runner.run
+    before = cpu._parameter_gradients, engine.Runner.launch
 
-    def without(self: engine.Runner, times: Any, views: Any, segments: Any, *args: Any, **kwargs: Any) -> None:
+    def without(self: engine.Runner, script: Any, times: Any, views: Any, products: Any, *args: Any, **kw: Any) -> None:
         leave_out = watch.leave_out
         if leave_out is not None and self.program is not engine.PRODUCT:
-            segments = [
-                [
-                    (0, panel) if leave_out(s.rows.buffer) else (depth, panel)
-                    for (depth, panel), s in zip(row, of.segments, strict=True)
-                ]
-                for row, of in zip(segments, self.program.stages, strict=True)
+            products = [
+                [engine.Product(0) if leave_out(s.rows.buffer) else p for p, s in zip(row, of.segments, strict=True)]
+                for row, of in zip(products, self.program.stages, strict=True)
             ]
-        before[4](self, times, views, segments, *args, **kwargs)
+        before[1](self, script, times, views, products, *args, **kw)
 
-    team.run = watch.wrap(team.run, watch.kernel)
     cpu._parameter_gradients = watch.wrap(cpu._parameter_gradients, lambda *_: WEIGHT_GRADIENTS)
-    cpu._previous = watch.wrap(cpu._previous, lambda *_: WEIGHT_GRADIENTS)
-    cpu._input_gradient = watch.wrap(cpu._input_gradient, lambda *_: INPUT_GRADIENT)
-    engine.Runner.run = without  # type: ignore[method-assign]
+    engine.Runner.launch = without  # type: ignore[method-assign]
     try:
         yield
     finally:
-        team.run, cpu._parameter_gradients, cpu._previous, cpu._input_gradient = before[:4]
-        engine.Runner.run = before[4]  # type: ignore[method-assign]
+        cpu._parameter_gradients, engine.Runner.launch = before  # type: ignore[method-assign]
+        script.observer = None
+        cpu.forget()
 
 
 @dataclass(frozen=True)
@@ -404,17 +409,16 @@ def _shapes(module: DropIn) -> tuple:
 def _kernels(call: Callable[[], Any]) -> list[store.Kernel]:
     """The kernels that a call runs."""
     used: dict[str, store.Kernel] = {}
-    before = team.run
 
-    def run(kernel: store.Kernel, frame: int, threads: int) -> None:
-        used[kernel.name] = kernel
-        before(kernel, frame, threads)
+    def note(launch: script.Launch, run: Callable[[], None]) -> None:
+        used[launch.kernel.name] = launch.kernel
+        run()
 
-    team.run = run
+    script.observer = note
     try:
         call()
     finally:
-        team.run = before
+        script.observer = None
     return list(used.values())
 
 
@@ -426,7 +430,7 @@ def _roof(module: DropIn, dtype: torch.dtype, sequences: cpu.Sequences, train: b
     for directions in _shapes(module):
         for (_, ih), (_, hh), _, _, hr in directions:
             weights = torch.empty(ih, dtype=dtype, device="meta"), torch.empty(hh, dtype=dtype, device="meta")
-            schedule = cpu.planned(cell, weights, sequences)
+            schedule = cpu.planned(cell, weights, sequences, len(directions))
             schedules.append(schedule)
             input_weights, own = math.prod(ih), math.prod(hh) + (math.prod(hr[1]) if hr else 0)
             flops += 2 * sequences.total * (input_weights + own)

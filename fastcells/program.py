@@ -52,11 +52,12 @@ class Weights:
 
 @dataclass(frozen=True)
 class Segment:
-    """Adds rows @ weights to the accumulators `targets`."""
+    """Adds rows @ weights to the accumulators `targets`. strided: numbers of a row need not be adjacent."""
 
     rows: Place
     weights: Weights
     targets: tuple[int, ...]
+    strided: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Program:
-    """What an engine runs at each time step, stage by stage."""
+    """What an engine runs at each time step, stage by stage. gates: the order of the weights' blocks of rows."""
 
     name: str
     stages: tuple[Stage, ...]
+    gates: tuple[str, ...]
 
     def buffers(self) -> list[str]:
         """The names of all buffers read or written."""
@@ -90,7 +92,7 @@ class Program:
     def describe(self) -> str:
         """All of the program in one string: equal strings, equal kernels."""
         number: dict[Node, int] = {}
-        lines = []
+        lines = [repr(self.gates)]
         roots = [
             n for s in self.stages for n in [*(a for a, _ in s.accumulators), *(o for o, _, _ in s.outputs), *s.loads]
         ]
@@ -232,7 +234,7 @@ def _build(
         size = "P" if any(n.op == "product" and n.value[0] == "hr" for n, _ in accumulators) else "H"
         stages.append(Stage(size, tuple(accumulators), tuple(segments), tuple(outputs), loads))
     label = name + ("_projected" if project else "")
-    forward_program = Program(label + "_forward", tuple(stages))
+    forward_program = Program(label + "_forward", tuple(stages), gates)
 
     carried = frozenset(s for s in states if roots["s", s] is not ZERO)
     cross = {n: j for j, n in enumerate(backward.crossing)}
@@ -287,7 +289,7 @@ def _build(
 
     return Programs(
         forward_program,
-        Program(label + "_backward", tuple(stages)),
+        Program(label + "_backward", tuple(stages), gates),
         slots=max([len(written), *(s + 1 for s in slot_of.values())]),
         gradients=Gradients(
             x_slot,

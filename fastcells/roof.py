@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from .cpu import store, team
-from .cpu.engine import DTYPES, LINE
+from .cpu.engine import DTYPES
+from .cpu.geometry import LINE
 from .cpu.host import host
 
 UNROLLED = 8  # of the loops of the kernels in `cpu.peaks`

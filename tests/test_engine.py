@@ -262,7 +262,7 @@ def test_any_shape(which, steps, rows, inputs, hidden, directions, given_states)
 @pytest.mark.parametrize("rows", [1, 31, 32, 40])
 @pytest.mark.parametrize("c", BUILT_IN, ids=lambda c: c.name)
 def test_a_single_step(c, rows, given_states):
-    """Of few sequences by torch's cell operation (where it has one), of more by the engine."""
+    """Weights are read as they are for a few sequences, packed for more."""
     agree(*problem(c, 1, rows, 4, 13, directions=2, given=given_states))
     agree(*problem(c, 1, rows, 4, 13, given=given_states, lengths=[1] * rows))
 

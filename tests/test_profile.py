@@ -14,7 +14,7 @@ import torch
 import fastcells
 from fastcells import cells, roof
 from fastcells.__main__ import main
-from fastcells.cpu import engine, store, team
+from fastcells.cpu import engine, script, store
 from fastcells.cpu import layer as cpu
 from fastcells.program import build
 
@@ -35,45 +35,39 @@ def test_parts_are_told_apart_exactly(monkeypatch, threads):
     """On a clock that moves only where the engine works, every part is known."""
     now = [0.0]
     program = build(cells.lstm, False).forward
-    kernels = {n: SimpleNamespace(name=n) for n in ("pack_float32", "product_float32", "lstm_forward_float32")}
-    cost = {
-        "pack": 0.25,
-        "ahead": 4.0,
-        "pointwise": 1.0,
-        "s.h": 8.0,
-        "x": 2.0,
-        "weights": 3.0,
-        "previous": 0.5,
-        "torch": 1.5,
-    }
+    cost = {"pack": 0.25, "ahead": 4.0, "pointwise": 1.0, "s.h": 8.0, "x": 2.0, "weights": 3.0, "torch": 1.5}
     wait = 0.75 if threads > 1 else 0.0
 
     def spend(seconds):
         now[0] += seconds
 
-    def run(self, times, views, segments):
+    def launch(label, seconds):
+        if script.observer is None:
+            spend(seconds)
+        else:
+            script.observer(SimpleNamespace(label=label), lambda: spend(seconds))
+
+    def recurrence(self, _script, times, views, products):
         buffers = [s.rows.buffer for stage in program.stages for s in stage.segments]
-        depths = [d for row in segments for d, _ in row]
+        depths = [p.depth for row in products for p in row]
         work = cost["pointwise"] + sum(cost[b] for b, d in zip(buffers, depths, strict=True) if d)
         used = torch.get_num_threads()
-        team.run(kernels["lstm_forward_float32"], work / used + (wait if used > 1 else 0), used)
+        launch("lstm_forward_float32", work / used + (wait if used > 1 else 0))
 
     monkeypatch.setattr(profiler, "clock", lambda: now[0])
-    monkeypatch.setattr(team, "run", lambda kernel, seconds, threads: spend(seconds))
-    monkeypatch.setattr(engine.Runner, "run", run)
+    monkeypatch.setattr(engine.Runner, "launch", recurrence)
     monkeypatch.setattr(cpu, "_parameter_gradients", lambda: spend(cost["weights"]))
-    monkeypatch.setattr(cpu, "_previous", lambda: spend(cost["previous"]))
-    monkeypatch.setattr(cpu, "_input_gradient", lambda: team.run(kernels["product_float32"], cost["ahead"], 1))
 
     def call():
         spend(cost["torch"])
-        team.run(kernels["pack_float32"], cost["pack"], 1)
-        team.run(kernels["product_float32"], cost["ahead"], 1)
-        segments = [[(1, 0) for _ in stage.segments] for stage in program.stages]
-        engine.Runner.run(SimpleNamespace(program=program), None, None, segments)
-        cpu._previous()
+        launch("pack_float32", cost["pack"])
+        launch("input projection", cost["ahead"])
+        products = [[engine.Product(1) for _ in stage.segments] for stage in program.stages]
+        engine.Runner.launch(SimpleNamespace(program=program), None, None, None, products)
+        launch("weight gradients", cost["weights"])
         cpu._parameter_gradients()
-        cpu._input_gradient()
+        launch("input gradient", cost["ahead"])
+        launch("sum_float32", cost["pack"])
 
     with roof.using_threads(threads):
         timing = profiler.take_apart(call, units_shared=threads > 1)
@@ -83,8 +77,9 @@ def test_parts_are_told_apart_exactly(monkeypatch, threads):
         profiler.POINTWISE: cost["pointwise"] / threads,
         profiler.BARRIER: wait,
         profiler.INPUT_GRADIENT: cost["ahead"],
-        profiler.WEIGHT_GRADIENTS: cost["weights"] + cost["previous"],
+        profiler.WEIGHT_GRADIENTS: 2 * cost["weights"],
         profiler.PACKING: cost["pack"],
+        profiler.COPIES: cost["pack"],
         profiler.REST: cost["torch"],
     }
     assert timing.parts == pytest.approx({k: v for k, v in expected.items() if v})
@@ -96,7 +91,7 @@ def test_sum_of_parts_is_the_whole(quick, kind, train):
     layer = getattr(fastcells.nn, kind)(16, 32)
     timing = profiler.profile_layer(layer, torch.randn(40, 8, 16), train=train, budget=0.3).timing
     assert timing.sum_of_parts == pytest.approx(timing.best)
-    expected = {profiler.INPUT, profiler.PRODUCT, profiler.POINTWISE, profiler.PACKING, profiler.REST}
+    expected = {profiler.INPUT, profiler.PRODUCT, profiler.POINTWISE, profiler.PACKING, profiler.COPIES, profiler.REST}
     if train:
         expected |= {profiler.BACK_PRODUCT, profiler.BACK_POINTWISE}
         expected |= {profiler.INPUT_GRADIENT, profiler.WEIGHT_GRADIENTS}
@@ -119,14 +114,15 @@ def test_watching_costs_no_part_anything(monkeypatch):
         burden[0] = 5.0 if on else 0.0
 
     burden = [0.0]
-    kernel = SimpleNamespace(name="pack_float32")
     monkeypatch.setattr(profiler, "clock", lambda: now[0])
     monkeypatch.setattr(profiler.Watch, "reset", reset)
-    monkeypatch.setattr(team, "run", lambda kernel, seconds, threads: spend(seconds))
 
     def call():
         spend(1.0 + burden[0])
-        team.run(kernel, 2.0, 1)
+        if script.observer is None:
+            spend(2.0)
+        else:
+            script.observer(SimpleNamespace(label="pack_float32"), lambda: spend(2.0))
 
     timing = profiler.take_apart(call, units_shared=False)
     assert timing.parts == pytest.approx({profiler.PACKING: 2.0, profiler.REST: 1.0})
@@ -148,7 +144,7 @@ def test_calls_within_calls_are_counted_once():
 
 def test_the_engine_is_left_as_it_was(quick):
     def engine_functions():
-        return team.run, engine.Runner.run, cpu._parameter_gradients, cpu._previous, cpu._input_gradient
+        return script.observer, engine.Runner.launch, cpu._parameter_gradients
 
     before = engine_functions()
     with pytest.raises(ZeroDivisionError), profiler.watching(profiler.Watch()):
@@ -380,7 +376,14 @@ def test_the_life_of_a_cache(tmp_path, monkeypatch, capsys, quick):
         assert folder == f"kept in {tmp_path}"
         return dict(line.split(maxsplit=1) for line in kernels)
 
-    names = {"pack_float32", "product_float32", "rnn_relu_forward_float32", "rnn_relu_backward_float32"}
+    names = {
+        "driver",
+        "pack_float32",
+        "product_float32",
+        "sum_float32",
+        "rnn_relu_forward_float32",
+        "rnn_relu_backward_float32",
+    }
     first, second = warmup(), warmup()
     assert set(first) == names
     assert all(re.fullmatch(r"compiled in \d.* m?s", what) for what in first.values())
@@ -391,7 +394,7 @@ def test_the_life_of_a_cache(tmp_path, monkeypatch, capsys, quick):
     other.write_bytes(b"not a kernel")
     main(["info", "--json"])
     facts = json.loads(capsys.readouterr().out)
-    assert facts["cache"]["kernels"] == 4
+    assert facts["cache"]["kernels"] == len(names)
     assert facts["cache"]["folder"] == str(tmp_path)
     assert facts["cache"]["bytes"] == sum(f.stat().st_size for f in store.stored())
     assert facts["vector_bytes"] == store.host().vector_bytes

@@ -1,13 +1,11 @@
-"""Running programs on tensors: frames, panels and kernel calls. Shapes, dtypes and strides are the caller's promise."""
+"""Programs on tensors: frames, panels and launches. Shapes, dtypes and strides are the caller's promise."""
 
 from __future__ import annotations
 
-import ctypes
-import threading
-from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +14,11 @@ from ..expression import leaf
 from ..plan import ROW_BLOCK, depth_block, share
 from ..program import Place, Program, Segment, Stage, Weights
 from . import store, team
-from .geometry import HEADER, Layout, scratch_row_bytes, tile_shape
+from .geometry import HEADER, LINE, SEGMENT_WORDS, WORD, Layout, scratch_row_bytes, tile_shape
 from .host import host
+from .script import Address, Script, zeros
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
-LINE = 64  # bytes of a line of cache
 
 
 class Times(NamedTuple):
@@ -37,82 +35,101 @@ class Times(NamedTuple):
     counts: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor as scripts know it: where it begins, its sizes, and the bytes from one index to the next."""
+
+    at: Address
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    item: int
+
+    @staticmethod
+    def new(at: Address, shape: Sequence[int], item: int) -> Buffer:
+        """One without gaps."""
+        strides = [item]
+        for size in reversed(shape[1:]):
+            strides.append(strides[-1] * size)
+        return Buffer(at, tuple(shape), tuple(reversed(strides)), item)
+
+    def __getitem__(self, k: int) -> Buffer:
+        return Buffer(self.at + k * self.strides[0], self.shape[1:], self.strides[1:], self.item)
+
+    def narrow(self, dim: int, begin: int, length: int) -> Buffer:
+        """`length` indices of a dimension, from `begin` on."""
+        shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
+        return replace(self, at=self.at + begin * self.strides[dim], shape=shape)
+
+    def columns(self, begin: int, length: int) -> Buffer:
+        """The same of the last dimension."""
+        return self.narrow(len(self.shape) - 1, begin, length)
+
+    def turned(self) -> Buffer:
+        """Rows and columns exchanged."""
+        return replace(self, shape=self.shape[::-1], strides=self.strides[::-1])
+
+    def by_time(self, leading: Sequence[int] = ()) -> Buffer:
+        """[T, N, width] where `leading` is T, N; rows of all steps as one step else."""
+        if len(self.shape) == 3:
+            return self
+        (rows, width), (row, column) = self.shape, self.strides
+        steps, count = leading if len(leading) == 2 else (1, rows)
+        return replace(self, shape=(steps, count, width), strides=(count * row, row, column))
+
+    def flattened(self) -> Any:
+        """[rows of all steps, width], or None where the distances do not allow it."""
+        if len(self.shape) == 2:
+            return self
+        (steps, rows, width), (step, row, column) = self.shape, self.strides
+        if steps > 1 and rows > 1 and step != rows * row:
+            return None
+        return replace(self, shape=(steps * rows, width), strides=(step if rows == 1 else row, column))
+
+
 class View(NamedTuple):
     """A buffer as a frame sees it: address, bytes from position to position and from row to row; then address, and
     bytes from row to row, of the rows that stand for the step before a sequence's first or after its last."""
 
-    address: int
+    address: Address
     step: int = 0
     row: int = 0
-    initial: int = 0
+    initial: Address = 0
     initial_row: int = 0
 
 
-class Arena(threading.local):
-    """Memory that lives only as long as a call (panels, partial sums): one block a thread, kept for the next call."""
+class Product(NamedTuple):
+    """The weights of a segment: the words of a frame that say how a tile finds them."""
 
-    def __init__(self) -> None:
-        self._block = torch.empty(0, dtype=torch.uint8)
-        self._full: list[Tensor] = []  # blocks that this call has outgrown
-        self._used = 0
-
-    def reset(self) -> None:
-        """Begin a call: all that was taken is free again."""
-        if self._full:
-            self._full.append(self._block)
-            size = sum(b.shape[0] for b in self._full)
-            self._full, self._block = [], torch.empty(0, dtype=torch.uint8)  # first free, then take
-            self._block = torch.empty(size, dtype=torch.uint8)
-        self._used = 0
-
-    def take(self, size: int) -> int:
-        """Address of `size` bytes, aligned to a line of cache and a line apart from others."""
-        begin = self._used
-        self._used += (size + 2 * LINE - 1) // LINE * LINE
-        if self._used + LINE > self._block.shape[0]:
-            self._full.append(self._block)
-            self._block = torch.empty(max(self._used + LINE, 1 << 16), dtype=torch.uint8)
-            begin, self._used = 0, (size + 2 * LINE - 1) // LINE * LINE
-        return -(-self._block.data_ptr() // LINE) * LINE + begin
-
-    def zeros(self, size: int) -> int:
-        """The same, filled with zero bytes."""
-        address = self.take(size)
-        ctypes.memset(address, 0, size)
-        return address
+    depth: int
+    weights: Address = 0
+    vector: int = 0
+    line: int = 0
+    grow: int = 0
+    k: int = 0
 
 
-arena = Arena()
-_zeros = [torch.zeros(1 << 14, dtype=torch.uint8)]
-
-
-def zeros(size: int) -> int:
-    """Address of at least `size` zero bytes, to be read only."""
-    if size > _zeros[-1].shape[0]:
-        _zeros.append(torch.zeros(2 * size, dtype=torch.uint8))  # the shorter ones may be in use, and are half as long
-    return _zeros[-1].data_ptr()
+assert Product._fields == SEGMENT_WORDS
 
 
 class Runner:
-    """A program for one number format, with its kernel loaded when first run."""
+    """A program for one number format, with its kernel loaded when first launched."""
 
     def __init__(self, program: Program, dtype: torch.dtype) -> None:
         self.program, self.dtype = program, dtype
         self.item = dtype.itemsize
         self.lanes = host().lanes(self.item)
+        self.vector = self.lanes * self.item  # bytes
         self.layout = Layout(program)
-        self.blank = [0] * self.layout.size
         self.before = [[s.rows.when == "before" for s in stage.segments] for stage in program.stages]
         self.shapes = [tile_shape(s, host().registers, self.lanes) for s in program.stages]
-        vector = self.lanes * self.item
-        self.scratch_row = max(scratch_row_bytes(program, s, k, vector) for k, s in enumerate(self.shapes))
+        self.scratch_row = max(scratch_row_bytes(program, s, k, self.vector) for k, s in enumerate(self.shapes))
         self.line = max(
             [
-                len(segment.targets) * shape.block * vector
+                len(segment.targets) * shape.block * self.vector
                 for stage, shape in zip(program.stages, self.shapes, strict=True)
                 for segment in stage.segments
             ],
-            default=vector,
+            default=self.vector,
         )
         self._kernel: store.Kernel | None = None
 
@@ -128,97 +145,108 @@ class Runner:
 
         return make_recurrence(self.program, DTYPES[self.dtype], host().registers, self.lanes)
 
-    def run(
+    def launch(
         self,
+        script: Script,
         times: Times,
         views: Mapping[str, View],
-        segments: Sequence[Sequence[tuple[int, int]]],
+        products: Sequence[Sequence[Product]],
         units: Sequence[int],
         *,
         slot: int = 0,
         skip_first: bool = False,
         training: bool = False,
         threads: int = 1,
+        first: int = 0,
+        wait: bool = True,
         split: str = "rows",
         row_block: int | None = None,
-        shares: Sequence[int] | None = None,
+        shares: Address = 0,
+        dot: bool = False,
+        label: str = "",
     ) -> None:
-        """Run the program over the time steps.
+        """Add to a script: the program over the time steps.
 
-        views: of every buffer. segments: (depth, address of the panel), by stage. units: of every stage. slot: units
-        between slots. skip_first: at a first step, products of "before" rows are zero.
+        views: of every buffer. products: of every stage. units: of every stage. slot: units between slots. skip_first:
+        at a first step, products of "before" rows are zero. threads, from number `first` on, share by `split`; shares:
+        address of the rows at which their shares begin, if not even. dot: weights are read as they are.
         """
         row_block = row_block or times.rows
         block = depth_block(row_block, self.line)
-        words = self.blank.copy()
+        words: list[Address] = [0] * self.layout.size
         at, deepest = self.layout.stage[0], 0
-        for parts, before, unit in zip(segments, self.before, units, strict=True):
-            depth = sum([d for d, _ in parts])
+        for parts, before, unit in zip(products, self.before, units, strict=True):
+            depth = sum([p.depth for p in parts])
             deepest = max(deepest, depth)
-            skip = sum([d for (d, _), b in zip(parts, before, strict=True) if b]) if skip_first else 0
-            words[at : at + 3] = unit, skip, depth
-            at += 3
+            skip = sum([p.depth for p, b in zip(parts, before, strict=True) if b]) if skip_first else 0
+            words[at : at + 4] = unit, skip, depth, dot
+            at += 4
         for name, at in self.layout.buffer.items():
             words[at : at + 5] = views[name]
         at = self.layout.segments
-        for parts in segments:
+        for parts in products:
             for part in parts:
-                words[at : at + 2] = part
-                at += 2
-        scratch = row_block * self.scratch_row + LINE if deepest > block else 0
-        tables = barrier = give_way = 0
-        if threads > 1:
-            barrier, give_way = arena.zeros(8), team.give_way()
-            if shares is not None:
-                owner = array("q", shares)
-                tables = owner.buffer_info()[0]
-        steps, rows, first, delta, positions, counts = times
+                words[at : at + len(part)] = part
+                at += len(part)
+        scratch = row_block * self.scratch_row + LINE if deepest > block and not dot else 0
+        steps, rows, start, delta, positions, counts = times
         words[: len(HEADER)] = (
             steps,
             rows,
-            tables,
+            shares if threads > 1 else 0,
             threads,
             0 if positions is None else positions.data_ptr(),
-            first,
+            start,
             delta,
             0 if counts is None else counts.data_ptr(),
             split == "units",
-            barrier,
-            give_way,
+            0,
+            team.give_way(),
             row_block,
             block,
-            arena.take(scratch * threads) if scratch else 0,
+            script.take(scratch * threads) if scratch else 0,
             scratch,
             slot * self.item,
             training,
         )
-        frame = array("q", words)
-        team.run(self.kernel, frame.buffer_info()[0], threads)
+        counter = WORD["barrier"] if split == "units" and threads > 1 else None
+        script.launch(self.kernel, words, threads=threads, first=first, wait=wait, counter=counter, label=label)
 
     def panel(
         self,
-        weight: Tensor,
+        script: Script,
+        weight: Buffer,
         stage: int,
         transposed: bool,
         offsets: Sequence[int],
         units: int,
         depth: int,
         threads: int = 1,
-    ) -> int:
-        """Address, in the arena, of weights packed for a segment of a stage.
+        first: int = 0,
+        wait: bool = False,
+    ) -> Product:
+        """Weights packed for a segment of a stage, in the call's memory.
 
-        weight: [rows, columns] with unit column stride. Forward, units are rows from `offsets` (one for each gate) on
+        weight: [rows, columns] with adjacent columns. Forward, units are rows from `offsets` (one for each gate) on
         and depth runs over columns; transposed, the other way round.
         """
-        count = -(-units // self.lanes) * depth * len(offsets) * self.lanes
-        address = arena.take(count * self.item)
-        row = weight.stride(0) * self.item
+        gates = len(offsets)
+        count = -(-units // self.lanes) * depth * gates * self.lanes
+        address = script.take(count * self.item)
+        row = weight.strides[0]
         strides = (self.item, row) if transposed else (row, self.item)
-        words = [address, weight.data_ptr(), units, depth, *strides, self.shapes[stage].block, len(offsets)]
+        words: list[Address] = [address, weight.at, units, depth, *strides, self.shapes[stage].block, gates]
         words += [o * row for o in offsets]
-        frame = array("q", words)
-        team.run(_pack(self.dtype), frame.buffer_info()[0], threads if count > 1 << 17 else 1)
-        return address
+        script.launch(_pack(self.dtype), words, threads=threads if count > 1 << 14 else 1, first=first, wait=wait)
+        return Product(depth, address, depth * gates * self.vector, 0, gates * self.vector)
+
+    def in_place(self, weight: Buffer, transposed: bool, block: int, depth: int, k: int = 0) -> Product:
+        """Weights read where they are. weight: [units of all gates, depth], or [depth, units] if transposed. block:
+        units of a gate. k: bytes between the numbers of a row that meets them, where the segment is strided."""
+        row = weight.strides[0]
+        if transposed:
+            return Product(depth, weight.at, self.vector, row, 0, k)
+        return Product(depth, weight.at, self.lanes * row, row, block * row, k)
 
 
 @lru_cache
@@ -231,7 +259,7 @@ def _pack(dtype: torch.dtype) -> store.Kernel:
     return store.kernel(f"pack_{DTYPES[dtype]}", [], make)
 
 
-# y = start + x W for any rows: the input projection, and gradients with respect to inputs.
+# ---- plain linear algebra, of the same tiles ----
 _RESULT = leaf("product")
 PRODUCT = Program(
     "product",
@@ -239,52 +267,81 @@ PRODUCT = Program(
         Stage(
             "H",
             ((_RESULT, (Place("start"),)),),
-            (Segment(Place("x"), Weights("w", ("all",)), (0,)),),
+            (Segment(Place("x"), Weights("w", ("all",)), (0,), strided=True),),
             ((_RESULT, Place("out"), False),),
             {},
         ),
     ),
+    ("all",),
 )
+_SUM = leaf("sum")
+SUM = Program("sum", (Stage("H", ((_SUM, (Place("a"), Place("b"))),), (), ((_SUM, Place("out"), False),), {}),), ())
 
 
 @lru_cache
-def _product(dtype: torch.dtype) -> Runner:
-    return Runner(PRODUCT, dtype)
+def plain(dtype: torch.dtype) -> tuple[Runner, Runner]:
+    """The runners of PRODUCT and SUM."""
+    return Runner(PRODUCT, dtype), Runner(SUM, dtype)
+
+
+def add(script: Script, dtype: torch.dtype, out: Buffer, a: Buffer | None, b: Buffer | None = None, **options) -> None:
+    """out = a + b over [rows, units]; None stands for zeros."""
+    _, run = plain(dtype)
+    rows, units = out.shape
+
+    def view(t: Buffer | None) -> View:
+        return View(zeros(units * run.item)) if t is None else View(t.at, 0, t.strides[0])
+
+    run.launch(script, Times(1, rows), {"a": view(a), "b": view(b), "out": view(out)}, [[]], [units], **options)
 
 
 def product(
-    x: Tensor, weight: Tensor, out: Tensor, start: int | None, *, transposed: bool = False, threads: int = 1
+    script: Script,
+    dtype: torch.dtype,
+    x: Buffer,
+    weight: Buffer,
+    out: Buffer,
+    start: Address | None,
+    *,
+    transposed: bool = False,
+    threads: int = 1,
+    pack: bool = True,
+    label: str = "",
 ) -> None:
     """out = start + x @ weight.T, or start + x @ weight if transposed, over the last dimension.
 
-    x: [A, B, depth] and out: [A, B, units], any strides but 1 in the last dimension. start: address of [units], or None
-    to add to what `out` holds. weight: [rows, columns].
+    x: [A, B, depth], any strides. out: [A, B, units] with adjacent units. start: address of [units], or None to add to
+    what `out` holds. weight: [rows, columns] with adjacent columns. pack: whether the weights are packed first; not to
+    needs `transposed`.
     """
-    run = _product(x.dtype)
+    run, _ = plain(dtype)
     units, depth = out.shape[-1], x.shape[-1]
-    steps, rows = x.shape[:2]
-    x_strides, out_strides = x.stride(), out.stride()
+    (steps, rows), x_strides, out_strides = x.shape[:2], x.strides, out.strides
     if x_strides[0] == x_strides[1] * rows and out_strides[0] == out_strides[1] * rows:
         steps, rows = 1, steps * rows
     elif rows < steps:
         steps, rows = rows, steps
-        x_strides, out_strides = (x_strides[1], x_strides[0]), (out_strides[1], out_strides[0])
-    item = run.item
-    target = View(out.data_ptr(), out_strides[0] * item, out_strides[1] * item)
+        x_strides, out_strides = (x_strides[1], x_strides[0], x_strides[2]), (out_strides[1], out_strides[0])
+    target = View(out.at, *out_strides[:2])
     views = {
-        "x": View(x.data_ptr(), x_strides[0] * item, x_strides[1] * item),
+        "x": View(x.at, *x_strides[:2]),
         "out": target,
         "start": target if start is None else View(start),
     }
     flops = 2 * rows * units * depth
     team_size, split = share(rows, flops * steps, flops, threads)
-    panel = run.panel(weight, 0, transposed, [0], units, depth, team_size)
-    run.run(
+    if pack:
+        weights = run.panel(script, weight, 0, transposed, [0], units, depth, team_size)
+    else:
+        weights = run.in_place(weight, transposed, units, depth)
+    run.launch(
+        script,
         Times(steps, rows),
         views,
-        [[(depth, panel)]],
+        [[weights._replace(k=x_strides[2])]],
         [units],
         threads=team_size,
         split=split,
         row_block=min(rows, ROW_BLOCK),
+        label=label,
     )

@@ -6,6 +6,7 @@ A frame is one array of 64-bit words with everything that a call needs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..program import Program, Stage
 
@@ -32,6 +33,7 @@ STAGE_WORDS = (
     "units",
     "skip",  # depth that is not multiplied at a sequence's first processed step
     "depth",
+    "dot",  # 1: products read weight matrices as they are, rows along the depth; one row of the batch at a time
 )
 BUFFER_WORDS = (
     "address",
@@ -40,8 +42,30 @@ BUFFER_WORDS = (
     "initial",  # address of the rows that stand for the step before a sequence's first or after its last
     "initial_row",
 )
-SEGMENT_WORDS = ("depth", "panel")
+SEGMENT_WORDS = (
+    "depth",
+    "weights",  # address
+    "vector",  # bytes from one vector of units to the next
+    "line",  # bytes from k to k + 1, and so many more for each vector of units in the tile's block;
+    "grow",  # "dot": bytes from unit to unit, and from one gate's block of rows to the next
+    "k",  # bytes from k to k + 1 of the rows that meet the weights, where a segment is `strided`
+)
 WORD = {name: k for k, name in enumerate(HEADER)}
+
+# The frame of a script, from its last word on the addresses of the operands; the first is the call's own memory.
+SCRIPT = ("launches", "table", "threads", "yield", "counter", "operands")
+LAUNCH = (
+    "kernel",  # address
+    "words",  # address of the frame, in which addresses are still missing
+    "length",
+    "relocations",  # address of (word, operand, offset)
+    "count",
+    "frame",  # offset in the call's memory where the frame is filled in
+    "first",  # thread of the team
+    "threads",
+    "wait",
+)
+LINE = 64  # bytes of a line of cache
 
 
 class Layout:
@@ -91,17 +115,27 @@ def tile_shape(stage: Stage, registers: int, lanes: int) -> Shape:
     return Shape(lanes, rows, (2 * block, *(w for w in (4, 2, 1) if w <= block), 0))
 
 
-MAX_ROWS = 8  # variants are numbered ((stage * MAX_WIDTHS) + width) * MAX_ROWS + rows; rows 0 is a single row
+MAX_ROWS = 8  # variants are numbered ((stage * MAX_WIDTHS) + width) * MAX_ROWS + rows; rows 0 is a single row,
+DOT = 7  # and this a single row whose products are dot products with the rows of a weight matrix as it is
 MAX_WIDTHS = 8
 
 
-def variants(shape: Shape, stage: int) -> list[tuple[int, int, int, bool]]:
-    """(number, rows, width index, single) of every tile of a stage."""
-    base = stage * MAX_WIDTHS
-    found = [((base + w) * MAX_ROWS, 1, w, True) for w in range(len(shape.widths))]
-    found += [
-        ((base + w) * MAX_ROWS + r, r, w, False) for w in range(1, len(shape.widths)) for r in range(1, shape.rows + 1)
-    ]
+class Variant(NamedTuple):
+    """A tile of a stage: rows x widths[width] vectors of units. kind: "rows", "single" or "dot"."""
+
+    number: int
+    rows: int
+    width: int
+    kind: str
+
+
+def variants(stage: Stage, shape: Shape, index: int) -> list[Variant]:
+    """Every tile of a stage."""
+    base, widths = index * MAX_WIDTHS, range(len(shape.widths))
+    found = [Variant((base + w) * MAX_ROWS, 1, w, "single") for w in widths]
+    found += [Variant((base + w) * MAX_ROWS + r, r, w, "rows") for w in widths[1:] for r in range(1, shape.rows + 1)]
+    if any(not s.weights.transposed for s in stage.segments):
+        found += [Variant((base + w) * MAX_ROWS + DOT, 1, w, "dot") for w in widths if shape.widths[w] <= 1]
     return found
 
 

@@ -14,7 +14,19 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..program import Program
-from .geometry import MAX_ROWS, MAX_WIDTHS, PACK, STAGE_WORDS, WORD, Layout, scratch_row_bytes, tile_shape
+from .geometry import (
+    DOT,
+    LAUNCH,
+    MAX_ROWS,
+    MAX_WIDTHS,
+    PACK,
+    SCRIPT,
+    STAGE_WORDS,
+    WORD,
+    Layout,
+    scratch_row_bytes,
+    tile_shape,
+)
 from .simd import FORMATS, I64, Vector, i64
 from .tile import make_tile
 
@@ -91,6 +103,64 @@ def _pause(b) -> None:
         b.call(cgutils.get_or_insert_function(b.module, hint, "llvm.aarch64.hint"), [ir.Constant(ir.IntType(32), 1)])
 
 
+@intrinsic
+def poke(typingctx, address, index, value):
+    """Set the 64-bit word `index` at an address."""
+
+    def emit(context, b, signature, args):
+        b.store(args[2], b.inttoptr(b.add(args[0], b.mul(args[1], i64(8))), I64.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), emit
+
+
+@intrinsic
+def call(typingctx, kernel, frame, thread, team):
+    """Call a kernel by its address."""
+
+    def emit(context, b, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
+        b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), emit
+
+
+def make_driver() -> Callable:
+    """The kernel that runs a script: fills in the frames, then each thread does its part of every launch."""
+    launches_at, table_at, threads_at, yield_at, counter_at, operands_at = range(len(SCRIPT))
+    kernel_at, words_at, length_at, relocations_at, count_at, frame_at, first_at, team_at, wait_at = range(len(LAUNCH))
+    entry = 8 * len(LAUNCH)
+
+    def member(script, thread, team):
+        launches, table = peek(script, launches_at), peek(script, table_at)
+        operands = script + 8 * operands_at
+        memory = peek(operands, 0)
+        if thread == 0:
+            for k in range(launches):
+                launch = table + k * entry
+                words, frame = peek(launch, words_at), memory + peek(launch, frame_at)
+                for w in range(peek(launch, length_at)):
+                    poke(frame, w, peek(words, w))
+                relocation = peek(launch, relocations_at)
+                for _ in range(peek(launch, count_at)):
+                    poke(frame, peek(relocation, 0), peek(operands, peek(relocation, 1)) + peek(relocation, 2))
+                    relocation += 24
+        counter, arrivals = script + 8 * counter_at, 0
+        for k in range(launches):
+            launch = table + k * entry
+            if team > 1 and (k == 0 or peek(launch, wait_at) == 1):
+                arrivals += team
+                barrier(counter, arrivals, peek(script, yield_at))
+            first, threads = peek(launch, first_at), peek(launch, team_at)
+            if team < peek(script, threads_at):  # fewer threads than asked for: all of it on the first
+                first, threads = 0, 1
+            if first <= thread < first + threads:
+                call(peek(launch, kernel_at), memory + peek(launch, frame_at), thread - first, threads)
+
+    return member
+
+
 def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) -> Callable:
     """The kernel that runs a program over time."""
     shapes = [tile_shape(s, registers, lanes) for s in program.stages]
@@ -106,7 +176,7 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
     advance = np.maximum(widths, 1)  # the last width, 0, is a vector of which not all lanes exist
     partial_width = np.array([len(s.widths) - 1 for s in shapes])
     row_scratch = np.array([scratch_row_bytes(program, s, k, vector_bytes) for k, s in enumerate(shapes)])
-    units_at, skip_at, depth_at = (STAGE_WORDS.index(n) for n in ("units", "skip", "depth"))
+    units_at, skip_at, depth_at, dot_at = (STAGE_WORDS.index(n) for n in ("units", "skip", "depth", "dot"))
 
     @njit(inline="always")
     def sweep(frame, stage, unit, unit_end, row, row_end, single, is_first, is_last, now, before, after, scratch):
@@ -115,8 +185,11 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
         full = peek(frame, words + units_at) // lanes
         start = peek(frame, words + skip_at) if is_first else 0
         depth, depth_block = peek(frame, words + depth_at), peek(frame, DEPTH_BLOCK)
+        dot = peek(frame, words + dot_at) == 1
+        if dot:
+            depth_block = depth
         while unit < unit_end:
-            width = 0 if single else 1
+            width = partial_width[stage] - 1 if dot else 0 if single else 1
             left = least(full, unit_end) - unit
             if left <= 0:
                 width = partial_width[stage]
@@ -130,12 +203,12 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
                 ends = end >= depth
                 n = row
                 while n < row_end:
-                    rows = row_end - n
+                    rows = 1 if dot else row_end - n
                     if rows >= 2 * max_rows[stage]:
                         rows = max_rows[stage]
                     elif rows > max_rows[stage]:
                         rows = (rows + 1) >> 1  # even: 4 rows are 2 + 2, not 3 + 1
-                    variant = base if single else base + rows
+                    variant = base + DOT if dot else base if single else base + rows
                     sums = scratch + (n - row) * row_scratch[stage]
                     tile(
                         frame, variant, n, unit, now, before, after, is_first, is_last,

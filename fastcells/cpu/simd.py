@@ -16,7 +16,6 @@ from llvmlite import ir
 from numba.core import cgutils
 
 I1, I32, I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
-BYTE = ir.IntType(8)
 
 
 def i64(n: int) -> ir.Constant:
@@ -134,6 +133,17 @@ class Vector:
         one = self.b.insert_element(ir.Constant(lanes, ir.Undefined), count, ir.Constant(I32, 0))
         all_lanes = self.shuffle(one, one, [0] * self.lanes)
         return self.b.icmp_signed("<", ir.Constant(lanes, list(range(self.lanes))), all_lanes)
+
+    def sums(self, vectors: list):
+        """The sum of each of `lanes` vectors, as one vector."""
+        distance = 1
+        while len(vectors) > 1:  # halves of two vectors fold into one, whose lanes alternate between them
+            low = [k if not k & distance else k - distance + self.lanes for k in range(self.lanes)]
+            high = [k + distance if not k & distance else k + self.lanes for k in range(self.lanes)]
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [self.b.fadd(self.shuffle(x, y, low), self.shuffle(x, y, high)) for x, y in pairs]
+            distance *= 2
+        return vectors[0]
 
     # ---- arithmetic ----
     def fma(self, a, b, c):

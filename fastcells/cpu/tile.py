@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 from ..expression import OPERATIONS, Node, topological
 from ..program import Place, Program
-from .geometry import BUFFER_WORDS, LATENCY_CHAINS, WORD, Layout, Shape, variants
+from .geometry import BUFFER_WORDS, LATENCY_CHAINS, SEGMENT_WORDS, WORD, Layout, Shape, Variant, variants
 from .simd import FORMATS, I1, I64, Vector, i64
 
 TILE_ARGUMENTS = (
@@ -33,7 +33,7 @@ TILE_ARGUMENTS = (
     "is_last",
     "begin",  # of the depth to multiply
     "end",
-    "fresh",  # 1: accumulators start from their places, 0: from the partial sums in scratch
+    "fresh",  # 1: the first part of the depth, 0: partial sums of the parts before are in scratch
     "last",  # 1: the epilogue follows, 0: partial sums are kept
     "scratch",  # address of these rows' partial sums
 )
@@ -49,12 +49,12 @@ def make_tile(program: Program, dtype: str, shapes: list[Shape]) -> Callable:
         start = builder.block
         cases = []
         for k, (stage, shape) in enumerate(zip(program.stages, shapes, strict=True)):
-            for number, rows, width, single in variants(shape, k):
-                block = builder.append_basic_block(f"tile.{k}.{rows}x{width}{'s' if single else ''}")
+            for variant in variants(stage, shape, k):
+                block = builder.append_basic_block(f"tile.{k}.{variant.kind}.{variant.rows}x{variant.width}")
                 builder.position_at_end(block)
-                _Tile(builder, layout, dtype, k, stage, shape, rows, width, single, arguments).emit()
+                _Tile(builder, layout, dtype, k, program, shape, variant, arguments).emit()
                 builder.branch(done)
-                cases.append((number, block))
+                cases.append((variant.number, block))
         builder.position_at_end(start)
         switch = builder.switch(arguments["variant"], cases[0][1])
         for number, block in cases[1:]:
@@ -78,16 +78,19 @@ UNROLL = 2  # steps of the depth in one turn of the inner loop: loads and multip
 class _Tile:
     """Emits one variant."""
 
-    def __init__(self, builder, layout, dtype, index, stage, shape, rows, width, single, arguments) -> None:
-        self.b, self.layout, self.index, self.stage = builder, layout, index, stage
+    def __init__(
+        self, builder, layout, dtype, index, program: Program, shape: Shape, variant: Variant, arguments
+    ) -> None:
+        self.b, self.layout, self.index, self.stage = builder, layout, index, program.stages[index]
+        self.gates = program.gates
         self.v = Vector(builder, FORMATS[dtype], shape.lanes)
-        self.rows, self.single, self.arg = rows, single, arguments
-        self.partial = shape.widths[width] == 0
-        self.width = shape.widths[width] or 1
+        self.rows, self.kind, self.arg = variant.rows, variant.kind, arguments
+        self.partial = shape.widths[variant.width] == 0
+        self.width = shape.widths[variant.width] or 1
         self.block = min(self.width, shape.block)  # of the panels
         self.bytes = self.v.fmt.bytes
         self.vector_bytes = shape.lanes * self.bytes
-        self.count = len(stage.accumulators)
+        self.count = len(self.stage.accumulators)
         self._rows_cache: dict[Place, list] = {}
 
     # ---- addresses ----
@@ -145,12 +148,13 @@ class _Tile:
             self.row_addresses(segment.rows)
         for p in [*self.stage.loads.values(), *(p for _, p, _ in self.stage.outputs)]:
             self.row_addresses(p)
-        accumulators = self.start()
+        accumulators = dict.fromkeys(self.columns, self.v.const(0.0))
         offset = i64(0)
         for j, segment in enumerate(self.stage.segments):
             depth = self.word(self.layout.segment[self.index, j])
             clip = lambda x, depth=depth, offset=offset: self.clamp(b.sub(x, offset), depth)  # noqa: E731
-            accumulators = self.product(j, segment, accumulators, clip(self.arg["begin"]), clip(self.arg["end"]), depth)
+            product = self.dots if self.kind == "dot" else self.product
+            accumulators = product(j, segment, accumulators, clip(self.arg["begin"]), clip(self.arg["end"]))
             offset = b.add(offset, depth)
         accumulators = self.add_partial_sums(accumulators)
         epilogue, keep, done = (b.append_basic_block(n) for n in ("epilogue", "keep", "variant.done"))
@@ -173,21 +177,6 @@ class _Tile:
     def clamp(self, x, high):
         x = self.b.select(self.b.icmp_signed("<", x, i64(0)), i64(0), x)
         return self.b.select(self.b.icmp_signed(">", x, high), high, x)
-
-    def start(self) -> dict:
-        """The sum of the places to start from; zero where this is not the first part of the depth."""
-
-        def places() -> dict:
-            first = {}
-            for m, w, a in self.columns:
-                value = self.v.const(0.0)
-                for k, place in enumerate(self.stage.accumulators[a][1]):
-                    loaded = self.v.load(self.at(place, m, w), self.mask)
-                    value = self.b.fadd(value, loaded) if k else loaded
-                first[m, w, a] = value
-            return first
-
-        return self.either("fresh", places, dict.fromkeys(self.columns, self.v.const(0.0)))
 
     def add_partial_sums(self, accumulators: dict) -> dict:
         """Each part of the depth is summed by itself, which loses less to rounding than one long sum."""
@@ -216,28 +205,32 @@ class _Tile:
             node.add_incoming(value, block)
         return node
 
-    def product(self, j: int, segment, accumulators: dict, begin, end, depth) -> dict:
-        """accumulators + rows[begin:end] @ panel[begin:end].
+    def segment_word(self, j: int, name: str):
+        return self.word(self.layout.segment[self.index, j] + SEGMENT_WORDS.index(name))
+
+    def product(self, j: int, segment, accumulators: dict, begin, end) -> dict:
+        """accumulators + rows[begin:end] @ weights[begin:end].
 
         Several rows: the rows' broadcasts stay in registers and the weights pass one vector at a time. A single row has
         too few independent sums to hide the latency of the multiply-adds: its depth is interleaved over several.
         """
         chains = self.rows * self.width * len(segment.targets)
         interleave = 1
-        while self.single and chains * interleave < LATENCY_CHAINS and interleave < 4:
+        while self.kind == "single" and chains * interleave < LATENCY_CHAINS and interleave < 4:
             interleave *= 2
         b = self.b
         keys = [(m, w, a) for m in range(self.rows) for w in range(self.width) for a in segment.targets]
         sums = [{key: accumulators[key] if i == 0 else self.v.const(0.0) for key in keys} for i in range(interleave)]
-        address = self.word(self.layout.segment[self.index, j] + 1)
-        line = len(segment.targets) * self.vector_bytes  # of one vector of units, one k
-        address = b.add(address, b.mul(b.mul(self.arg["unit"], depth), i64(line)))
-        panels = [b.add(address, b.mul(depth, i64(p * self.block * line))) for p in range(self.width // self.block)]
-        stride = interleave if self.single else UNROLL
-        begin, sums = self.loop(segment, sums, keys, panels, line, begin, end, stride)
+        vector, line, grow = (self.segment_word(j, n) for n in ("vector", "line", "grow"))
+        line = b.add(line, b.mul(grow, i64(self.block)))
+        address = b.add(self.segment_word(j, "weights"), b.mul(self.arg["unit"], vector))
+        panels = [b.add(address, b.mul(vector, i64(p * self.block))) for p in range(self.width // self.block)]
+        step = self.segment_word(j, "k") if segment.strided else i64(self.bytes)
+        stride = interleave if self.kind == "single" else UNROLL
+        begin, sums = self.loop(segment, sums, keys, panels, line, step, begin, end, stride)
         rest = sums[:1]
         if stride > 1:
-            _, rest = self.loop(segment, rest, keys, panels, line, begin, end, 1)
+            _, rest = self.loop(segment, rest, keys, panels, line, step, begin, end, 1)
         total = rest + sums[1:]
         while len(total) > 1:
             half = len(total) // 2
@@ -246,53 +239,109 @@ class _Tile:
             ]
         return {**accumulators, **total[0]}
 
-    def loop(self, segment, sums: list[dict], keys, panels, line: int, begin, end, stride: int):
+    def dots(self, j: int, segment, accumulators: dict, begin, end) -> dict:
+        """The same for one row and one vector of units, by dot products with the weight matrix's own rows."""
+        b, v = self.b, self.v
+        line, grow = self.segment_word(j, "line"), self.segment_word(j, "grow")
+        unit = b.add(self.segment_word(j, "weights"), b.mul(self.arg["unit"], self.segment_word(j, "vector")))
+        (row,) = self.row_addresses(segment.rows)
+        lines = []
+        for i in range(v.lanes):
+            at = i64(i)
+            if self.partial:  # units that do not exist repeat the last one that does; nobody stores their results
+                last = b.sub(
+                    b.sub(self.word(self.layout.stage[self.index]), b.mul(self.arg["unit"], i64(v.lanes))), i64(1)
+                )
+                at = b.select(b.icmp_signed("<", at, last), at, last)
+            lines.append(b.mul(at, line))
+        found = dict(accumulators)
+        for a, gate in zip(segment.targets, segment.weights.gates, strict=True):
+            block = self.gates.index(gate) if gate in self.gates else 0
+            base = b.add(unit, b.mul(grow, i64(block)))
+            pointers = [b.add(base, at) for at in lines]
+            sums = [v.const(0.0)] * v.lanes
+
+            def part(k, sums, mask=None, pointers=pointers):
+                at = b.mul(k, i64(self.bytes))
+                x = v.load(b.add(row, at), mask)
+                return [v.fma(v.load(b.add(p, at), mask), x, s) for p, s in zip(pointers, sums, strict=True)]
+
+            whole, sums = self.counted(begin, end, v.lanes, sums, part)
+            rest = b.sub(end, whole)
+            before, tail, done = b.block, b.append_basic_block("tail"), b.append_basic_block("tail.done")
+            b.cbranch(b.icmp_signed(">", rest, i64(0)), tail, done)
+            b.position_at_end(tail)
+            more = part(whole, sums, v.first_lanes(rest))
+            end_of_tail = b.block
+            b.branch(done)
+            b.position_at_end(done)
+            sums = [self.phi((x, before), (y, end_of_tail)) for x, y in zip(sums, more, strict=True)]
+            found[0, 0, a] = b.fadd(found[0, 0, a], v.sums(sums))
+        return found
+
+    def counted(self, begin, end, stride: int, values: list, body):
+        """values = body(k, values) for k from begin on in strides that fit below end; (where it ended, values)."""
+        b = self.b
+        before, loop, done = b.block, b.append_basic_block("k"), b.append_basic_block("k.done")
+        last = b.sub(end, i64(stride))
+        b.cbranch(b.icmp_signed("<=", begin, last), loop, done)
+        b.position_at_end(loop)
+        k = b.phi(I64)
+        current = [b.phi(x.type) for x in values]
+        new = body(k, current)
+        k_next = b.add(k, i64(stride))
+        for node, first, again in zip([k, *current], [begin, *values], [k_next, *new], strict=True):
+            node.add_incoming(first, before)
+            node.add_incoming(again, b.block)
+        end_of_loop = b.block
+        b.cbranch(b.icmp_signed("<=", k_next, last), loop, done)
+        b.position_at_end(done)
+        after = [
+            self.phi((first, before), (again, end_of_loop))
+            for first, again in zip([begin, *values], [k_next, *new], strict=True)
+        ]
+        return after[0], after[1:]
+
+    def loop(self, segment, sums: list[dict], keys, panels, line, step, begin, end, stride: int):
         """`stride` steps of the depth at a time, each added to the next of the sums in turn; (where it ended, sums)."""
         b, v = self.b, self.v
-        before, body, done = b.block, b.append_basic_block("k"), b.append_basic_block("k.done")
-        last = b.sub(end, i64(stride))  # the last k that a whole stride fits at
-        b.cbranch(b.icmp_signed("<=", begin, last), body, done)
-        b.position_at_end(body)
-        k = b.phi(I64)
-        k.add_incoming(begin, before)
-        current = [{key: b.phi(v.type) for key in keys} for _ in sums]
-        new: list[dict] = list(current)
         rows = self.row_addresses(segment.rows)
-        for i in range(stride):
-            part = new[i % len(sums)]
-            at_k = b.add(k, i64(i))
-            scalar = [v.splat(b.load(v.pointer(b.add(r, b.mul(at_k, i64(self.bytes))), v.fmt.scalar))) for r in rows]
-            out = {}
-            for w in range(self.width):
-                base = b.add(panels[w // self.block], b.mul(at_k, i64(self.block * line)))
-                for t, a in enumerate(segment.targets):
-                    inner = (w % self.block) * line + t * self.vector_bytes
-                    weight = v.load(b.add(base, i64(inner)))
-                    for m in range(self.rows):
-                        out[m, w, a] = v.fma(scalar[m], weight, part[m, w, a])
-            new[i % len(sums)] = out
-        k_next = b.add(k, i64(stride))
-        k.add_incoming(k_next, b.block)
-        for phis, first, out in zip(current, sums, new, strict=True):
-            for key in keys:
-                phis[key].add_incoming(first[key], before)
-                phis[key].add_incoming(out[key], b.block)
-        b.cbranch(b.icmp_signed("<=", k_next, last), body, done)
-        end_of_body = body
-        b.position_at_end(done)
-        after = self.phi((begin, before), (k_next, end_of_body))
-        result = [
-            {key: self.phi((first[key], before), (out[key], end_of_body)) for key in keys}
-            for first, out in zip(sums, new, strict=True)
-        ]
-        return after, result
+
+        def body(k, values):
+            new = [dict(zip(keys, values[i * len(keys) :], strict=False)) for i in range(len(sums))]
+            for i in range(stride):
+                at_k = b.add(k, i64(i))
+                at = b.mul(at_k, step)
+                scalar = [v.splat(b.load(v.pointer(b.add(r, at), v.fmt.scalar))) for r in rows]
+                out = {}
+                for w in range(self.width):
+                    base = b.add(panels[w // self.block], b.mul(at_k, line))
+                    for t, a in enumerate(segment.targets):
+                        inner = ((w % self.block) * len(segment.targets) + t) * self.vector_bytes
+                        weight = v.load(b.add(base, i64(inner)), self.mask)
+                        for m in range(self.rows):
+                            out[m, w, a] = v.fma(scalar[m], weight, new[i % len(sums)][m, w, a])
+                new[i % len(sums)] = out
+            return [part[key] for part in new for key in keys]
+
+        begin, values = self.counted(begin, end, stride, [part[key] for part in sums for key in keys], body)
+        return begin, [dict(zip(keys, values[i * len(keys) :], strict=False)) for i in range(len(sums))]
+
+    def started(self, value, places, row: int, vector: int):
+        """An accumulator with what it starts from: added last, which loses less to rounding, and nothing waits for."""
+        for place in places:
+            value = self.b.fadd(value, self.v.load(self.at(place, row, vector), self.mask))
+        return value
 
     def epilogue(self, accumulators: dict) -> None:
         training = [o for o in self.stage.outputs if o[2]]
         training_flag = self.true(self.word(WORD["training"])) if training else None
         for m in range(self.rows):
             for w in range(self.width):
-                values = {node: accumulators[m, w, a] for a, (node, _) in enumerate(self.stage.accumulators)}
+                values = {
+                    node: self.started(accumulators[m, w, a], places, m, w)
+                    for a, (node, places) in enumerate(self.stage.accumulators)
+                }
                 for node, place in self.stage.loads.items():
                     values[node] = self.load(place, m, w)
                 for node in self.order:

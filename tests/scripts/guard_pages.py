@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from test_engine import BUILT_IN, everything, problem
 
 from fastcells import cells, functional
-from fastcells.cpu import engine
+from fastcells.cpu import script
 
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
@@ -45,22 +45,20 @@ def guard(t):
     return None if t is None else guarded(t.shape, dtype=t.dtype).copy_(t.detach()).requires_grad_(t.requires_grad)
 
 
-class ExactArena(engine.Arena):
-    """Every piece a mapping of its own."""
+kept = []
 
-    def take(self, size):
-        self._full.append(guarded(max(size, 1), dtype=torch.uint8))
-        return self._full[-1].data_ptr()
 
-    def reset(self):
-        self._full.clear()
+def take(self, size):
+    """Every piece of a call's memory is a mapping of its own."""
+    kept.append(guarded(max(size, 1), dtype=torch.uint8))
+    return kept[-1].data_ptr()
 
 
 def main():
     torch.set_num_threads(1)
     from fastcells.cpu import layer
 
-    engine.arena = layer.arena = ExactArena()
+    script.Script.take = take
     shapes = [(1, 1, 1), (1, 3, 5), (2, 9, 7), (3, 17, 12), (4, 33, 31), (5, 2, 40)]
     for dtype, (rows, inputs, hidden), c in itertools.product((torch.float32, torch.float64), shapes, BUILT_IN):
         for lengths in (None, sorted((1 + n % 3 for n in range(rows)), reverse=True)):
@@ -81,6 +79,9 @@ def main():
                     torch.empty = plain_empty
                 assert all(t.isfinite().all() for t in [*outputs, *grads]), (c, rows, inputs, hidden)
                 del outputs, grads, x, states, parameters, leaves
+                layer.forget()
+                script.arena = script.Arena()  # its block was mapped here too
+                kept.clear()
                 while regions:
                     libc.munmap(*regions.pop())
     print("done")

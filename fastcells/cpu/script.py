@@ -1,0 +1,176 @@
+"""Scripts: what a call of a layer does, written down once for its sizes and replayed with other tensors.
+
+A script is a list of launches, each a kernel with a frame. Addresses in frames are relative to operands: the tensors of
+the call, and the memory that lives only as long as the call. A replay hands the operands' addresses to one compiled
+function, which fills in the frames and runs the launches, all on one team of threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import store, team
+from .geometry import LAUNCH, LINE
+
+
+class At(NamedTuple):
+    """An address: so many bytes into an operand."""
+
+    operand: int
+    offset: int = 0
+
+    def __add__(self, offset: int) -> At:  # type: ignore[override]
+        return At(self.operand, self.offset + offset)
+
+
+Address = int | At
+MEMORY = 0  # the operand that stands for the call's own memory
+
+
+class Arena(threading.local):
+    """The memory of calls: one block a thread, kept for the next call."""
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0, dtype=torch.uint8)
+        self._address = self._size = 0
+
+    def take(self, size: int) -> int:
+        """Address of `size` bytes, aligned to a line of cache."""
+        if size > self._size:
+            self._block = torch.empty(0, dtype=torch.uint8)  # first free, then take
+            self._block = torch.empty(size + LINE, dtype=torch.uint8)
+            self._address, self._size = -(-self._block.data_ptr() // LINE) * LINE, size
+        return self._address
+
+
+arena = Arena()
+
+
+class Launch(NamedTuple):
+    """label: what it is for. threads: from `first` on, so many of the team take part. wait: for what earlier launches
+    do."""
+
+    label: str
+    kernel: store.Kernel
+    frame: Sequence[Address]
+    at: At
+    first: int
+    threads: int
+    wait: bool
+
+
+observer: Callable[[Launch, Callable[[], None]], None] | None = None
+"""Where set, launches run one by one, each handed to it with the function that runs it."""
+
+
+class Script:
+    """Launches in order. Built once, then run any number of times, by several threads at a time."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+        self.threads = 1
+        self._memory = 0  # bytes
+        self._header: list[int] | None = None
+
+    def take(self, size: int) -> Address:
+        """`size` bytes of the call's memory, on lines of cache of their own."""
+        return self._take(size)
+
+    def _take(self, size: int) -> At:
+        begin = self._memory
+        self._memory += -(-size // LINE) * LINE + LINE  # a line apart: large blocks do not share their sets of a cache
+        return At(MEMORY, begin)
+
+    def launch(
+        self,
+        kernel: store.Kernel,
+        frame: list[Address],
+        *,
+        threads: int = 1,
+        first: int = 0,
+        wait: bool = True,
+        counter: int | None = None,
+        label: str = "",
+    ) -> None:
+        """Add a kernel with its frame. counter: the word that is to be the address of a zero on a line of its own."""
+        if counter is None:
+            at = self._take(8 * len(frame))
+        else:
+            lines = -(-8 * len(frame) // LINE)
+            at = self._take((lines + 1) * LINE)
+            frame = frame + [0] * ((lines + 1) * LINE // 8 - len(frame))
+            frame[counter] = at + lines * LINE
+        self.launches.append(Launch(label or kernel.name, kernel, frame, at, first, threads, wait))
+        self.threads = max(self.threads, first + threads)
+
+    def _finish(self) -> list[int]:
+        """The words of the driver's frame that are the same at every call."""
+        table: list[int] = []
+        self._owned = []
+        for launch in self.launches:
+            words = array("q", [0 if isinstance(a, At) else int(a) for a in launch.frame])
+            relative = [(k, *a) for k, a in enumerate(launch.frame) if isinstance(a, At)]
+            relocations = array("q", [n for entry in relative for n in entry])
+            self._owned += [words, relocations]
+            table += [launch.kernel.address, words.buffer_info()[0], len(words)]
+            table += [relocations.buffer_info()[0], len(relative), launch.at.offset]
+            table += [launch.first, launch.threads, launch.wait]
+        owned = array("q", table)
+        self._owned.append(owned)
+        return [len(self.launches), owned.buffer_info()[0], self.threads, team.give_way(), 0]
+
+    def run(self, operands: Sequence[int]) -> None:
+        """Run on the addresses of the operands from number 1 on."""
+        header = self._header
+        if header is None:
+            header = self._header = self._finish()
+        frame = array("q", [*header, arena.take(self._memory), *operands])
+        if observer is None:
+            team.run(driver(), frame.buffer_info()[0], self.threads)
+            return
+        table = header[1]
+        for launch in self.launches:
+            threads = launch.first + launch.threads
+            frame[: len(header)] = array("q", [1, table, threads, header[3], 0])
+            observer(launch, lambda n=threads: team.run(driver(), frame.buffer_info()[0], n))  # type: ignore[misc]
+            table += 8 * len(LAUNCH)
+
+
+@lru_cache(maxsize=1)
+def driver() -> store.Kernel:
+    """The kernel that runs a script."""
+
+    def make():
+        from .loops import make_driver
+
+        return make_driver()
+
+    return store.kernel("driver", [], make)
+
+
+_zeros = [torch.zeros(1 << 14, dtype=torch.uint8)]
+
+
+def zeros(size: int) -> int:
+    """Address of at least `size` zero bytes, to be read only."""
+    if size > _zeros[-1].shape[0]:
+        _zeros.append(torch.zeros(2 * size, dtype=torch.uint8))  # the shorter ones may be in use, and are half as long
+    return _zeros[-1].data_ptr()
+
+
+_ones: dict[torch.dtype, list[Tensor]] = {}
+
+
+def ones(count: int, dtype: torch.dtype) -> int:
+    """Address of at least `count` ones, to be read only."""
+    known = _ones.setdefault(dtype, [])
+    if not known or count > known[-1].shape[0]:
+        known.append(torch.ones(2 * count, dtype=dtype))
+    return known[-1].data_ptr()
