@@ -22,6 +22,7 @@ CELLS = {
     "lstm": Kind(4, "hc"),
     "gru": Kind(3),
     "rnn": Kind(1),
+    "lstm-peephole": Kind(4, "hc", ("peephole_i", "peephole_f", "peephole_o"), plain="lstm"),
     "lstm-relu": Kind(4, "hc", plain="lstm"),
     "gru-reset-before": Kind(3, plain="gru"),
 }
@@ -36,7 +37,9 @@ class Mode:
     call: "forward" without gradients, "training" (forward and backward, gradients of x and of all parameters) or
     "backward" alone. unit: of what is measured. stateful: an initial state is given. ragged: sequences of lengths
     between T/4 and T, as a PackedSequence or padded with their lengths. resets: the share of steps before which a
-    sequence's state returns to zero. plain: the mode of the plain layer, which the variant's time is compared with.
+    sequence's state returns to zero. dropout: the rate of units that a sequence's recurrent products do not see.
+    zoneout: the rate at which a unit keeps its state. plain: the mode of the plain layer, which the variant's time is
+    compared with.
     """
 
     what: str
@@ -47,6 +50,8 @@ class Mode:
     stateful: bool = False
     ragged: Literal["", "packed", "lengths"] = ""
     resets: float = 0.0
+    dropout: float = 0.0
+    zoneout: float = 0.0
     plain: str | None = None
 
 
@@ -69,6 +74,10 @@ MODES = {
     "resets-training": Mode(
         "forward and backward, states reset before 3 % of the steps", "training", resets=0.03, plain="training"
     ),
+    "dropout-training": Mode(
+        "forward and backward with variational recurrent dropout", "training", dropout=0.25, plain="training"
+    ),
+    "zoneout-training": Mode("forward and backward with zoneout", "training", zoneout=0.1, plain="training"),
     "memory": Mode("what one training step adds to the memory of the process, at its peak", "training", "bytes"),
 }
 
@@ -112,6 +121,11 @@ class Case:
         """The plain layer's case at the same shape, None where this is one."""
         cell, mode = self.kind.plain or self.cell, self.how.plain or self.mode
         return None if (cell, mode) == (self.cell, self.mode) else replace(self, cell=cell, mode=mode)
+
+    @property
+    def random(self) -> bool:
+        """Whether the answer depends on draws."""
+        return bool(self.how.dropout or self.how.zoneout)
 
     @property
     def shape(self) -> str:
@@ -163,7 +177,8 @@ SHAPES = (
 
 
 def core() -> list[Case]:
-    """Every shape for every cell, inference and training; then each other mode at a shape typical of it."""
+    """Every shape for every cell, inference and training; then each other mode at a shape typical of it, but for those
+    that belong to the suite of variants alone."""
     cases = [Case(cell, *shape, mode) for mode in ("inference", "training") for shape in SHAPES for cell in PLAIN]
     typical = {
         "streaming": (1, 1, 64, 64),
@@ -216,6 +231,7 @@ def variants() -> list[Case]:
         cases += [Case(cell, *usual, m) for cell in ("lstm", "gru") for m in (mode, f"{mode}-training")]
         cases += [Case("lstm", *long, m) for m in (mode, f"{mode}-training")]
     cases += [Case(cell, *policy, m) for cell in ("lstm", "gru") for m in ("resets", "resets-training")]
+    cases += [Case("lstm", *usual, mode) for mode in ("dropout-training", "zoneout-training")]
     return cases + [Case(cell, *usual, call, "float64") for cell in ("lstm", "gru") for call in calls]
 
 
@@ -231,7 +247,7 @@ class Suite(NamedTuple):
 SUITES = {
     "core": Suite("every shape and cell, inference and training; each other mode", core, 9.5),
     "quick": Suite("a few small shapes, within a minute", quick, 0.4),
-    "variants": Suite("cells, lengths, resets, float64 beside the plain layer", variants, 4.2),
+    "variants": Suite("cells, lengths, resets, dropout, float64 beside the plain layer", variants, 4.2),
     "scaling": Suite("how time grows with T, N, H and threads", scaling, 2.4),
 }
 

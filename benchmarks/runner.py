@@ -44,6 +44,7 @@ def prepare(provider: Provider, problem: Problem, row: Row) -> Prepared | None:
             prepared.setup()
         result = prepared.call()
         row.prepare_s = perf_counter() - start
+        result = result if prepared.checked is None else prepared.checked()
         mistake = (prepared.problem or problem).mistake(prepared.answer(result))
     except Unsupported as reason:
         row.status, row.reason = "unsupported", str(reason)

@@ -44,7 +44,7 @@ def test_speed(case: Case, provider: str, benchmark: Any, pytestconfig: pytest.C
             prepared.setup()
 
     setup()
-    mistake = (prepared.problem or problem(case)).mistake(prepared.answer(prepared.call()))
+    mistake = (prepared.problem or problem(case)).mistake(prepared.answer((prepared.checked or prepared.call)()))
     assert mistake is None, f"{provider} is wrong: {mistake}"
     benchmark.group = str(case)
     benchmark.extra_info.update(case.fields(), provider=provider)

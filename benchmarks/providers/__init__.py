@@ -10,11 +10,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from benchmarks.cases import Case
     from benchmarks.problem import Problem
 
 
 class Unsupported(Exception):
     """Why a provider cannot run a case."""
+
+
+def refuse_variants(case: Case, *, resets: bool = False, training: bool = True) -> None:
+    """For providers that have torch's cells alone. resets, training: whether they do these. Raises Unsupported."""
+    if case.kind.plain is not None:
+        raise Unsupported("has torch's cells alone")
+    if case.how.resets and not resets:
+        raise Unsupported("does not reset states within a sequence")
+    if case.how.call != "forward" and not training:
+        raise Unsupported("inference only")
+    if case.random:
+        raise Unsupported("has no recurrent dropout or zoneout")
 
 
 @dataclass(frozen=True)
@@ -23,7 +36,8 @@ class Prepared:
 
     call: what is timed. answer: its result as arrays by name (see `Problem.truth`). setup: run before each call and not
     timed. held: bytes that the forward pass keeps for the backward pass. note: what a reader of the time should know.
-    problem: whose truth the answer is to match, where it is not the case's own.
+    checked: a call to check in place of one that draws at random. problem: whose truth the answer is to match, where it
+    is not the case's own.
     """
 
     call: Callable[[], Any]
@@ -31,6 +45,7 @@ class Prepared:
     setup: Callable[[], Any] | None = None
     held: Callable[[], int] | None = None
     note: str = ""
+    checked: Callable[[], Any] | None = None
     problem: Problem | None = None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.problem import Problem
-from benchmarks.providers import Prepared, Provider, Unsupported
+from benchmarks.providers import Prepared, Provider, refuse_variants
 
 
 def cell(jax: Any, name: str, x: Any, u: Any, states: Any) -> Any:
@@ -34,8 +34,7 @@ class Jax(Provider):
         jax.config.update("jax_enable_x64", True)
         jax.config.update("jax_platforms", "cpu")
         jnp, case, mode = jax.numpy, problem.case, problem.case.how
-        if case.kind.plain is not None:
-            raise Unsupported("is written out for torch's cells alone")
+        refuse_variants(problem.case, resets=True)
         letters = case.kind.states
         names = ("y", *(f"{letter}_n" for letter in letters))
         # A step past a sequence's end leaves the state alone.

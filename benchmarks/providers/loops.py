@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,42 +17,49 @@ from benchmarks.providers.torch_layers import TorchLike
 from benchmarks.providers.variants import CELLS, States
 
 
+class Masks(NamedTuple):
+    """What a step is told besides its input; None for nothing. alive, reset: [N, 1] bool, of the sequences. dropped:
+    [N, H], what the hidden state is multiplied by where it enters the recurrent product. kept: [N, H] bool for each
+    state, the units that keep it. With a leading T where they are of all steps."""
+
+    alive: Tensor | None = None
+    reset: Tensor | None = None
+    dropped: Tensor | None = None
+    kept: States | None = None
+
+
 def step(
-    cell: Callable[..., States],
-    x: Tensor,
-    states: States,
-    w_hh: Tensor,
-    b_hh: Tensor,
-    vectors: States,
-    alive: Tensor | None,
-    reset: Tensor | None,
+    cell: Callable[..., States], x: Tensor, states: States, w_hh: Tensor, b_hh: Tensor, vectors: States, masks: Masks
 ) -> tuple[Tensor, States]:
-    """(output, states) of one step. x [N, G * H], projected. alive, reset [N, 1]: of the sequences, None for all,
-    none."""
+    """(output, states) of one step. x [N, G * H], projected."""
+    alive, reset, dropped, kept = masks
     if reset is not None:
         states = tuple(torch.where(reset, 0.0, state) for state in states)
-    new = cell(x, states, w_hh, b_hh, *vectors)
+    seen = states if dropped is None else (states[0] * dropped, *states[1:])
+    new = cell(x, seen, w_hh, b_hh, *vectors)
+    if kept is not None:
+        new = tuple(torch.where(keep, a, b) for keep, a, b in zip(kept, states, new, strict=True))
     if alive is None:
         return new[0], new
     return torch.where(alive, new[0], 0.0), tuple(torch.where(alive, a, b) for a, b in zip(new, states, strict=True))
 
 
 def direction(
-    one: Callable,
-    x: Tensor,
-    states: States,
-    weights: States,
-    backwards: bool,
-    alive: Tensor | None,
-    resets: Tensor | None,
+    one: Callable, x: Tensor, states: States, weights: States, backwards: bool, masks: Masks
 ) -> tuple[Tensor, States]:
     """One direction of one layer: all steps' inputs projected at once, then step by step."""
     w_ih, w_hh, b_ih, b_hh, *vectors = weights
     projected = linear(x, w_ih, b_ih).unbind(0)
+    alive, reset, dropped, kept = masks
     outputs = []
     for t in reversed(range(len(projected))) if backwards else range(len(projected)):
-        masks = (None if mask is None else mask[t] for mask in (alive, resets))
-        y, states = one(projected[t], states, w_hh, b_hh, tuple(vectors), *masks)
+        now = Masks(
+            None if alive is None else alive[t],
+            None if reset is None else reset[t],
+            dropped,
+            None if kept is None else tuple(keep[t] for keep in kept),
+        )
+        y, states = one(projected[t], states, w_hh, b_hh, tuple(vectors), now)
         outputs.append(y)
     return torch.stack(outputs[::-1] if backwards else outputs), states
 
@@ -86,6 +93,15 @@ class LoopLayer(torch.nn.Module):
                 self.names.append([name + suffix for name in shapes])
         self.directions = directions
 
+    def drawn(self, x: Tensor) -> tuple[Tensor | None, States | None]:
+        """Masks of variational dropout (Gal & Ghahramani 2016) and of zoneout (Krueger et al. 2017), in training."""
+        dropout, zoneout = self.case.how.dropout, self.case.how.zoneout
+        steps, size = x.shape[0], (x.shape[1], self.hidden_size)
+        dropped = torch.nn.functional.dropout(x.new_ones(size), dropout) if dropout and self.training else None
+        if not zoneout or not self.training:
+            return dropped, None
+        return dropped, tuple(torch.rand(steps, *size, device=x.device) < zoneout for _ in self.case.kind.states)
+
     def forward(self, one: Callable, x: Tensor, hx: Any, lengths: Any, resets: Any) -> Any:
         """one: a step."""
         given = hx if isinstance(hx, tuple) else (hx,) * len(self.case.kind.states)
@@ -98,7 +114,8 @@ class LoopLayer(torch.nn.Module):
             zero = x.new_zeros(x.shape[1], self.hidden_size)
             states = tuple(zero if s is None else s[row] for s in given)
             weights = tuple(self.get_parameter(name) for name in names)
-            y, final = direction(one, x, states, weights, row % self.directions == 1, alive, resets)
+            masks = Masks(alive, resets, *self.drawn(x))
+            y, final = direction(one, x, states, weights, row % self.directions == 1, masks)
             outputs.append(y)
             finals.append(final)
             if len(outputs) == self.directions:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.problem import Problem
-from benchmarks.providers import Prepared, Provider, Unsupported
+from benchmarks.providers import Prepared, Provider, refuse_variants
 
 
 class NumPy(Provider):
@@ -17,10 +17,7 @@ class NumPy(Provider):
         from fastcells import reference
 
         case, mode = problem.case, problem.case.how
-        if case.kind.plain is not None:
-            raise Unsupported("is written out for torch's cells alone")
-        if mode.resets:
-            raise Unsupported("does not reset states within a sequence")
+        refuse_variants(problem.case)
         kind = {"lstm": reference.LSTM, "gru": reference.GRU, "rnn": reference.RNN}[case.cell]
         layer = kind(case.I, case.H, mode.layers, bidirectional=mode.directions == 2)
         layer.load_state_dict(problem.weights)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.problem import Problem
-from benchmarks.providers import Prepared, Provider, Unsupported
+from benchmarks.providers import Prepared, Provider, Unsupported, refuse_variants
 
 #: Where ONNX's blocks of rows are found in torch's: ONNX has i o f c and z r h, torch i f g o and r z n.
 ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn": (0,)}
@@ -71,21 +71,12 @@ def feeds(problem: Problem) -> dict[str, np.ndarray]:
     return given | ({"lengths": problem.lengths.astype(np.int32)} if problem.case.how.ragged else {})
 
 
-def require_forward(problem: Problem) -> None:
-    if problem.case.kind.plain is not None:
-        raise Unsupported("has no operator for this cell")
-    if problem.case.how.resets:
-        raise Unsupported("does not reset states within a sequence")
-    if problem.case.how.call != "forward":
-        raise Unsupported("inference only")
-
-
 class OnnxRuntime(Provider):
     name = "ONNX Runtime"
     packages = ("onnx", "onnxruntime")
 
     def prepare(self, problem: Problem) -> Prepared:
-        require_forward(problem)
+        refuse_variants(problem.case, training=False)
         if problem.case.dtype != "float32":
             raise Unsupported("has no recurrent kernels for float64")
         runtime: Any = import_module("onnxruntime")
@@ -103,7 +94,7 @@ class OpenVINO(Provider):
     packages = ("onnx", "openvino")
 
     def prepare(self, problem: Problem) -> Prepared:
-        require_forward(problem)
+        refuse_variants(problem.case, training=False)
         if problem.case.dtype != "float32":
             raise Unsupported("computes in float32")
         os.environ.setdefault("OPENVINO_TELEMETRY", "0")

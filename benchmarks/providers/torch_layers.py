@@ -13,8 +13,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import fastcells
 from benchmarks.cases import Case
 from benchmarks.problem import Problem
-from benchmarks.providers import PLAIN_LAYER, Prepared, Provider, Unsupported
+from benchmarks.providers import PLAIN_LAYER, Prepared, Provider, Unsupported, refuse_variants
 from benchmarks.providers.variants import CELLS
+
+SOBER = "checked without its random draws, timed with them"
 
 
 class TorchLike(Provider):
@@ -95,13 +97,21 @@ class TorchLike(Provider):
             dx = padded(given._replace(data=dx) if whole else dx)
             return dict(zip(names, (dx, *(g.cpu().numpy() for g in others)), strict=True))
 
+        def sober() -> Any:
+            layer.eval()
+            result = backward(forward())
+            layer.train()
+            return result
+
         def held() -> int:
             return kept_bytes(forward, wanted)
 
         if not training:
             return Prepared(self.waiting(infer), outputs, note=self.note)
         if mode.call == "training":
-            return Prepared(self.waiting(lambda: backward(forward())), gradients, held=held, note=self.note)
+            step = self.waiting(lambda: backward(forward()))
+            checked, note = (sober, "; ".join(filter(None, (self.note, SOBER)))) if case.random else (None, self.note)
+            return Prepared(step, gradients, held=held, note=note, checked=checked)
         graph: list[Any] = []
         setup = self.waiting(lambda: graph.append(forward()))
         return Prepared(self.waiting(lambda: backward(graph.pop())), gradients, setup=setup, note=self.note)
@@ -130,7 +140,9 @@ class Fastcells(TorchLike):
     name = "fastcells"
 
     def layer(self, case: Case, **options: Any) -> torch.nn.Module:
-        if case.kind.plain is not None:
+        if case.kind.plain is not None or case.random:
+            if case.random:
+                options |= {"recurrent_dropout": case.how.dropout, "zoneout": case.how.zoneout}
             return fastcells.nn.Recurrent(CELLS[case.cell].fastcells, **options)
         return getattr(fastcells.nn, case.cell.upper())(**options)
 
@@ -157,8 +169,7 @@ class TorchCPU(TorchLike):
     name = "torch.nn"
 
     def layer(self, case: Case, **options: Any) -> torch.nn.Module:
-        if case.kind.plain is not None:
-            raise Unsupported("has no such cell")
+        refuse_variants(case, resets=True)
         return getattr(torch.nn, case.cell.upper())(**options)
 
     def run(self, layer: torch.nn.Module, x: Any, hx: Any, lengths: torch.Tensor | None, resets: Any) -> Any:

@@ -42,6 +42,13 @@ def rnn(x: Tensor, states: States, w: Tensor, b: Tensor) -> States:
     return (torch.tanh(x + linear(states[0], w, b)),)
 
 
+def lstm_peephole(x: Tensor, states: States, w: Tensor, b: Tensor, p_i: Tensor, p_f: Tensor, p_o: Tensor) -> States:
+    h, c = states
+    i, f, g, o = (x + linear(h, w, b)).chunk(4, 1)
+    new = torch.sigmoid(f + p_f * c) * c + torch.sigmoid(i + p_i * c) * torch.tanh(g)
+    return torch.sigmoid(o + p_o * new) * torch.tanh(new), new
+
+
 def lstm_relu(x: Tensor, states: States, w: Tensor, b: Tensor) -> States:
     """Keras's LSTM with activation="relu"."""
     h, c = states
@@ -69,6 +76,7 @@ CELLS = {
     "lstm": Written(lstm, cells.lstm),
     "gru": Written(gru, cells.gru),
     "rnn": Written(rnn, cells.rnn_tanh),
+    "lstm-peephole": Written(lstm_peephole, cells.peephole_lstm),
     "lstm-relu": Written(lstm_relu, own_lstm_relu),
     "gru-reset-before": Written(gru_reset_before, cells.gru_reset_before),
 }
