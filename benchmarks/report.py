@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -75,7 +76,7 @@ def dots(title: str, values: Mapping[Case, float], label: str, parity: bool) -> 
     wide = min(2, len(panels))
     grid = [list(panels)[k : k + wide] for k in range(0, len(panels), wide)]
     heights = [max(0.27 * sum(1 + line.count("\n") for line in panels[mode]) for mode in row) + 0.9 for row in grid]
-    figure = Figure(figsize=(4.4 * wide + 0.4, sum(heights) + 0.9), layout="constrained")
+    figure = Figure(figsize=((6.5, 9.2)[wide - 1], sum(heights) + 1.2), layout="constrained")
     figure.suptitle(title, fontsize=13)
     axes = figure.subplots(len(grid), wide, squeeze=False, height_ratios=heights, sharex=True)
     for panel in axes.flat:
@@ -107,9 +108,9 @@ def dots(title: str, values: Mapping[Case, float], label: str, parity: bool) -> 
             panel.axvspan(low, 1.0, color="#c0392b", alpha=0.08, linewidth=0)
     else:
         panel.set_xlim(0, max(1.05, *(1.05 * v for v in values.values())))
-    figure.supxlabel(label, fontsize=11)
     handles = [Line2D([], [], color=colors[cell], marker="o", linestyle="", markersize=8) for cell in cells]
-    figure.legend(handles, cells, loc="outside upper right", ncols=min(4, len(cells)), frameon=False, fontsize=11)
+    look = {"ncols": min(4, len(cells)), "frameon": False, "fontsize": 11}
+    figure.legend(handles, cells, loc="outside lower center", title=label, title_fontsize=11, **look)
     return figure
 
 
@@ -129,19 +130,23 @@ def plain(results: Results) -> Figure | None:
     found = {case: over for case, rows in results.by_case.items() if (over := over_plain(rows)) is not None}
     if not found:
         return None
-    names = [f"{case.cell} {case.mode}\n{case.shape}" for case in found]
-    figure = Figure(figsize=(7.5, 1.4 + 0.45 * len(names)), layout="constrained")
+    usual = Counter(case.shape for case in found).most_common(1)[0][0]
+    names = [f"{case.cell} {case.mode}" + f" ({case.shape})" * (case.shape != usual) for case in found]
+    figure = Figure(figsize=(8, 1.4 + 0.29 * len(names)), layout="constrained")
     axes = figure.subplots()
     drawn = axes.barh(
         names, list(found.values()), color=["#1f4e79" if v <= 1.15 else "#e07b39" for v in found.values()]
     )
-    axes.bar_label(drawn, [f"{v:.2f}" for v in found.values()], fontsize=10, padding=3)
+    labels = axes.bar_label(drawn, [f"{v:.2f}" for v in found.values()], fontsize=10, padding=3)
+    for text in labels:
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        text.set_zorder(3)
     axes.axvline(1.0, color="black", linewidth=1.4)
     axes.margins(x=0.1)
     axes.invert_yaxis()
     axes.tick_params(labelsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title("Time of a variant over that of the plain layer", fontsize=13)
+    figure.suptitle(f"Time over the plain layer's (N,T,I,H = {usual}; orange: over 1.15)", fontsize=12)
     return figure
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 
 import rich.progress
 from rich.console import Console
@@ -14,7 +14,10 @@ from benchmarks.cases import CELLS, Case
 from benchmarks.providers import OURS
 from benchmarks.results import SINGLE_STEP, Move, Results, Row, best_peer, over_plain, ratios, single_step
 
-NOTE = "medians in microseconds; speed-up and over plain: medians of the ratios round by round"
+NOTE = (
+    "medians in microseconds (memory: in all, and kept for the backward pass); "
+    "speed-up and over plain: medians of the ratios round by round"
+)
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -55,7 +58,8 @@ def amount(row: Row) -> str:
     if row.median is None:
         return "-" if row.status in ("unsupported", "late") else row.status
     value = row.median * (1e6 if row.unit == "s" else 1 / 1024)
-    return (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + (" KiB" if row.unit == "bytes" else "")
+    text = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + (" KiB" if row.unit == "bytes" else "")
+    return text if row.held_bytes is None else f"{text} ({row.held_bytes / 1024:,.0f} kept)"
 
 
 def heading(ratio: float) -> str:
@@ -119,6 +123,13 @@ def summary(results: Results) -> list[str]:
                 if every:
                     parts = ", ".join(f"{cell} {mean(values)}" for cell, values in by_cell.items() if values)
                     lines.append(f"against {name}{what}: geometric mean {mean(every)} over {len(every)} ({parts})")
+    prepared: dict[str, list[float]] = {}
+    for row in results.rows:
+        if row.prepare_s:
+            prepared.setdefault(row.provider, []).append(row.prepare_s)
+    if prepared:
+        parts = ", ".join(f"{name} {median(times):.2g} and {max(times):.2g}" for name, times in prepared.items())
+        lines.append(f"seconds to build, compile and call once, the median and the most of all cases: {parts}")
     reasons: dict[tuple[str, str, str], int] = {}
     for row in results.rows:
         if row.reason:
