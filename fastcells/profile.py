@@ -93,11 +93,17 @@ class Watch:
 
         return timed
 
-    def reset(self, on: bool, leave_out: Callable[[str], bool] | None = None) -> None:
-        if leave_out is not self.leave_out:
-            cpu.forget()  # what was prepared with other products
+    def take(self, leave_out: Callable[[str], bool] | None) -> bool:
+        """Choose the products that are left out; whether that is a change, so that calls are prepared anew."""
+        changed = leave_out is not self.leave_out
+        if changed:
+            cpu.forget()
+        self.leave_out = leave_out
+        return changed
+
+    def reset(self, on: bool) -> None:
         self.seconds.clear()
-        self.on, self.leave_out = on, leave_out
+        self.on = on
         script.observer = self.launch if on else None
 
     def launch(self, launch: script.Launch, run: Callable[[], None]) -> None:
@@ -170,7 +176,10 @@ def take_apart(call: Callable[[], Any], units_shared: bool, budget: float = 1.5)
     ) -> tuple[float, dict[str, float]]:
         """Seconds of a call, and of the engine's calls within."""
         with using_threads(threads):
-            watch.reset(on, leave_out)
+            if watch.take(leave_out):
+                watch.reset(on=False)
+                call()
+            watch.reset(on)
             began = clock()
             for _ in range(repeats):
                 call()
@@ -179,13 +188,18 @@ def take_apart(call: Callable[[], Any], units_shared: bool, budget: float = 1.5)
 
     whole: list[float] = []
     found: list[dict[str, float]] = []
-    ablated: dict[str, list[dict[str, float]]] = {"all": [], "no x": [], "none": []}
+    left_out: dict[str, Callable[[str], bool] | None] = {
+        "all": None,
+        "no x": lambda b: b == "x",
+        "none": lambda b: True,
+    }
+    ablated: dict[str, list[dict[str, float]]] = {name: [] for name in left_out}
     begin = clock()
     with watching(watch):
         while len(whole) < ROUNDS or clock() - begin < budget:
             whole.append(sample(threads, on=False)[0])
             found.append(sample(threads, on=True)[1])
-            for name, leave_out in (("all", None), ("no x", lambda b: b == "x"), ("none", lambda b: True)):
+            for name, leave_out in left_out.items():
                 if len(whole) <= 2 * ROUNDS:  # then known well enough
                     ablated[name].append(sample(alone, True, leave_out)[1])
 
