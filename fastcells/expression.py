@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -158,13 +158,15 @@ ZERO, ONE = constant(0.0), constant(1.0)
 
 @dataclass(frozen=True)
 class Operation:
-    """A pointwise operation: how each kind of value computes it, and its derivative as a graph."""
+    """An operation: how each kind of value computes it, and its derivative as a graph. Pointwise, unless it reduces:
+    then its result is one number for all units."""
 
     numpy: Callable
     torch: Callable
     gradient: Callable | None  # (node, grad) -> gradients of the arguments
     cost: float = 0.25  # of computing it again, where keeping one value for the backward pass costs 4
     fold: Callable[..., Node | None] = lambda *args: None
+    reduces: bool = False
 
     @property
     def is_condition(self) -> bool:
@@ -175,6 +177,22 @@ class Operation:
 def is_condition(node: Node) -> bool:
     """Whether the node is true or false rather than a number."""
     return node.op in OPERATIONS and OPERATIONS[node.op].is_condition
+
+
+def is_reduction(node: Node) -> bool:
+    """Whether the node takes a sum over all units."""
+    return node.op in OPERATIONS and OPERATIONS[node.op].reduces
+
+
+@lru_cache(maxsize=1 << 14)
+def is_uniform(node: Node) -> bool:
+    """Whether the node is the same for all units of a sequence because it comes from sums over them."""
+    if node.op == "leaf":
+        return node.value[0] == "row"
+    if node.op not in OPERATIONS or is_reduction(node):
+        return node.op in OPERATIONS
+    others = [a for a in node.args if a.op != "constant" and not (a.op == "leaf" and a.value[0] == "scalar")]
+    return bool(others) and all(map(is_uniform, others))
 
 
 def _number(node: Node) -> float | None:
@@ -216,6 +234,17 @@ def _np_sigmoid(x):
         return 1.0 / (1.0 + np.exp(-x))
 
 
+def _units_mean(*values):
+    """Over the last dimension, and over the values."""
+    total = sum(values[1:], values[0])
+    total = total.mean(-1, keepdims=True) if isinstance(total, np.ndarray) else total.mean(-1, keepdim=True)
+    return total / len(values)
+
+
+def _units_variance(mean, *values):
+    return _units_mean(*((v - mean) * (v - mean) for v in values))
+
+
 _np_erf = np.vectorize(math.erf, otypes=[float])  # NumPy has none
 
 
@@ -250,6 +279,7 @@ OPERATIONS: dict[str, Operation] = {
         _np_erf, torch.erf, lambda y, g: (g * (2 / math.sqrt(math.pi)) * exp(-y.args[0] * y.args[0]),), cost=4
     ),
     "sqrt": Operation(np.sqrt, torch.sqrt, lambda y, g: (g / (2.0 * y),), cost=1),
+    "rsqrt": Operation(lambda x: 1.0 / np.sqrt(x), torch.rsqrt, lambda y, g: (g * (-0.5 * (y * y * y)),), cost=2),
     "relu": Operation(
         lambda x: np.where(x <= 0, 0.0, x), torch.relu, lambda y, g: (where(less_equal(y, 0.0), 0.0, g),)
     ),
@@ -260,6 +290,22 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "maximum": Operation(np.maximum, torch.maximum, _extremum_gradient(lambda a, b: less(b, a))),
     "minimum": Operation(np.minimum, torch.minimum, _extremum_gradient(lambda a, b: less(a, b))),
+    # The mean of its arguments over the units is its own derivative.
+    "mean": Operation(
+        _units_mean,
+        _units_mean,
+        lambda y, g: (mean(g) * (1 / len(y.args)),) * len(y.args),
+        cost=math.inf,
+        reduces=True,
+    ),
+    # Of all but the first argument, which is their mean; changing the mean alone changes nothing to first order.
+    "variance": Operation(
+        _units_variance,
+        _units_variance,
+        lambda y, g: (None, *((v - y.args[0]) * (mean(g) * (2 / (len(y.args) - 1))) for v in y.args[1:])),
+        cost=math.inf,
+        reduces=True,
+    ),
     "less": Operation(operator.lt, operator.lt, None),
     "less_equal": Operation(operator.le, operator.le, None),
     "equal": Operation(operator.eq, operator.eq, None),
@@ -274,7 +320,7 @@ def apply(name: str, *args: Any) -> Any:
     if any(isinstance(a, Node) for a in args):
         nodes = tuple(_as_node(name, a) for a in args)
         numbers = [_number(n) for n in nodes]
-        if all(n is not None for n in numbers) and name != "where":
+        if all(n is not None for n in numbers) and name != "where" and not operation.reduces:
             return constant(float(operation.numpy(*numbers)))
         folded = operation.fold(*nodes)
         return Node(name, nodes) if folded is None else folded
@@ -314,7 +360,7 @@ def _foreign(library: str, function: Callable, inputs: Sequence, options: dict) 
         if not isinstance(v, Node | str):
             _as_node(name, v)
     ours = _named(name)
-    if ours is None:
+    if ours is None or name in ("mean", "norm"):  # which are over other dimensions there
         raise TypeError(f"a cell cannot use {library}'s {name}; it may use operators and {', '.join(FUNCTIONS)}")
     options.pop("inplace", None)
     return ours(*values, **options)
@@ -368,6 +414,27 @@ def softplus(v):
 def sqrt(v):
     """Square root."""
     return apply("sqrt", v)
+
+
+def rsqrt(v):
+    """1 / sqrt(v)"""
+    return apply("rsqrt", v)
+
+
+def mean(v):
+    """The mean over the units, one number for each sequence."""
+    return apply("mean", v)
+
+
+def norm(*values, eps=1e-5):
+    """(v - mean) / sqrt(variance + eps) over the units, the core of layer normalisation (Ba, Kiros & Hinton 2016).
+
+    Of several values, all are normalised together, by one mean and variance, and a tuple is returned.
+    """
+    centre = apply("mean", *values)
+    scale = rsqrt(apply("variance", centre, *values) + eps)
+    results = tuple((v - centre) * scale for v in values)
+    return results if len(results) > 1 else results[0]
 
 
 def relu(v):
@@ -453,8 +520,8 @@ def selu(v):
 FUNCTIONS: dict[str, Callable] = {
     f.__name__: f
     for f in (
-        sigmoid, tanh, exp, expm1, log, sin, cos, erf, softplus, sqrt, relu, maximum, minimum, clip, where, silu,
-        hard_sigmoid, gelu, softsign, leaky_relu, elu, selu,
+        sigmoid, tanh, exp, expm1, log, sin, cos, erf, softplus, sqrt, rsqrt, relu, maximum, minimum, clip, where,
+        silu, hard_sigmoid, gelu, softsign, leaky_relu, elu, selu, mean, norm,
     )
 }  # fmt: skip
 """What a cell may use besides Python's operators, by name."""

@@ -19,7 +19,7 @@ ROWS_A_THREAD = 2  # at least; a tile of a single row cannot keep the multiply-a
 class Shape(NamedTuple):
     """One layer, by one of its directions. steps: T; rows: N at the fullest step; total: rows of all steps; gates:
     blocks of weight rows; depth: of the recurrent product (H, or the projected size); item: bytes of a number; threads:
-    at most, of all directions."""
+    at most, of all directions; apart: the cell needs its input projections before the time loop."""
 
     steps: int
     rows: int
@@ -31,6 +31,7 @@ class Shape(NamedTuple):
     item: int
     threads: int
     directions: int = 1
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ def plan(shape: Shape) -> Plan:
         )
 
     weight_bytes = shape.gates * shape.hidden * (shape.depth + shape.inputs) * shape.item
-    if shape.steps == 1:
+    if shape.apart:
+        project_ahead, why = True, "the cell takes sums of it over the units"
+    elif shape.steps == 1:
         project_ahead, why = False, "there is one step only"
     elif shape.rows < 16:
         project_ahead, why = True, f"{shape.rows} row(s) a step do not pay for reading the input weights each time"

@@ -3,6 +3,7 @@
 A stage is a matrix product with a pointwise epilogue. Its accumulators start from stored vectors, take up products of
 rows with weights, and the epilogue turns them, with other stored vectors, into what is stored. Most cells have one
 stage; a product of a computed vector (reset-before GRU, projection) starts another, since it needs all units of it.
+Sums over the units (layer normalisation) make passes over a row, which follow each other in a stage without products.
 
 What training stores, time step by time step, is one buffer of `slots` vectors of the hidden size: on the way up the
 input projection of a gate is replaced by what the backward pass needs, on the way down that by the gate's gradient.
@@ -10,16 +11,29 @@ input projection of a gate is replaced by what the backward pass needs, on the w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from .expression import OPERATIONS, ZERO, Node, gradients, is_condition, leaf, substitute, topological
+from .expression import (
+    OPERATIONS,
+    ZERO,
+    Node,
+    gradients,
+    is_condition,
+    is_reduction,
+    is_uniform,
+    leaf,
+    substitute,
+    topological,
+)
 
 if TYPE_CHECKING:
     from .cell import Cell
 
 SAVE_COST = 4.0  # of keeping a value for the backward pass; Operation.cost has the other side of the scale
+SAVE_NUMBER = 0.05  # of keeping a single number for all units
 
 
 @dataclass(frozen=True)
@@ -28,13 +42,15 @@ class Place:
 
     when: "now" at this time step; "before" at the step that was processed before it, "after" at the one processed next
     (the buffer's initial rows where a sequence has no such step); "static" the same at all steps; "first" like static,
-    but the initial rows at a sequence's first processed step. uniform: a single number that stands for all units.
+    but the initial rows at a sequence's first processed step. uniform: a single number that stands for all units, the
+    one `number` numbers further.
     """
 
     buffer: str
     slot: int = 0
     when: str = "now"
     uniform: bool = False
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,16 +76,35 @@ class Segment:
     strided: bool = False
 
 
+Outputs = tuple[tuple[Node, Place, bool], ...]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Once over all units of a row: computes and stores the outputs, and takes the sums that reductions are made of."""
+
+    reductions: tuple[Node, ...]
+    outputs: Outputs
+    loads: dict[Node, Place]
+
+
 @dataclass(frozen=True)
 class Stage:
     """accumulators: (the node that each one computes, the places summed to start from); outputs: (value, place,
-    whether only training stores it); loads: stored vectors by the leaf that stands for them."""
+    whether only training stores it); loads: stored vectors by the leaf that stands for them. passes: of a stage that
+    takes a row at a time, then without accumulators, with outputs and loads of single numbers only."""
 
     size: str  # "H" hidden units or "P" projected ones
     accumulators: tuple[tuple[Node, tuple[Place, ...]], ...]
     segments: tuple[Segment, ...]
-    outputs: tuple[tuple[Node, Place, bool], ...]
+    outputs: Outputs
     loads: dict[Node, Place]
+    passes: tuple[Pass, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Stage | Pass, ...]:
+        """The stage and its passes: all that has outputs and loads."""
+        return self, *self.passes
 
 
 @dataclass(frozen=True)
@@ -84,8 +119,8 @@ class Program:
         """The names of all buffers read or written."""
         found: dict[str, None] = {}
         for stage in self.stages:
-            used = [p for _, start in stage.accumulators for p in start]
-            used += [s.rows for s in stage.segments] + [p for _, p, _ in stage.outputs] + list(stage.loads.values())
+            used = [p for _, start in stage.accumulators for p in start] + [s.rows for s in stage.segments]
+            used += [p for part in stage.parts for p in [*(p for _, p, _ in part.outputs), *part.loads.values()]]
             found |= dict.fromkeys(p.buffer for p in used)
         return list(found)
 
@@ -93,17 +128,21 @@ class Program:
         """All of the program in one string: equal strings, equal kernels."""
         number: dict[Node, int] = {}
         lines = [repr(self.gates)]
-        roots = [
-            n for s in self.stages for n in [*(a for a, _ in s.accumulators), *(o for o, _, _ in s.outputs), *s.loads]
-        ]
+        roots = [n for s in self.stages for n, _ in s.accumulators]
+        for s in self.stages:
+            roots += [n for part in s.parts for n in [*(o for o, _, _ in part.outputs), *part.loads]]
+            roots += [n for part in s.passes for n in part.reductions]
         for node in topological(roots):
             number[node] = len(number)
             lines.append(f"{node.op} {node.value!r} {[number[a] for a in node.args]}")
         for s in self.stages:
             accumulators = [(number[n], places) for n, places in s.accumulators]
-            outputs = [(number[n], *rest) for n, *rest in s.outputs]
-            loads = [(number[n], place) for n, place in s.loads.items()]
-            lines.append(f"{s.size} {accumulators} {s.segments} {outputs} {loads}")
+            lines.append(f"{s.size} {accumulators} {s.segments}")
+            for part in s.parts:
+                outputs = [(number[n], *rest) for n, *rest in part.outputs]
+                loads = [(number[n], place) for n, place in part.loads.items()]
+                reductions = [number[n] for n in part.reductions] if isinstance(part, Pass) else []
+                lines.append(f"{outputs} {loads} {reductions}")
         return "\n".join(lines)
 
 
@@ -135,6 +174,16 @@ class Programs:
     shared: frozenset[str]  # gates where x.g and u.g share one accumulator and one bias
     carried: frozenset[str]  # states whose gradient reaches the step before not only through the products
     cross: int  # vectors that the backward pass hands from one of its stages to a later one
+    numbers: tuple[int, int]  # single numbers a row: that training keeps, and that the backward pass hands on
+    ahead: bool  # input projections have to be made before the time loop
+
+    def width(self, hidden: int) -> int:
+        """Numbers of one row of what training keeps."""
+        return self.slots * hidden + -(-self.numbers[0] // 16) * 16
+
+    def cross_width(self, hidden: int) -> int:
+        """Numbers of one row of what the backward pass hands on."""
+        return self.cross * hidden + -(-self.numbers[1] // 16) * 16
 
 
 @lru_cache(maxsize=256)
@@ -158,18 +207,29 @@ def _build(
     stored = {n: leaf("now", s) for n, s in step.new_state.items()}
     forced = {n for n in forward.crossing if n not in step.new_state} | step.operands
     wanted = _forward_values(step.backward_roots, set(forward.nodes))
+    # An input projection that is made ahead lies in its slot: kept for nothing too.
+    in_slots = {leaf("x", g) for g in step.x_gates if step.ahead and g not in step.shared} - step.operands
     while True:  # until whatever a stage stores can be had there
-        saved = _choose_saved(forward.nodes, wanted, set(stored), forced)
-        parts = [forward.needs(k, [n for n in saved if forward.stage(n) == k]) for k in range(forward.depth)]
-        missing = {n for part in parts for n in part if n.op != "leaf" and n not in saved and n not in stored}
+        saved = _choose_saved(forward.nodes, wanted, set(stored), forced, in_slots)
+        missing = {
+            m
+            for k in range(forward.depth)
+            for n in forward.needs(k, [n for n in saved if forward.stage(n) == k])
+            for m in (forward.inherited(n, k) if is_uniform(n) else [n])
+            if m.op != "leaf" and m not in saved and m not in stored
+        }
         if not missing:
             break
         forced |= missing
+    number_of = {n: j for j, n in enumerate(n for n in saved if is_uniform(n))}
+    saved = [n for n in saved if n not in number_of]
     available = {**stored, **{n: leaf("saved", k) for k, n in enumerate(saved)}}
+    available |= {n: leaf("row", j) for n, j in number_of.items()}
     roots = dict(zip(step.backward, substitute(step.backward_roots, available), strict=True))
     reached = {step.hidden: leaf("d", states[0])}  # states that products take in, and their gradients
     reached |= {n: leaf("d", n.value[1]) for n in step.operand_of.values() if step.is_state(n)}
-    backward = _Staging(list(roots.values()), dict.fromkeys(reached.values(), 0))
+    carries = {leaf("d", s): roots["s", s] for s in states}
+    backward = _Staging(list(roots.values()), dict.fromkeys(reached.values(), 0), carries)
 
     grad_slot = {("x", g): x_slot[g] for g in step.x_gates} | {("u", g): u_slot[g] for g in step.u_gates}
     written = {slot: backward.stage(roots[key]) for key, slot in grad_slot.items()}
@@ -179,17 +239,39 @@ def _build(
         for n in backward.needs(k)
         if n.op == "leaf" and n.value[0] == "saved"
     }
+
+    def start_read(gate: str) -> int:
+        """The last stage that reads a gate's input projection."""
+        if leaf("x", gate) not in in_slots:
+            return forward.stage(step.start_of[gate])
+        stages = range(forward.depth)
+        kept = [[n for n in saved if forward.stage(n) == k] for k in stages]
+        return max(k for k in stages if leaf("x", gate) in forward.needs(k) + forward.needs(k, kept[k]))
+
     slot_of = dict(
         zip(
             saved,
             _assign_slots(
                 [(forward.stage(n), used.get(k, -1), n in step.operands) for k, n in enumerate(saved)],
                 written,
-                {x_slot[g]: forward.stage(step.start_of[g]) for g in step.x_gates},
+                {x_slot[g]: start_read(g) for g in step.x_gates},
+                [x_slot[n.value[1]] if n in in_slots else None for n in saved],
             ),
             strict=True,
         )
     )
+    slots = max([len(written), *(s + 1 for s in slot_of.values())])
+    stays = {n for n in in_slots if n in slot_of and slot_of[n] == x_slot[n.value[1]]}
+
+    def number(n: Node) -> Place:
+        """Of a uniform value that training keeps, or a stage hands to another group."""
+        return Place("saved", slots, uniform=True, number=number_of[n])
+
+    def kept_number(n: Node) -> Place:
+        """The same in the backward pass, which hands on some of its own."""
+        if n in handed:
+            return Place("cross", len(cross), "static", uniform=True, number=handed[n])
+        return Place("saved", slots, uniform=True, number=n.value[1])
 
     stages = []
     for k in range(forward.depth):
@@ -219,25 +301,33 @@ def _build(
             Segment(rows, Weights(t[0][0], tuple(g for _, g, _ in t)), tuple(i for _, _, i in t))
             for rows, t in targets.items()
         ]
-        outputs = [(n, Place("s." + step.new_state[n]), False) for n in step.outputs if forward.stage(n) == k]
+        outputs = [
+            (n, Place("s." + s), False) for n, s in zip(step.outputs, states, strict=True) if forward.stage(n) == k
+        ]
         outputs += [
             (n, Place("saved", slot_of[n]), n not in forward.crossing and n not in step.operands)
             for n in saved
-            if forward.stage(n) == k
+            if forward.stage(n) == k and n not in stays
         ]
         loads = {}
         for n in forward.needs(k, [n for n, _, _ in outputs]):
-            if n.op == "leaf":
+            if is_uniform(n):
+                loads[n] = number(n) if n in number_of else _UNPLACED
+            elif n.op == "leaf" and n.value[0] == "x":
+                loads[n] = Place("start", x_slot[n.value[1]])
+            elif n.op == "leaf":
                 loads[n] = Place("s." + n.value[1], 0, "before") if n.value[0] == "s" else _own_place(n)
             else:
                 loads[n] = Place("saved", slot_of[n]) if n in slot_of else Place("s." + step.new_state[n])
         size = "P" if any(n.op == "product" and n.value[0] == "hr" for n, _ in accumulators) else "H"
         stages.append(Stage(size, tuple(accumulators), tuple(segments), tuple(outputs), loads))
     label = name + ("_projected" if project else "")
-    forward_program = Program(label + "_forward", tuple(stages), gates)
+    kept = [(n, number(n), n not in forward.crossing) for n in number_of]
+    forward_program = Program(label + "_forward", _grouped(forward, stages, kept, number), gates)
 
     carried = frozenset(s for s in states if roots["s", s] is not ZERO)
-    cross = {n: j for j, n in enumerate(backward.crossing)}
+    cross = {n: j for j, n in enumerate(n for n in backward.crossing if not is_uniform(n))}
+    handed = {n: j for j, n in enumerate(n for n in backward.crossing if is_uniform(n))}
     stages = []
     for k in range(backward.depth):
         accumulators, segments = [], []
@@ -272,7 +362,9 @@ def _build(
         results += [(n, Place("cross", j, "static"), False) for n, j in cross.items() if backward.stage(n) == k]
         loads = {}
         for n in backward.needs(k, [n for n, _, _ in results]):
-            if n in cross:
+            if is_uniform(n):
+                loads[n] = kept_number(n) if n.op == "leaf" or n in handed else _UNPLACED
+            elif n in cross and backward.stage(n) < k:
                 loads[n] = Place("cross", cross[n], "static")
             elif n.value[0] == "saved":
                 loads[n] = Place("saved", slot_of[saved[n.value[1]]])
@@ -289,8 +381,12 @@ def _build(
 
     return Programs(
         forward_program,
-        Program(label + "_backward", tuple(stages), gates),
-        slots=max([len(written), *(s + 1 for s in slot_of.values())]),
+        Program(
+            label + "_backward",
+            _grouped(backward, stages, [(n, kept_number(n), False) for n in handed], kept_number),
+            gates,
+        ),
+        slots=slots,
         gradients=Gradients(
             x_slot,
             u_slot,
@@ -307,7 +403,39 @@ def _build(
         shared=frozenset(step.shared),
         carried=carried,
         cross=len(cross),
+        numbers=(len(number_of), len(handed)),
+        ahead=step.ahead,
     )
+
+
+_UNPLACED = Place("", uniform=True)  # a uniform value that the group computes itself
+
+
+def _grouped(
+    staging: _Staging, stages: list[Stage], kept: list[tuple[Node, Place, bool]], number: Callable[[Node], Place]
+) -> tuple[Stage, ...]:
+    """Stages that are passes over a row put together; kept: uniform values that are stored, number: their places."""
+    found: list[Stage] = []
+    for group in range(staging.group[-1] + 1):
+        levels = [k for k in range(staging.depth) if staging.group[k] == group]
+        if not staging.is_pass[levels[0]]:
+            found.append(stages[levels[0]])
+            continue
+        outputs = tuple(o for o in kept if staging.group_of(o[0]) == group)
+        loads: dict[Node, Place] = {}
+        passes = []
+        for k in levels:
+            single = {n: place for n, place in stages[k].loads.items() if place.uniform}
+            vectors = {n: place for n, place in stages[k].loads.items() if n not in single}
+            for n in single:
+                given = staging.inherited(n, k) if is_uniform(n) else [n]
+                loads |= {m: _own_place(m) if m.value and m.value[0] == "scalar" else number(m) for m in given}
+            passes.append(Pass(tuple(staging.reductions(k)), stages[k].outputs, vectors))
+        for n, _, _ in outputs:
+            given = staging.inherited(n, levels[-1])
+            loads |= {m: _own_place(m) if m.value and m.value[0] == "scalar" else number(m) for m in given}
+        found.append(Stage("H", (), (), outputs, loads, tuple(passes)))
+    return tuple(found)
 
 
 OWN = ("p", "scalar", "input", "step_input")  # kinds of leaves that are a cell's own tensors
@@ -374,7 +502,10 @@ class _Step:
 
         # A product of a computed vector needs all of that vector: it begins a stage. Nodes that need no stage get -1.
         self.forward_accumulators = {n: 0 if self.is_state(n.args[0]) else None for n in products}
-        self.forward_accumulators |= dict.fromkeys(x_leaves, -1)
+        # Input projections that are summed over the units have to be there before.
+        self.ahead = any(map(is_reduction, nodes))
+        if not self.ahead:
+            self.forward_accumulators |= dict.fromkeys(x_leaves, -1)
 
         found: dict[tuple[str, str], Node] = {}
 
@@ -410,34 +541,89 @@ class _Staging:
     """Which stage computes which node.
 
     accumulators: nodes that only a stage's product makes: its number, None for one stage after its operand, -1 for the
-    stage that first uses it; "transposed" products come one stage after their operand too. Whatever depends on none of
-    these is computed in each stage that wants it.
+    stage that first uses it; "transposed" products come one stage after their operand too. overwritten: leaves whose
+    place a stage writes, and what it writes there. Whatever depends on none of
+    these is computed in each stage that wants it. Here a pass over a row counts as a stage: a reduction takes its sum
+    in the first one that has its arguments and no products, and is known from the next one on.
     """
 
-    def __init__(self, roots: list[Node], accumulators: dict[Node, int | None]) -> None:
+    def __init__(
+        self, roots: list[Node], accumulators: dict[Node, int | None], overwritten: dict[Node, Node] | None = None
+    ) -> None:
         self.nodes = topological(roots)
         self._level: dict[Node, int] = {}
         self._accumulators = [n for n in accumulators if n in self.nodes]
         self._accumulators += [n for n in self.nodes if n.op == "transposed"]
         operands = {a for n in self._accumulators if n.op in ("product", "transposed") for a in n.args}
-        for n in self.nodes:
-            level = max((self._level[a] for a in n.args), default=-1)
-            if n in accumulators and accumulators[n] is not None:
-                level = accumulators[n]  # type: ignore[assignment]
-            elif n in accumulators or n.op == "transposed":
-                level += 1
-            self._level[n] = max(level, 0) if n in operands and not _Step.is_state(n) else level
-        for n in accumulators:
-            if n in self._level and self._level[n] == -1:
-                self._level[n] = max(0, min((self._level[m] for m in self.nodes if n in m.args), default=0))
+        self._reductions = [n for n in self.nodes if is_reduction(n)]
+        products: set[int] = set()  # stages that have some
+        while True:
+            for n in self.nodes:
+                level = max((self._level[a] for a in n.args), default=-1)
+                if n in accumulators and accumulators[n] is not None:
+                    level = accumulators[n]  # type: ignore[assignment]
+                elif n in accumulators or n.op == "transposed":
+                    level += 1
+                elif is_reduction(n):
+                    level = max(level, 0)
+                    while level in products:
+                        level += 1
+                    level += 1
+                self._level[n] = max(level, 0) if n in operands and not _Step.is_state(n) else level
+            for n in accumulators:
+                if n in self._level and self._level[n] == -1:
+                    self._level[n] = max(0, min((self._level[m] for m in self.nodes if n in m.args), default=0))
+            found = {self._level[n] for n in self._accumulators}
+            if not self._reductions or found <= products:
+                break
+            products |= found
         self.depth = max((self.stage(n) for n in self.nodes), default=0) + 1
         self._roots = roots
+        # Passes that follow each other are one group; every other stage is one by itself.
+        self.group, self.is_pass = (
+            [0] * self.depth,
+            [bool(self._reductions) and k not in products for k in range(self.depth)],
+        )
+        for k in range(1, self.depth):
+            self.group[k] = self.group[k - 1] + (not (self.is_pass[k] and self.is_pass[k - 1]))
         self.crossing: dict[Node, None] = {}
+        for n, by in (overwritten or {}).items():  # whoever needs it later has to be handed it
+            last = self.stage(by)
+            if n not in accumulators and any(n in self.needs(k) for k in range(last + 1, self.depth)):
+                self._level[n] = last
         made = [*roots, *(n for n in self.nodes if n in operands)]
-        for k in range(self.depth):  # a later stage needs it, and it cannot be computed from stored vectors there
-            for n in self.needs(k, [r for r in made if self.stage(r) == k]):
-                if self._level[n] >= 0 and self._level[n] < k:
-                    self.crossing[n] = None
+        for k in reversed(range(self.depth)):  # a later stage needs it, and cannot compute it from stored vectors
+            for n in self.needs(k, [r for r in [*made, *self.crossing] if self.stage(r) == k]):
+                for m in self.inherited(n, k) if is_uniform(n) else [n]:
+                    if self._level[m] >= 0 and self._level[m] < k + is_uniform(m):
+                        self.crossing[m] = None
+
+    def group_of(self, node: Node) -> int:
+        """The group that computes a node: a uniform one after the pass in which its last sum was taken."""
+        return self.group[max(self._level[node] - is_uniform(node), 0)]
+
+    def inherited(self, uniform: Node, stage: int) -> list[Node]:
+        """What a stage's group has to load for a uniform value: leaves, and uniform values of earlier groups."""
+        if uniform.op == "constant":
+            return []
+        if uniform.op == "leaf":
+            return [uniform]
+        if self._level[uniform] >= 0 and self.group_of(uniform) != self.group[stage] and not is_condition(uniform):
+            return [uniform]
+        if is_reduction(uniform):
+            return []
+        return [m for a in uniform.args for m in self.inherited(a, stage)]
+
+    def _is_redone(self, node: Node) -> bool:
+        """Whether a pass had better compute a value of an earlier one again, from the one argument that it loads."""
+        if not self._reductions or node.op not in OPERATIONS or is_uniform(node) or OPERATIONS[node.op].cost > 0.25:
+            return False
+        free = [a.op == "constant" or is_uniform(a) or (a.op == "leaf" and a.value[0] != "d") for a in node.args]
+        return free.count(False) <= 1
+
+    def reductions(self, stage: int) -> list[Node]:
+        """Whose sums a pass takes."""
+        return [n for n in self._reductions if self._level[n] == stage + 1]
 
     def stage(self, node: Node) -> int:
         """The stage that computes this node, if it is asked to."""
@@ -457,7 +643,9 @@ class _Staging:
             if node in seen or node.op == "constant":
                 return
             seen.add(node)
-            if node.op == "leaf" or (0 <= self._level[node] < stage and not is_condition(node)):
+            level = self._level.get(node, -1)
+            there = 0 <= level < stage + is_uniform(node) and not is_condition(node) and not self._is_redone(node)
+            if there or node.op == "leaf" or (is_uniform(node) and self.is_pass[stage]):
                 found[node] = None
             else:
                 for a in node.args:
@@ -465,6 +653,9 @@ class _Staging:
 
         for r in roots:
             visit(r)
+        for n in self.reductions(stage):
+            for a in n.args:
+                visit(a)
         return list(found)
 
 
@@ -519,14 +710,19 @@ def _is_kept(node: Node) -> bool:
     return node.op == "leaf" and node.value[0] in ("s", *OWN)
 
 
-def _choose_saved(nodes: list[Node], wanted: set[Node], stored: set[Node], forced: set[Node]) -> list[Node]:
+def _choose_saved(
+    nodes: list[Node], wanted: set[Node], stored: set[Node], forced: set[Node], in_slots: set[Node]
+) -> list[Node]:
     """Which of the forward nodes to keep: the cheapest set from which all wanted ones can be had.
+
+    in_slots: what is kept for nothing if it is wanted.
 
     Starts from keeping all that is wanted and takes every improving step: drop a value, or keep its arguments instead.
     """
 
     def recompute_cost(saved: frozenset[Node]) -> float:
-        total, seen = SAVE_COST * len(saved), set()
+        total = sum(SAVE_NUMBER if is_uniform(n) else SAVE_COST for n in saved if n not in in_slots)
+        seen = set()
 
         def visit(node: Node) -> float:
             if node in seen or node in saved or node in stored or node.op == "constant":
@@ -559,34 +755,39 @@ def _choose_saved(nodes: list[Node], wanted: set[Node], stored: set[Node], force
     return [n for n in order if n in saved]
 
 
-def _assign_slots(saved: list[tuple[int, int, bool]], written: dict[int, int], x_level: dict[int, int]) -> list[int]:
+def _assign_slots(
+    saved: list[tuple[int, int, bool]], written: dict[int, int], x_level: dict[int, int], lies: list[int | None]
+) -> list[int]:
     """A slot for every saved value (level stored at, level last used at, kept for good).
+
+    lies: the slot that a value is in to begin with, if it is.
 
     A value may take a gate's slot if it is stored no earlier than the gate's input projection is read, and last used no
     later than the gate's gradient is written.
     """
     extra = len(written) + len(saved)
 
-    def fits(value: tuple[int, int, bool], slot: int) -> bool:
-        stored_at, used_at, kept = value
+    def fits(k: int, slot: int) -> bool:
+        stored_at, used_at, kept = saved[k]
         if slot in written and (kept or used_at > written[slot]):
             return False
-        return stored_at >= x_level.get(slot, 0)
+        return slot == lies[k] or stored_at >= x_level.get(slot, 0)
 
-    def search(k: int, taken: tuple[int, ...], limit: int) -> tuple[int, ...] | None:
-        if k == len(saved):
-            return taken
-        for slot in range(limit):
-            if slot not in taken and fits(saved[k], slot):
-                found = search(k + 1, (*taken, slot), limit)
-                if found is not None:
-                    return found
-        return None
+    def place(k: int, limit: int, holder: dict[int, int], seen: set[int]) -> bool:
+        """Find a slot for value k, moving others if need be (an augmenting path of bipartite matching)."""
+        for slot in sorted(range(limit), key=lambda s: s != lies[k]):
+            if slot not in seen and fits(k, slot):
+                seen.add(slot)
+                if slot not in holder or place(holder[slot], limit, holder, seen):
+                    holder[slot] = k
+                    return True
+        return False
 
     for limit in range(len(written), extra + 1):
-        found = search(0, (), limit)
-        if found is not None:
-            return list(found)
+        holder: dict[int, int] = {}
+        if all(place(k, limit, holder, set()) for k in range(len(saved))):
+            slot_of = {k: slot for slot, k in holder.items()}
+            return [slot_of[k] for k in range(len(saved))]
     raise AssertionError("every saved value fits a slot of its own")
 
 

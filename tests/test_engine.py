@@ -21,7 +21,10 @@ from fastcells.expression import (
     hard_sigmoid,
     log,
     maximum,
+    mean,
+    norm,
     relu,
+    rsqrt,
     sigmoid,
     silu,
     sin,
@@ -87,6 +90,28 @@ def odd(x, u, s, p):
     return a * tanh(u.b(p.mask * s.h)) + s.h * 0.5, a + u.c(x.c)
 
 
+@cell(gates="i f g o", states="h c", parameters="x_gain h_gain c_gain c_bias")
+def normed(x, u, s, p):
+    """Layer-norm LSTM (Ba, Kiros & Hinton 2016), the gates of both products apart, but two of them together."""
+    i = sigmoid(norm(x.i) * p.x_gain + norm(u.i) * p.h_gain)
+    f = sigmoid(norm(x.f) * p.x_gain + norm(u.f) * p.h_gain)
+    (xg, xo), (ug, uo) = norm(x.g, x.o), norm(u.g, u.o)
+    c = f * s.c + i * tanh(xg * p.x_gain + ug * p.h_gain)
+    return sigmoid(xo + uo) * tanh(norm(c) * p.c_gain + p.c_bias), c
+
+
+@cell(gates="r z n", states="h m", scalars="beta")
+def averaged(x, u, s, p):
+    """Sums before and after a product of a computed vector; means that change with the sequence alone."""
+    r = sigmoid(norm(x.r + u.r, eps=p.beta * p.beta))
+    level = mean(r * s.h)
+    n = tanh(x.n + u.n(r * s.h + level) * rsqrt(0.1 + mean(abs(x.n)) * p.beta**2))
+    z = sigmoid(x.z + u.z)
+    h = n + z * (s.h - n)
+    return h + 0.1 * level, where(level < 0.1, mean(h) + s.m * 0.5, h)
+
+
+NORMED = [normed, averaged]
 OWN = [peephole, independent, regularised, odd]
 
 
@@ -202,6 +227,16 @@ def test_a_cells_own_inputs_with_lengths_and_resets():
             inputs = [t[:, at] if t.dim() == 3 else t[:, begin:end, at] for t in fed]
             part, _ = unrolled.layer(c, x[begin:end, at], [s[:, at] for s in states], parameters, None, inputs)
             torch.testing.assert_close(y[begin:end, at], part, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden", "options"),
+    [(3, 11, {"directions": 2}), (4, 16, {"lengths": [4, 4, 3, 1]}), (1, 5, {"given": False})],
+    ids=str,
+)
+@pytest.mark.parametrize("c", NORMED, ids=lambda c: c.name)
+def test_sums_over_the_units(c, rows, hidden, options):
+    agree(*problem(c, 4, rows, 3, hidden, **options))
 
 
 def test_no_weights_where_there_is_no_product():

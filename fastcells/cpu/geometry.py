@@ -109,6 +109,8 @@ LATENCY_CHAINS = 8  # independent sums that hide the latency of a fused multiply
 
 def tile_shape(stage: Stage, registers: int, lanes: int) -> Shape:
     """Accumulators fill the registers, leaving room for a weight vector and the rows' broadcasts."""
+    if stage.passes:
+        return Shape(lanes, 1, (1, 1, 0))
     count = max(1, len(stage.accumulators))
     block = 4 if count == 1 else 2 if count == 2 else 1
     rows = max(1, min(6, (registers - 4) // (count * block)))
@@ -132,6 +134,8 @@ class Variant(NamedTuple):
 def variants(stage: Stage, shape: Shape, index: int) -> list[Variant]:
     """Every tile of a stage."""
     base, widths = index * MAX_WIDTHS, range(len(shape.widths))
+    if stage.passes:  # whatever the row is for, and however it is asked for
+        return [Variant((base + w) * MAX_ROWS + r, 1, 1, "row") for w in (0, 1) for r in (0, 1, DOT)]
     found = [Variant((base + w) * MAX_ROWS, 1, w, "single") for w in widths]
     found += [Variant((base + w) * MAX_ROWS + r, r, w, "rows") for w in widths[1:] for r in range(1, shape.rows + 1)]
     if any(not s.weights.transposed for s in stage.segments):

@@ -295,6 +295,7 @@ def planned(cell: Cell, weights: Sequence[Any], sequences: Sequences, directions
             w_ih.element_size(),
             team.size(),
             directions,
+            build(cell, False).ahead,
         )
     )
 
@@ -303,7 +304,7 @@ def planned(cell: Cell, weights: Sequence[Any], sequences: Sequences, directions
 class Saved:
     """What forward leaves to backward, tensors for each direction."""
 
-    slots: list[Tensor]  # [total, slots * H]
+    slots: list[Tensor]  # [total, Programs.width]
     series: list[Tensor]  # [total, H], of each state but the hidden one
     plan: Plan
 
@@ -355,7 +356,7 @@ class _Forward(Call):
         in_place = not training and len(p.forward.stages) == 1
         self.y = (*x.shape[:-1], count * width)
         self.finals = [(count, rows, hidden if j else width) for j in range(len(r.cell.states))]
-        self.slots = (total, p.slots * hidden)
+        self.slots = (total, p.width(hidden))
         self.series = (total, hidden)
         # Other states are kept at every step for the backward pass, and for products.
         kinds = [j for j, name in enumerate(p.states) if j and (name in p.streams or not in_place)]
@@ -383,7 +384,7 @@ class _Forward(Call):
             elif in_place:
                 views["saved"] = View(0)
             else:  # a later stage reads here what an earlier one left, at the same step
-                shape = rows, p.slots * hidden
+                shape = rows, p.width(hidden)
                 views["saved"] = fixed(Buffer.new(self.script.take(shape[0] * shape[1] * item), shape, item))
             starts.append((start, views))
             unused = (
@@ -513,8 +514,8 @@ class _Backward(Call):
                 "grad": view(grads[k], sequences),
                 "s." + p.states[0]: view(y_.columns(k * width, width), sequences, initial[0]),
             }
-            if p.cross:
-                size = p.cross * hidden * item
+            if p.cross_width(hidden):
+                size = p.cross_width(hidden) * item
                 views["cross"] = View(self.script.take(rows * size), 0, size)
             views |= d.own_views(sequences)
             totals.append({n: t[k] for n, t in zip(cell.fed, dinputs, strict=True) if t is not None})

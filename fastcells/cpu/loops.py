@@ -166,7 +166,7 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
     shapes = [tile_shape(s, registers, lanes) for s in program.stages]
     tile = make_tile(program, dtype, shapes)
     stages = len(shapes)
-    looks_ahead = any(p.when == "after" for s in program.stages for p in s.loads.values())
+    looks_ahead = any(p.when == "after" for s in program.stages for part in s.parts for p in part.loads.values())
     vector_bytes = lanes * FORMATS[dtype].bytes
     stage_word = np.array(Layout(program).stage)
     max_rows = np.array([s.rows for s in shapes])
@@ -175,6 +175,7 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
         widths[k, : len(s.widths)] = s.widths
     advance = np.maximum(widths, 1)  # the last width, 0, is a vector of which not all lanes exist
     partial_width = np.array([len(s.widths) - 1 for s in shapes])
+    by_row = np.array([bool(s.passes) for s in program.stages])  # all units of a row at once, as if they were a vector
     row_scratch = np.array([scratch_row_bytes(program, s, k, vector_bytes) for k, s in enumerate(shapes)])
     units_at, skip_at, depth_at, dot_at = (STAGE_WORDS.index(n) for n in ("units", "skip", "depth", "dot"))
 
@@ -182,7 +183,7 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
     def sweep(frame, stage, unit, unit_end, row, row_end, single, is_first, is_last, now, before, after, scratch):
         """One stage at one step for some units and rows."""
         words = stage_word[stage]
-        full = peek(frame, words + units_at) // lanes
+        full = 1 if by_row[stage] else peek(frame, words + units_at) // lanes
         start = peek(frame, words + skip_at) if is_first else 0
         depth, depth_block = peek(frame, words + depth_at), peek(frame, DEPTH_BLOCK)
         dot = peek(frame, words + dot_at) == 1
@@ -255,6 +256,8 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
                         continuing, after = least(active, count(frame, step + 1)), position(frame, step + 1)
                 for stage in range(stages):
                     unit, units = 0, (peek(frame, stage_word[stage] + units_at) + lanes - 1) // lanes
+                    if by_row[stage]:
+                        units = 1
                     if by_units:  # in pieces that do not change which tiles there are, so that sums stay the same
                         piece = widths[stage, 0] if active == 1 else widths[stage, 1]
                         pieces = (units + piece - 1) // piece

@@ -145,6 +145,14 @@ class Vector:
             distance *= 2
         return vectors[0]
 
+    def sum(self, a):
+        """The sum of all lanes, in all lanes."""
+        distance = self.lanes // 2
+        while distance:
+            a = self.b.fadd(a, self.shuffle(a, a, [k ^ distance for k in range(self.lanes)]))
+            distance //= 2
+        return a
+
     # ---- arithmetic ----
     def fma(self, a, b, c):
         # fmuladd, not fma: on a host without FMA the latter is a library call per lane.
@@ -170,6 +178,9 @@ class Vector:
 
     def sqrt(self, a):
         return self.intrinsic("llvm.sqrt", a)
+
+    def rsqrt(self, a):
+        return self.b.fdiv(self.const(1.0), self.sqrt(a))
 
     def less(self, a, b):
         return self.b.fcmp_ordered("<", a, b)

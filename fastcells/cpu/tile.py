@@ -11,13 +11,14 @@ All addresses come from the frame (see geometry.py).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 
 from numba import types
 from numba.extending import intrinsic
 
-from ..expression import OPERATIONS, Node, topological
-from ..program import Place, Program
+from ..expression import OPERATIONS, Node, is_reduction, is_uniform, topological
+from ..program import Outputs, Pass, Place, Program
 from .geometry import BUFFER_WORDS, LATENCY_CHAINS, SEGMENT_WORDS, WORD, Layout, Shape, Variant, variants
 from .simd import FORMATS, I1, I64, Vector, i64
 
@@ -49,6 +50,14 @@ def make_tile(program: Program, dtype: str, shapes: list[Shape]) -> Callable:
         start = builder.block
         cases = []
         for k, (stage, shape) in enumerate(zip(program.stages, shapes, strict=True)):
+            if stage.passes:
+                block = builder.append_basic_block(f"row.{k}")
+                builder.position_at_end(block)
+                numbers = variants(stage, shape, k)
+                _Row(builder, layout, dtype, k, program, shape, numbers[1], arguments).emit()
+                builder.branch(done)
+                cases += [(v.number, block) for v in numbers]
+                continue
             for variant in variants(stage, shape, k):
                 block = builder.append_basic_block(f"tile.{k}.{variant.kind}.{variant.rows}x{variant.width}")
                 builder.position_at_end(block)
@@ -116,6 +125,8 @@ class _Tile:
             address = b.add(address, b.mul(self.arg["row"], row_stride))
             if place.slot:
                 address = b.add(address, b.mul(i64(place.slot), self.word(WORD["slot"])))
+            if place.number:
+                address = b.add(address, i64(place.number * self.bytes))
             addresses = [address]
             for _ in range(self.rows - 1):
                 addresses.append(b.add(addresses[-1], row_stride))
@@ -359,18 +370,7 @@ class _Tile:
     def order(self) -> list[Node]:
         """What the epilogue computes, arguments first."""
         given = {n for n, _ in self.stage.accumulators} | set(self.stage.loads)
-        needed: set[Node] = set()
-
-        def visit(node: Node) -> None:
-            if node not in needed and node not in given:
-                needed.add(node)
-                for a in node.args:
-                    visit(a)
-
-        roots = [n for n, _, _ in self.stage.outputs]
-        for r in roots:
-            visit(r)
-        return [n for n in topological(roots) if n in needed]
+        return _between(given.__contains__, [n for n, _, _ in self.stage.outputs])
 
     def compute(self, node: Node, values: dict):
         if node.op == "constant":
@@ -378,3 +378,121 @@ class _Tile:
         if node.op not in OPERATIONS:
             raise AssertionError(f"{node!r} is neither loaded nor accumulated in stage {self.index}")
         return getattr(self.v, node.op)(*(values[a] for a in node.args))
+
+
+def _between(given: Callable[[Node], bool], roots: list[Node]) -> list[Node]:
+    """What is to be computed to get from the given nodes to the roots, arguments first."""
+    needed: set[Node] = set()
+
+    def visit(node: Node) -> None:
+        if node not in needed and not given(node):
+            needed.add(node)
+            for a in node.args:
+                visit(a)
+
+    for r in roots:
+        visit(r)
+    return [n for n in topological(roots) if n in needed]
+
+
+class _Row(_Tile):
+    """Emits the passes over one row: in each a loop over its vectors, then what its sums give."""
+
+    def emit(self) -> None:
+        b = self.b
+        for part in self.stage.parts:  # before the loops, whose blocks all use them
+            for place in [*(p for _, p, _ in part.outputs), *part.loads.values()]:
+                self.row_addresses(place)
+        self.units = self.word(self.layout.stage[self.index])
+        self.whole = b.sdiv(self.units, i64(self.v.lanes))  # vectors
+        self.rest = b.srem(self.units, i64(self.v.lanes))
+        self.training = self.true(self.word(WORD["training"]))
+        one = self.v.splat(b.sitofp(self.units, self.v.fmt.scalar))
+        self.share = b.fdiv(self.v.const(1.0), one)
+        self.mask = None
+        self.known = {node: self.load(place, 0, 0) for node, place in self.stage.loads.items()}
+        for part in self.stage.passes:
+            self.run(part)
+        for node, place, training_only in self.stage.outputs:
+            value = b.extract_element(self.uniform(node), i64(0))
+            with b.if_then(self.training) if training_only else nullcontext():
+                b.store(value, self.v.pointer(self.row_addresses(place)[0], self.v.fmt.scalar))
+
+    def uniform(self, node: Node):
+        """A value that is the same for all units, in all lanes."""
+        if node not in self.known:
+            if is_reduction(node):
+                raise AssertionError(f"{node!r} has not been summed yet in stage {self.index}")
+            self.known[node] = self.compute(node, {a: self.uniform(a) for a in node.args})
+        return self.known[node]
+
+    def run(self, part: Pass) -> None:
+        b, v = self.b, self.v
+        roots = [*(n for n, _, _ in part.outputs), *(a for n in part.reductions for a in n.args)]
+        order = _between(lambda n: n in part.loads or n in self.stage.loads or is_uniform(n), roots)
+        for n in dict.fromkeys([*roots, *(a for m in order for a in m.args)]):
+            if is_uniform(n):
+                self.uniform(n)
+        before = b.block
+        body, done = b.append_basic_block("vectors"), b.append_basic_block("vectors.done")
+        zeros = [v.const(0.0) for _ in part.reductions]
+        b.cbranch(b.icmp_signed(">", self.whole, i64(0)), body, done)
+        b.position_at_end(body)
+        k = b.phi(I64)
+        sums = [b.phi(v.type) for _ in part.reductions]
+        self.unit_bytes = b.mul(k, i64(self.vector_bytes))
+        new = self.vector(part, order, sums)
+        k_next, end = b.add(k, i64(1)), b.block
+        for phi, first, then in zip([k, *sums], [i64(0), *zeros], [k_next, *new], strict=True):
+            phi.add_incoming(first, before)
+            phi.add_incoming(then, end)
+        b.cbranch(b.icmp_signed("<", k_next, self.whole), body, done)
+        b.position_at_end(done)
+        sums = [self.phi((zero, before), (s, end)) for zero, s in zip(zeros, new, strict=True)]
+        tail, after = b.append_basic_block("tail"), b.append_basic_block("tail.done")
+        b.cbranch(b.icmp_signed(">", self.rest, i64(0)), tail, after)
+        b.position_at_end(tail)
+        self.unit_bytes = b.mul(self.whole, i64(self.vector_bytes))
+        self.mask = v.first_lanes(self.rest)
+        new, end = self.vector(part, order, sums), b.block
+        self.mask = None
+        b.branch(after)
+        b.position_at_end(after)
+        totals = [self.phi((s, done), (then, end)) for s, then in zip(sums, new, strict=True)]
+        for node, total in zip(part.reductions, totals, strict=True):
+            count = len(node.args) - (node.op == "variance")
+            self.known[node] = b.fmul(v.sum(total), b.fmul(self.share, v.const(1 / count)))
+
+    def vector(self, part: Pass, order: list[Node], sums: list) -> list:
+        """One vector of a pass; the sums with it."""
+        b, v = self.b, self.v
+        values = dict(self.known)
+        for node, place in part.loads.items():
+            values[node] = self.load(place, 0, 0)
+        for node in order:
+            if node not in values:
+                values[node] = self.compute(node, values)
+        new = []
+        for node, s in zip(part.reductions, sums, strict=True):
+            terms = [values[a] for a in node.args]
+            if node.op == "variance":
+                away = [b.fsub(t, terms[0]) for t in terms[1:]]
+                term = b.fmul(away[0], away[0])
+                for a in away[1:]:
+                    term = v.fma(a, a, term)
+            else:
+                term = terms[0]
+                for t in terms[1:]:
+                    term = b.fadd(term, t)
+            new.append(b.fadd(s, term if self.mask is None else b.select(self.mask, term, v.const(0.0))))
+        self.store_outputs(part.outputs, values)
+        return new
+
+    def store_outputs(self, outputs: Outputs, values: dict) -> None:
+        always, training = ([o for o in outputs if o[2] == only] for only in (False, True))
+        for node, place, _ in always:
+            self.v.store(values[node], self.at(place, 0, 0), self.mask)
+        if training:
+            with self.b.if_then(self.training):
+                for node, place, _ in training:
+                    self.v.store(values[node], self.at(place, 0, 0), self.mask)
