@@ -84,6 +84,9 @@ def make_tile(program: Program, dtype: str, shapes: list[Shape]) -> Callable:
 UNROLL = 2  # steps of the depth in one turn of the inner loop: loads and multiply-adds alone almost fill the pipeline
 
 
+TOGETHER = 4  # vectors whose epilogues are interleaved
+
+
 class _Tile:
     """Emits one variant."""
 
@@ -345,26 +348,38 @@ class _Tile:
         return value
 
     def epilogue(self, accumulators: dict) -> None:
-        training = [o for o in self.stage.outputs if o[2]]
-        training_flag = self.true(self.word(WORD["training"])) if training else None
-        for m in range(self.rows):
-            for w in range(self.width):
-                values = {
-                    node: self.started(accumulators[m, w, a], places, m, w)
-                    for a, (node, places) in enumerate(self.stage.accumulators)
-                }
-                for node, place in self.stage.loads.items():
-                    values[node] = self.load(place, m, w)
-                for node in self.order:
-                    if node not in values:
-                        values[node] = self.compute(node, values)
+        columns = [(m, w) for m in range(self.rows) for w in range(self.width)]
+        for k in range(0, len(columns), TOGETHER):
+            self.finish(columns[k : k + TOGETHER], accumulators)
+
+    def finish(self, columns: list[tuple[int, int]], accumulators: dict) -> None:
+        """The epilogue of some vectors, one operation of all of them after the other: a processor looks only so far
+        ahead, and the operations of one vector wait for each other."""
+        values = {
+            (m, w): {
+                node: self.started(accumulators[m, w, a], places, m, w)
+                for a, (node, places) in enumerate(self.stage.accumulators)
+            }
+            for m, w in columns
+        }
+        for node, place in self.stage.loads.items():
+            for m, w in columns:
+                values[m, w][node] = self.load(place, m, w)
+        for node in self.order:
+            for column in columns:
+                if node not in values[column]:
+                    values[column][node] = self.compute(node, values[column])
+
+        def store(training: bool) -> None:
+            for m, w in columns:
                 for node, place, training_only in self.stage.outputs:
-                    if not training_only:
-                        self.v.store(values[node], self.at(place, m, w), self.mask)
-                if training:
-                    with self.b.if_then(training_flag):
-                        for node, place, _ in training:
-                            self.v.store(values[node], self.at(place, m, w), self.mask)
+                    if training_only == training:
+                        self.v.store(values[m, w][node], self.at(place, m, w), self.mask)
+
+        store(False)
+        if any(training_only for *_, training_only in self.stage.outputs):
+            with self.b.if_then(self.true(self.word(WORD["training"]))):
+                store(True)
 
     @cached_property
     def order(self) -> list[Node]:
