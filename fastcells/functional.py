@@ -21,8 +21,8 @@ Parameters = tuple[Any, ...]
 """(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) and, of a cell that has some, a tuple of its own tensors."""
 
 
-def refusal(*tensors: Tensor) -> str | None:
-    """Why the engine does not take these tensors here and now, or None where it does."""
+def inactive() -> str | None:
+    """Why the engine takes no call at all here and now, or None where it does."""
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
     if torch.jit.is_tracing():
@@ -35,6 +35,14 @@ def refusal(*tensors: Tensor) -> str | None:
         return "forward-mode differentiation is active"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
+    return None
+
+
+def refusal(*tensors: Tensor) -> str | None:
+    """Why the engine does not take these tensors here and now, or None where it does."""
+    reason = inactive()
+    if reason is not None:
+        return reason
     for t in tensors:
         if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return f"tensor subclass {type(t).__name__}"

@@ -321,6 +321,11 @@ class Call:
         self.script = Script()
         self.parts += [function, self.script]
 
+    @property
+    def whole(self) -> bool:
+        """Whether the script is all of it."""
+        return len(self.parts) == 1
+
     def run(self, tensors: Sequence[Tensor | None]) -> None:
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         for part in self.parts:
@@ -790,11 +795,32 @@ def forget() -> None:
 
 def _flat(parameters: Sequence[Parameters]) -> list[list[Tensor | None]]:
     """The tensors of each direction in one list, the cell's own at the end."""
-    return [[t if t is None else usable(t) for t in (*q[:5], *q[5])] for q in parameters]
+    return [[t if t is None else usable(t) for t in (*q[:5], *(q[5] if len(q) > 5 else ()))] for q in parameters]
 
 
 def _laid_out(tensors: Sequence[Tensor | None]) -> tuple:
     return tuple([None if t is None else (t.shape, t.stride()) for t in tensors])
+
+
+def prepared(
+    cell: Cell,
+    x: Tensor,
+    states: tuple[Tensor, ...] | None,
+    parameters: Sequence[Parameters],
+    sequences: Sequences,
+    training: bool = False,
+    inputs: Sequence[Tensor] = (),
+    feed: bool = False,
+) -> tuple[_Forward, list[Tensor | None]]:
+    """The forward call, and the tensors that it is given: x, the states, inputs, and parameters."""
+    r = ready(cell, parameters[0][4] is not None, x.dtype, feed)
+    x, weights, inputs = usable(x), _flat(parameters), [usable(t) for t in inputs]
+    given = _all_states(r, states, weights, inputs, sequences.rows)
+    tensors = [x, *(given or ()), *inputs, *[t for q in weights for t in q]]
+    key = None
+    if sequences.counts is None:
+        key = r, len(parameters), training, team.size(), given is None, *_laid_out(tensors)
+    return _prepared(key, lambda: _Forward(r, x, given, weights, inputs, sequences, training)), tensors
 
 
 def forward(
@@ -812,14 +838,7 @@ def forward(
     feed: backward will be asked for gradients of the inputs.
     """
     dtype, directions = x.dtype, len(parameters)
-    r = ready(cell, parameters[0][4] is not None, dtype, feed)
-    x, weights, inputs = usable(x), _flat(parameters), [usable(t) for t in inputs]
-    given = _all_states(r, states, weights, inputs, sequences.rows)
-    tensors = [x, *(given or ()), *inputs, *[t for q in weights for t in q]]
-    key = None
-    if sequences.counts is None:
-        key = r, directions, training, team.size(), given is None, *_laid_out(tensors)
-    call: _Forward = _prepared(key, lambda: _Forward(r, x, given, weights, inputs, sequences, training))
+    call, tensors = prepared(cell, x, states, parameters, sequences, training, inputs, feed)
     y = torch.empty(call.y, dtype=dtype)
     finals = [torch.empty(s, dtype=dtype) for s in call.finals]
     slots = [torch.empty(call.slots, dtype=dtype) for _ in range(directions if training else 0)]
