@@ -24,6 +24,7 @@ from .cell import Cell
 from .functional import Parameters, refusal, unchecked_layer
 from .program import build
 from .ragged import Lengths, Ragged, backward_in_time
+from .stream import Stream
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "Recurrent"]
 
@@ -342,6 +343,13 @@ class OverTime(DropIn):
             return super().forward(input, hx)
         input, hx, finish = self._ragged(input, hx, lengths, reset, reset_to, reverse)
         return finish(super().forward(input, hx))
+
+    def stream(self, batch_size: int = 1) -> Stream:
+        """The layers as a `Stream`: one time step of `batch_size` sequences at a time, the state kept inside.
+
+        Raises ValueError for bidirectional layers, for a batch_size under 1 and for what the engine does not take.
+        """
+        return Stream(self, batch_size)
 
     def _ragged(
         self,

@@ -126,15 +126,24 @@ class Script:
         self._owned.append(owned)
         return [len(self.launches), owned.buffer_info()[0], self.threads, team.give_way(), 0]
 
+    @property
+    def size(self) -> int:
+        """Bytes of the call's memory."""
+        return self._memory
+
+    def frame(self, operands: Sequence[int], memory: int) -> array:
+        """What the driver runs on: the addresses of the operands from number 1 on, and of `size` bytes of memory."""
+        if self._header is None:
+            self._header = self._finish()
+        return array("q", [*self._header, memory, *operands])
+
     def run(self, operands: Sequence[int]) -> None:
         """Run on the addresses of the operands from number 1 on."""
-        header = self._header
-        if header is None:
-            header = self._header = self._finish()
-        frame = array("q", [*header, arena.take(self._memory), *operands])
+        frame = self.frame(operands, arena.take(self._memory))
         if observer is None:
             team.run(driver(), frame.buffer_info()[0], self.threads)
             return
+        header = frame[: -1 - len(operands)]
         table = header[1]
         for launch in self.launches:
             threads = launch.first + launch.threads

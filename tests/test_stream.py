@@ -1,0 +1,209 @@
+"""Single steps: a call like the one before, and streams."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import fastcells
+from fastcells import cells, replay
+
+KINDS = ["LSTM", "GRU", "RNN"]
+
+
+def listed(states):
+    return states if isinstance(states, tuple) else (states,)
+
+
+def everything(result):
+    return [result[0], *listed(result[1])]
+
+
+def layers(kind, dtype=torch.float64, **options):
+    ours = getattr(fastcells.nn, kind)(5, 7, dtype=dtype, **options)
+    theirs = getattr(torch.nn, kind)(5, 7, dtype=dtype, **options)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def initial(kind, rows, directions=1, dtype=torch.float64, batched=True):
+    states = [torch.randn(directions, rows, 7, dtype=dtype) for _ in range(1 + (kind == "LSTM"))]
+    states = states if batched else [s[:, 0] for s in states]
+    return tuple(states) if len(states) > 1 else states[0]
+
+
+# ---- a call like the one before ----
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": True}, {"batch_first": True}, {"bias": False}, {"num_layers": 2}], ids=str
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_calls_with_other_numbers(kind, options, given, steps):
+    ours, theirs = layers(kind, **options)
+    directions = (1 + ours.bidirectional) * ours.num_layers
+    seen = []
+    for _ in range(5):
+        x = torch.randn((4, steps, 5) if ours.batch_first else (steps, 4, 5), dtype=torch.float64)
+        hx = initial(kind, 4, directions) if given else None
+        with torch.no_grad():
+            seen.append(everything(ours(x, hx)))
+            for a, b in zip(seen[-1], everything(theirs(x, hx)), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    pointers = [t.data_ptr() for result in seen for t in result]
+    assert len(set(pointers)) == len(pointers), "every result is memory of its own"
+    assert (type(replay._replays[ours]) is replay.Replay) == (ours.num_layers == 1) if ours in replay._replays else True
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+@pytest.mark.parametrize("shape", [(5,), (3, 5)])
+def test_equal_calls_of_cells_and_without_a_batch(kind, shape):
+    ours, theirs = layers(kind)
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(shape, dtype=torch.float64)
+            for a, b in zip(listed(ours(x)), listed(theirs(x)), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_whatever_changes_between_calls_is_seen():
+    """After calls that are alike, each kind of change gives what a layer that never saw them gives."""
+    ours, theirs = layers("LSTM")
+    x, hx = torch.randn(1, 2, 5, dtype=torch.float64), initial("LSTM", 2)
+
+    def agree(x, hx=None):
+        for a, b in zip(everything(ours(x, hx)), everything(theirs(x, hx)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+    def settle():
+        for _ in range(3):
+            agree(x, hx)
+        assert type(replay._replays[ours]) is replay.Replay
+
+    def both(change):
+        for module in (ours, theirs):
+            change(module)
+
+    def new(shape):
+        torch.manual_seed(3)
+        return torch.randn(shape, dtype=torch.float64)
+
+    with torch.no_grad():
+        settle()
+        agree(x)
+        agree(x.expand(4, 2, 5).contiguous(), hx)
+        agree(torch.randn(5, 2, 1, dtype=torch.float64).transpose(0, 2), hx)
+        agree(x, tuple(s.transpose(0, 1).contiguous().transpose(0, 1) for s in hx))
+        settle()
+        both(lambda m: m.weight_hh_l0.mul_(0.5))
+        agree(x, hx)
+        both(lambda m: setattr(m.weight_ih_l0, "data", new((28, 5))))
+        agree(x, hx)
+        both(lambda m: setattr(m, "bias_hh_l0", torch.nn.Parameter(new(28))))
+        agree(x, hx)
+        both(lambda m: setattr(m.weight_ih_l0, "data", new((5, 28)).t()))
+        agree(x, hx)
+        both(lambda m: setattr(m.weight_ih_l0, "data", new((28, 5))))
+        settle()
+        with pytest.raises(RuntimeError, match="input_size"):
+            ours(torch.randn(1, 2, 6, dtype=torch.float64), hx)
+        with pytest.raises((RuntimeError, ValueError), match="dtype"):
+            ours(x.float(), hx)
+        ours.weight_ih_l0.data = torch.randn(27, 5, dtype=torch.float64)
+        with pytest.raises((RuntimeError, ValueError)):
+            ours(x, hx)
+        ours.weight_ih_l0.data = theirs.weight_ih_l0.data
+        settle()
+    y, _ = ours(x.requires_grad_(), hx)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    (truth,) = torch.autograd.grad(theirs(x, hx)[0].sum(), x)
+    torch.testing.assert_close(grad, truth, rtol=0, atol=1e-12)
+
+
+def test_a_layer_that_was_called_copies_and_pickles():
+    ours, _ = layers("GRU")
+    x = torch.randn(1, 2, 5, dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(3):
+            y, _ = ours(x)
+        for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert torch.equal(other(x)[0], y)
+
+
+def test_hooks_and_function_modes_are_not_passed_over():
+    ours, _ = layers("GRU")
+    x, seen = torch.randn(1, 2, 5, dtype=torch.float64), []
+
+    class Count(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        for _ in range(3):
+            ours(x)
+        with Count():
+            ours(x)
+    assert seen
+
+
+# ---- streams ----
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("layer_count", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_is_the_layer_step_by_step(kind, dtype, layer_count, rows):
+    ours, _ = layers(kind, dtype, num_layers=layer_count)
+    xs = torch.randn(6, rows, 5, dtype=dtype)
+    begin = initial(kind, rows, layer_count, dtype)
+    with torch.no_grad():
+        wanted = everything(ours(xs, begin))
+    tolerance = {"rtol": 0, "atol": 1e-6 if dtype is torch.float32 else 1e-13}
+    stream = ours.stream(rows)
+    for take in (torch.Tensor.clone, lambda x: x.t().contiguous().t(), torch.Tensor.numpy):
+        stream.state = begin
+        y = [torch.as_tensor(stream(take(x))).clone() for x in xs]
+        torch.testing.assert_close(torch.stack(y), wanted[0], **tolerance)
+        for a, b in zip(listed(stream.state), wanted[1:], strict=True):
+            torch.testing.assert_close(a, b, **tolerance)
+    stream.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(stream(xs[0]), ours(xs[:1])[0][0], **tolerance)
+
+
+def test_a_stream_sees_weights_that_change_in_place():
+    ours, _ = layers("GRU")
+    stream, x = ours.stream(), torch.randn(1, 5, dtype=torch.float64)
+    stream(x)
+    with torch.no_grad():
+        ours.weight_ih_l0.mul_(0.5)
+    stream.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(stream(x), ours(x[None])[0][0], rtol=0, atol=1e-13)
+
+
+def test_a_stream_of_any_cell_and_with_a_projection():
+    for layer in (fastcells.nn.Recurrent(cells.gru_reset_before, 5, 7), fastcells.nn.LSTM(5, 7, proj_size=3)):
+        xs = torch.randn(4, 1, 5)
+        stream = layer.stream()
+        y = torch.stack([stream(x).clone() for x in xs])
+        with torch.no_grad():
+            torch.testing.assert_close(y, layer(xs)[0], rtol=0, atol=1e-6)
+
+
+def test_wrong_use_of_a_stream():
+    layer = fastcells.nn.LSTM(5, 7)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        layer.stream(0)
+    with pytest.raises(ValueError, match="bidirectional must be False"):
+        fastcells.nn.GRU(5, 7, bidirectional=True).stream()
+    stream = layer.stream()
+    for x in (torch.randn(2, 5), np.zeros((1, 6), np.float32), torch.randn(1, 5).double(), np.zeros((1, 5))):
+        with pytest.raises(ValueError, match=r"x must be of shape \(1, 5\)"):
+            stream(x)
+    with pytest.raises(TypeError, match="got list"):
+        stream([0.0] * 5)
+    with pytest.raises(ValueError, match="state must be of shapes"):
+        stream.state = torch.zeros(1, 1, 7)
