@@ -442,11 +442,12 @@ def _roof(module: DropIn, dtype: torch.dtype, sequences: cpu.Sequences, train: b
     flops = moved = 0.0
     working_set, schedules = 0, []
     for directions in _shapes(module):
-        for (_, ih), (_, hh), _, _, hr in directions:
-            weights = torch.empty(ih, dtype=dtype, device="meta"), torch.empty(hh, dtype=dtype, device="meta")
+        for (_, ih), recurrent, _, _, hr, *_ in directions:
+            hh = recurrent[1] if recurrent else None  # a cell may have no recurrent products
+            weights = tuple(None if s is None else torch.empty(s, dtype=dtype, device="meta") for s in (ih, hh))
             schedule = cpu.planned(cell, weights, sequences, len(directions))
             schedules.append(schedule)
-            input_weights, own = math.prod(ih), math.prod(hh) + (math.prod(hr[1]) if hr else 0)
+            input_weights, own = math.prod(ih), sum(math.prod(s) for s in (hh, hr and hr[1]) if s)
             flops += 2 * sequences.total * (input_weights + own)
             step = (own if schedule.project_ahead else own + input_weights) * item
             once = input_weights * item if schedule.project_ahead else 0

@@ -289,6 +289,8 @@ def test_json(quick, capsys, tmp_path):
         ("lstm --lengths --train", "LSTM(8, 8)", None),
         ("lstm_cell", "LSTMCell(8, 8)", 3),
         ("gru_reset_before --layers 2", "Recurrent(gru_reset_before, 8, 8, num_layers=2)", 21),
+        ("peephole_lstm --train", "Recurrent(peephole_lstm, 8, 8)", 21),
+        ("indrnn", "Recurrent(indrnn, 8, 8)", 21),
         ("fastcells.cells:rnn_relu", "Recurrent(rnn_relu, 8, 8)", 21),
     ],
 )
