@@ -6,7 +6,7 @@ rows.
 """
 
 from .cell import cell
-from .expression import exp, maximum, relu, sigmoid, softplus, tanh
+from .expression import exp, maximum, norm, relu, sigmoid, softplus, tanh
 
 
 @cell(gates="i f g o", states="h c")
@@ -115,6 +115,42 @@ def peephole_lstm(x, u, s, p):
     c = f * s.c + i * g
     o = sigmoid(x.o + u.o + p.peephole_o * c)
     return o * tanh(c), c
+
+
+def _gains(gates, more=""):
+    return " ".join(f"input_gain_{g}=1 recurrent_gain_{g}=1 offset_{g}=0" for g in gates.split()) + more
+
+
+def _sums_of_norms(x, u, p, gates):
+    """For each gate g, gain * norm(W x)_g + gain' * norm(U h)_g + offset, all the gates being normalised together."""
+    names = gates.split()
+    xs, us = (norm(*(getattr(v, g) for g in names)) for v in (x, u))
+    return [
+        getattr(p, f"input_gain_{g}") * a + getattr(p, f"recurrent_gain_{g}") * b + getattr(p, f"offset_{g}")
+        for g, a, b in zip(names, xs, us, strict=True)
+    ]
+
+
+@cell(gates="i f g o", states="h c", parameters=_gains("i f g o", " cell_gain=1 cell_offset=0"))
+def layer_norm_lstm(x, u, s, p):
+    """LSTM with layer normalisation (Ba, Kiros & Hinton 2016). As there with bias=False; a bias is normalised too."""
+    i, f, g, o = _sums_of_norms(x, u, p, "i f g o")
+    c = sigmoid(f) * s.c + sigmoid(i) * tanh(g)
+    return sigmoid(o) * tanh(p.cell_gain * norm(c) + p.cell_offset), c
+
+
+@cell(
+    gates="r z n", parameters=_gains("r z", " input_gain_n=1 recurrent_gain_n=1 input_offset_n=0 recurrent_offset_n=0")
+)
+def layer_norm_gru(x, u, s, p):
+    """Gated recurrent unit with layer normalisation (Ba, Kiros & Hinton 2016; its z is 1 - z here, as in torch's GRU).
+
+    As there with bias=False; a bias is normalised too.
+    """
+    r, z = _sums_of_norms(x, u, p, "r z")
+    proposed = p.recurrent_gain_n * norm(u.n) + p.recurrent_offset_n
+    n = tanh(p.input_gain_n * norm(x.n) + p.input_offset_n + sigmoid(r) * proposed)
+    return n + sigmoid(z) * (s.h - n)
 
 
 @cell(gates="h", parameters="recurrent")

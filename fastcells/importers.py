@@ -40,7 +40,7 @@ def from_keras(layer: Any, weights: Sequence[Any] | None = None) -> torch.nn.Mod
 
     Returns a layer of `fastcells.nn`: LSTM, GRU or RNN where torch.nn has the cell, else Recurrent; batch_first, in the
     format of the weights. It always gives (output [N, T, D * H], final states), whatever return_sequences and
-    return_state say. `recurrent_dropout` is taken over.
+    return_state say. A `recurrent_dropout` is taken over, which makes it a Recurrent.
 
     Raises ValueError for other layers and for options that no module here has, with the option's name. A `dropout` of
     the inputs is left out, with a warning.
@@ -84,7 +84,10 @@ def from_keras(layer: Any, weights: Sequence[Any] | None = None) -> torch.nn.Mod
         if own:
             both = own[0] if own[0].ndim == 2 else np.stack([own[0], np.zeros_like(own[0])])
             state[f"bias_ih{suffix}"], state[f"bias_hh{suffix}"] = (_ordered(b, cell, order) for b in both)
-    return _module(cell, arrays[0].shape[0], hidden, state, bias, batch_first=True, bidirectional=directions == 2)
+    options = {"batch_first": True, "bidirectional": directions == 2}
+    if config.get("recurrent_dropout"):
+        options["recurrent_dropout"] = config["recurrent_dropout"]
+    return _module(cell, arrays[0].shape[0], hidden, state, bias, **options)
 
 
 def from_onnx(model: Any) -> dict[str, torch.nn.Module]:
@@ -212,10 +215,13 @@ def _ordered(rows: np.ndarray, cell: Cell, order: str) -> Tensor:
 
 
 def _module(
-    cell: Cell, inputs: int, hidden: int, state: Mapping[str, Tensor], bias: bool, **options: bool
+    cell: Cell, inputs: int, hidden: int, state: Mapping[str, Tensor], bias: bool, **options: Any
 ) -> torch.nn.Module:
     dtype = state["weight_ih_l0"].dtype
-    make, extra = TORCHS.get(cell, (nn.Recurrent, {"cell": cell}))
+    make: Any = nn.Recurrent
+    extra: dict[str, Any] = {"cell": cell}
+    if cell in TORCHS and "recurrent_dropout" not in options:
+        make, extra = TORCHS[cell]
     module = make(input_size=inputs, hidden_size=hidden, bias=bias, dtype=dtype, **extra, **options)
     module.load_state_dict(state)
     return module

@@ -199,6 +199,12 @@ def test_a_dropout_of_inputs_is_left_out_with_a_warning():
         importers.from_keras(*keras_spec(dropout=0.5))
 
 
+def test_a_recurrent_dropout_is_taken_over():
+    layer = importers.from_keras(*keras_spec(recurrent_dropout=0.5))
+    assert layer.recurrent_dropout == 0.5
+    assert layer.cell is cells.lstm
+
+
 def test_explains_itself():
     layer = importers.from_keras(*keras_spec(activation="relu"))
     assert "lstm_relu_sigmoid" in str(fastcells.explain(layer, torch.zeros(1, 5, 2, dtype=torch.float64)))

@@ -12,7 +12,7 @@ from helpers import compare, loop, outputs, pairwise, same
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastcells
-from fastcells import Cell, cell, cells, nn, variants
+from fastcells import Cell, activations, cell, cells, nn, variants
 from fastcells.expression import sigmoid, tanh
 
 ON_THE_PAGE = [c for c in vars(cells).values() if isinstance(c, Cell)]
@@ -224,6 +224,40 @@ def test_weight_dropout_drops_the_same_weights_of_all_sequences():
     torch.testing.assert_close(y, torch.stack([kept / 0.75, kept / 0.75**2]).unsqueeze(1).expand_as(y))
 
 
+@pytest.mark.parametrize("cell", [cells.layer_norm_lstm, cells.layer_norm_gru], ids=lambda c: c.name)
+def test_layer_norm_against_torchs(cell):
+    """As the paper has it, by torch.nn.functional.layer_norm."""
+    layer = make(cell, bias=False)
+    for weight in layer.parameters():
+        torch.nn.init.uniform_(weight, -1, 1)
+    x, hx = data(layer)
+    w = {name.removesuffix("_l0"): p.detach() for name, p in layer.named_parameters()}
+
+    def norm(v, gates, kind):
+        gain = torch.cat([w[f"{kind}_gain_{g}"] for g in gates])
+        return torch.nn.functional.layer_norm(v, v.shape[-1:], gain)
+
+    def offsets(gates):
+        return torch.cat([w[f"offset_{g}"] for g in gates])
+
+    h, *c = (state[0] for state in (hx if isinstance(hx, tuple) else (hx,)))
+    for t in range(T):
+        a, b = x[t] @ w["weight_ih"].T, h @ w["weight_hh"].T
+        if c:
+            both = norm(a, "ifgo", "input") + norm(b, "ifgo", "recurrent") + offsets("ifgo")
+            i, f, g, o = both.chunk(4, -1)
+            c = [f.sigmoid() * c[0] + i.sigmoid() * g.tanh()]
+            out = torch.nn.functional.layer_norm(c[0], (H,), w["cell_gain"], w["cell_offset"])
+            h = o.sigmoid() * out.tanh()
+        else:
+            both = norm(a[:, : 2 * H], "rz", "input") + norm(b[:, : 2 * H], "rz", "recurrent") + offsets("rz")
+            r, z = both.sigmoid().chunk(2, -1)
+            proposed = norm(b[:, 2 * H :], "n", "recurrent") + w["recurrent_offset_n"]
+            n = (norm(a[:, 2 * H :], "n", "input") + w["input_offset_n"] + r * proposed).tanh()
+            h = (1 - z) * n + z * h
+        torch.testing.assert_close(layer(x, hx)[0][t].detach(), h, rtol=1e-9, atol=1e-9)
+
+
 # The module
 
 
@@ -323,6 +357,26 @@ def test_an_own_cell_pickles_by_name():
     twin = pickle.loads(pickle.dumps(layer))
     assert twin.cell is own
     assert same(twin(*data(twin)), layer(*data(layer)))
+
+
+@pytest.mark.parametrize("made", VARIANTS, ids=lambda c: c.name)
+def test_variants_are_the_same_cell_for_the_same_options_and_pickle(made):
+    assert made not in ON_THE_PAGE
+    assert pickle.loads(pickle.dumps(made)) is made
+    make_again, options = made.made_by
+    assert make_again(*options) is made
+
+
+def test_variants_without_options_are_the_cells_of_the_page():
+    assert variants.lstm() is variants.lstm("tanh", recurrent_activation="sigmoid") is cells.lstm
+    assert variants.lstm(peepholes=True) is cells.peephole_lstm
+    assert variants.lstm(coupled=True) is cells.coupled_lstm
+    assert variants.gru(reset_after=False) is cells.gru_reset_before
+    assert variants.rnn(activations.KERAS["relu"]) is cells.rnn_relu
+    with pytest.raises(ValueError, match=r"activation must be a function or one of .* got 'cosh'"):
+        variants.rnn("cosh")
+    with pytest.raises(ValueError, match="clip must be a positive number, got -1"):
+        variants.gru(clip=-1)
 
 
 def edited(body):
