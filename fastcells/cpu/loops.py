@@ -126,6 +126,31 @@ def call(typingctx, kernel, frame, thread, team):
     return types.void(*[types.int64] * 4), emit
 
 
+FLUSH = 0x8040  # bits of MXCSR: results and operands below the normal range are zeros
+
+
+@intrinsic
+def float_control(typingctx, wanted):
+    """Set how tiny numbers are treated, and return how they were: -1 flushes them to zero, as states that decay would
+    otherwise slow every operation down; anything else is what an earlier call returned."""
+
+    def emit(context, b, signature, args):
+        if not b.module.triple.startswith("x86_64"):
+            return i64(0)
+        word = cgutils.alloca_once(b, ir.IntType(32))
+        at = b.bitcast(word, ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [at.type])
+        b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.sse.stmxcsr"), [at])
+        before = b.load(word)
+        given = b.trunc(args[0], ir.IntType(32))
+        flushing = b.or_(before, ir.Constant(ir.IntType(32), FLUSH))
+        b.store(b.select(b.icmp_signed("==", args[0], i64(-1)), flushing, given), word)
+        b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.sse.ldmxcsr"), [at])
+        return b.zext(before, I64)
+
+    return types.int64(types.int64), emit
+
+
 def make_driver() -> Callable:
     """The kernel that runs a script: fills in the frames, then each thread does its part of every launch."""
     launches_at, table_at, threads_at, yield_at, counter_at, operands_at = range(len(SCRIPT))
@@ -146,6 +171,7 @@ def make_driver() -> Callable:
                 for _ in range(peek(launch, count_at)):
                     poke(frame, peek(relocation, 0), peek(operands, peek(relocation, 1)) + peek(relocation, 2))
                     relocation += 24
+        control = float_control(-1)
         counter, arrivals = script + 8 * counter_at, 0
         for k in range(launches):
             launch = table + k * entry
@@ -157,6 +183,7 @@ def make_driver() -> Callable:
                 first, threads = 0, 1
             if first <= thread < first + threads:
                 call(peek(launch, kernel_at), memory + peek(launch, frame_at), thread - first, threads)
+        float_control(control)
 
     return member
 
