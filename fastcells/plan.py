@@ -10,6 +10,7 @@ PANEL_BYTES = 32 * 1024  # of weights that a tile may go through at a time: abou
 SINGLE_ROW_DEPTH = 256  # of a single row's products
 FUSED_BYTES = 1 << 19  # of weights that fused time steps may read: half of a common second-level cache
 STEP_ROWS = 32  # of a single step, up to which packing the weights does not pay
+FEW_ROWS = 8  # of several steps together, up to which it does not either
 ROW_BLOCK = 96  # rows that go through all time steps together
 THREAD_FLOPS = 400_000  # of a call, below which waking a team costs more than it brings
 STEP_FLOPS = 60_000  # of a time step, below which a barrier costs more than the second thread brings
@@ -74,11 +75,14 @@ def plan(shape: Shape) -> Plan:
             f"{threads} threads share the units, with a barrier a step: {shape.rows} sequence(s) are too few"
         )
 
+    in_place = shape.total <= (STEP_ROWS if shape.steps == 1 else FEW_ROWS)
     weight_bytes = shape.gates * shape.hidden * (shape.depth + shape.inputs) * shape.item
     if shape.apart:
         project_ahead, why = True, "the cell takes sums of it over the units"
     elif shape.steps == 1:
         project_ahead, why = False, "there is one step only"
+    elif in_place:
+        project_ahead, why = False, "its weights are not packed"
     elif shape.rows < 16:
         project_ahead, why = True, f"{shape.rows} row(s) a step do not pay for reading the input weights each time"
     elif weight_bytes > FUSED_BYTES:
@@ -89,9 +93,8 @@ def plan(shape: Shape) -> Plan:
         reasons.append(f"input projection of all {shape.steps} steps ahead: {why}")
     else:
         reasons.append(f"input projection fused into the recurrent product: {why}")
-    in_place = shape.steps == 1 and shape.rows <= STEP_ROWS
     if in_place:
-        reasons.append(f"weights read as they are: one step of {shape.rows} row(s) does not pay for packing them")
+        reasons.append(f"weights read as they are: {shape.total} row(s) of all steps do not pay for packing them")
     row_block = shape.rows if shape.rows <= ROW_BLOCK else -(-shape.rows // -(-shape.rows // ROW_BLOCK))
     return Plan(threads, split, side_by_side, project_ahead, in_place, row_block, tuple(reasons))
 

@@ -12,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fastcells
 from fastcells import cell, cells, functional, unrolled
+from fastcells.cpu.host import host
 from fastcells.expression import (
     cos,
     erf,
@@ -521,3 +523,14 @@ f64 = {"dtype": torch.float64}
 def test_arguments_are_checked_before_any_kernel_runs(changes, error, words):
     with pytest.raises(error, match=words):
         functional.layer(**_changed(**changes))
+
+
+def test_numbers_below_the_normal_range_are_flushed_in_kernels_alone():
+    """Kernels take and give zeros for them; outside, torch on the same thread computes with them as before."""
+    tiny = torch.finfo(torch.float32).tiny
+    layer, x = torch.nn.RNN(4, 9, nonlinearity="relu", bias=False), torch.full((3, 2, 4), tiny / 64)
+    with torch.no_grad():
+        y, _ = fastcells.convert(layer)(x)
+    if host().triple.startswith("x86_64"):
+        assert not y.any()
+    assert (x[0, 0] * 0.5).tolist() == [tiny / 128] * 4

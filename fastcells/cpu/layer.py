@@ -24,7 +24,7 @@ from .script import Address, At, Script, ones, zeros
 Parameters = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, tuple[Tensor, ...]]
 
 FEW_ROWS = 16  # that read weights where they are: packing them first would cost more
-LARGE_PRODUCT = 1 << 21  # multiplications, from which torch's product over time is as fast as ours
+LARGE_PRODUCT = 1 << 26  # multiplications, from which torch packs both operands to its advantage
 
 
 class Ready:

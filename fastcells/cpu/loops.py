@@ -380,38 +380,49 @@ def make_pack(dtype: str, lanes: int) -> Callable:
 
         return types.void(types.int64, types.int64, types.int64, types.int64), emit
 
-    def member(frame, thread, team):
+    @njit(inline="always")
+    def piece(frame, unit, width, begin, stop):
+        """Some k of one block of vectors of units."""
         panel, source = peek(frame, panel_at), peek(frame, source_at)
         units, depth, gates = peek(frame, units_at), peek(frame, depth_at), peek(frame, gates_at)
         unit_stride, depth_stride = peek(frame, unit_stride_at), peek(frame, depth_stride_at)
+        line = width * gates * lanes * size
+        for w in range(width):
+            first = (unit + w) * lanes
+            number = least(lanes, units - first)
+            for g in range(gates):
+                origin = source + peek(frame, offsets + g) + first * unit_stride
+                target = panel + unit * depth * gates * lanes * size + (w * gates + g) * lanes * size
+                k = begin
+                while k < stop:
+                    into, out_of = target + k * line, origin + k * depth_stride
+                    if unit_stride == size:
+                        copy(into, out_of, number)
+                        k += 1
+                    elif number == lanes and k + lanes <= stop and depth_stride == size:
+                        transpose(into, line, out_of, unit_stride)
+                        k += lanes
+                    else:
+                        gather(into, out_of, unit_stride, number)
+                        k += 1
+
+    def member(frame, thread, team):
+        units, depth = peek(frame, units_at), peek(frame, depth_at)
         block, full = peek(frame, block_at), units // lanes
         begin, end = depth * thread // team, depth * (thread + 1) // team
-        while begin < end:  # a line of cache of every row at a time
-            stop = least(begin + 64 // size, end)
+        along = peek(frame, depth_stride_at) == size  # rows of the source are read from end to end
+        length = end - begin if along else 64 // size
+        while begin < end:  # else a line of cache of every row at a time
+            stop = least(begin + length, end)
             unit = 0
             while unit * lanes < units:
                 width = block
                 while width > 1 and width > full - unit:
                     width //= 2
-                line = width * gates * lanes * size
-                for w in range(width):
-                    first = (unit + w) * lanes
-                    number = least(lanes, units - first)
-                    for g in range(gates):
-                        origin = source + peek(frame, offsets + g) + first * unit_stride
-                        target = panel + unit * depth * gates * lanes * size + (w * gates + g) * lanes * size
-                        k = begin
-                        while k < stop:
-                            into, out_of = target + k * line, origin + k * depth_stride
-                            if unit_stride == size:
-                                copy(into, out_of, number)
-                                k += 1
-                            elif number == lanes and k + lanes <= stop and depth_stride == size:
-                                transpose(into, line, out_of, unit_stride)
-                                k += lanes
-                            else:
-                                gather(into, out_of, unit_stride, number)
-                                k += 1
+                k = begin
+                while k < stop:
+                    piece(frame, unit, width, k, least(k + 64, stop))
+                    k += 64
                 unit += width
             begin = stop
 
