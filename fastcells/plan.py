@@ -75,7 +75,7 @@ def plan(shape: Shape) -> Plan:
             f"{threads} threads share the units, with a barrier a step: {shape.rows} sequence(s) are too few"
         )
 
-    in_place = shape.total <= (STEP_ROWS if shape.steps == 1 else FEW_ROWS)
+    in_place = not shape.apart and shape.total <= (STEP_ROWS if shape.steps == 1 else FEW_ROWS)
     weight_bytes = shape.gates * shape.hidden * (shape.depth + shape.inputs) * shape.item
     if shape.apart:
         project_ahead, why = True, "the cell takes sums of it over the units"
