@@ -48,6 +48,7 @@ class Mode:
     layers: int = 1
     directions: int = 1
     stateful: bool = False
+    stream: bool = False
     ragged: Literal["", "packed", "lengths"] = ""
     resets: float = 0.0
     dropout: float = 0.0
@@ -60,6 +61,7 @@ MODES = {
     "training": Mode("forward and backward", "training"),
     "backward": Mode("backward alone, its forward not timed", "backward"),
     "streaming": Mode("one step with a given state, through the public layer", stateful=True),
+    "stream": Mode("one step of a stream, its state kept inside", stateful=True, stream=True, plain="streaming"),
     "packed": Mode("forward over a PackedSequence", ragged="packed", plain="inference"),
     "packed-training": Mode(
         "forward and backward over a PackedSequence", "training", ragged="packed", plain="training"
@@ -182,6 +184,7 @@ def core() -> list[Case]:
     cases = [Case(cell, *shape, mode) for mode in ("inference", "training") for shape in SHAPES for cell in PLAIN]
     typical = {
         "streaming": (1, 1, 64, 64),
+        "stream": (1, 1, 64, 64),
         "backward": (16, 128, 128, 128),
         "packed": (32, 100, 64, 64),
         "packed-training": (32, 100, 64, 64),

@@ -36,8 +36,8 @@ class Prepared:
 
     call: what is timed. answer: its result as arrays by name (see `Problem.truth`). setup: run before each call and not
     timed. held: bytes that the forward pass keeps for the backward pass. note: what a reader of the time should know.
-    checked: a call to check in place of one that draws at random. problem: whose truth the answer is to match, where it
-    is not the case's own.
+    checked: a call to check in place of one that draws at random or goes on from a state. problem: whose truth the
+    answer is to match, where it is not the case's own.
     """
 
     call: Callable[[], Any]

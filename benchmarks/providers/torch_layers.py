@@ -37,8 +37,8 @@ class TorchLike(Provider):
     def prepare(self, problem: Problem) -> Prepared:
         return self.at(problem, getattr(torch, problem.case.dtype))
 
-    def at(self, problem: Problem, dtype: torch.dtype) -> Prepared:
-        """The case in `dtype`, which is another than its own for the truth alone."""
+    def built(self, problem: Problem, dtype: torch.dtype) -> Any:
+        """The layer with the case's weights."""
         case, mode = problem.case, problem.case.how
         layer = self.layer(
             case,
@@ -50,6 +50,12 @@ class TorchLike(Provider):
             device=self.torch_device,
         )
         layer.load_state_dict({name: torch.as_tensor(value) for name, value in problem.weights.items()})
+        return layer
+
+    def at(self, problem: Problem, dtype: torch.dtype) -> Prepared:
+        """The case in `dtype`, which is another than its own for the truth alone."""
+        case, mode = problem.case, problem.case.how
+        layer = self.built(problem, dtype)
 
         def tensor(array: np.ndarray) -> torch.Tensor:
             return torch.as_tensor(array).to(self.torch_device, dtype)
@@ -138,6 +144,25 @@ def kept_bytes(forward: Callable[[], Any], wanted: list[torch.Tensor]) -> int:
 
 class Fastcells(TorchLike):
     name = "fastcells"
+
+    def prepare(self, problem: Problem) -> Prepared:
+        return self.streamed(problem) if problem.case.how.stream else super().prepare(problem)
+
+    def streamed(self, problem: Problem) -> Prepared:
+        stream = self.built(problem, getattr(torch, problem.case.dtype)).stream(problem.case.N)
+        x, states = problem.x[0], tuple(torch.as_tensor(value) for value in problem.states.values())
+
+        def checked() -> Any:
+            """From the given state; the timed steps go on from each other's."""
+            stream.state = states if len(states) > 1 else states[0]
+            y = stream(x)[None].copy()
+            final = stream.state
+            return y, *(final if isinstance(final, tuple) else (final,))
+
+        def answer(result: Any) -> dict[str, np.ndarray]:
+            return dict(zip(problem.cotangents, map(np.asarray, result), strict=True))
+
+        return Prepared(lambda: stream(x), answer, checked=checked)
 
     def layer(self, case: Case, **options: Any) -> torch.nn.Module:
         if case.kind.plain is not None or case.random:
