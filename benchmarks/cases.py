@@ -18,11 +18,13 @@ class Kind:
     plain: str | None = None
 
 
+LAYER_NORM = tuple(f"{kind}_{gate}" for gate in "ifgo" for kind in ("input_gain", "recurrent_gain", "offset"))
 CELLS = {
     "lstm": Kind(4, "hc"),
     "gru": Kind(3),
     "rnn": Kind(1),
     "lstm-peephole": Kind(4, "hc", ("peephole_i", "peephole_f", "peephole_o"), plain="lstm"),
+    "lstm-layer-norm": Kind(4, "hc", (*LAYER_NORM, "cell_gain", "cell_offset"), plain="lstm"),
     "lstm-relu": Kind(4, "hc", plain="lstm"),
     "gru-reset-before": Kind(3, plain="gru"),
 }

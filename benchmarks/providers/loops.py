@@ -113,7 +113,8 @@ class LoopLayer(torch.nn.Module):
         for row, names in enumerate(self.names):
             zero = x.new_zeros(x.shape[1], self.hidden_size)
             states = tuple(zero if s is None else s[row] for s in given)
-            weights = tuple(self.get_parameter(name) for name in names)
+            matrices, vectors = (tuple(map(self.get_parameter, part)) for part in (names[:4], names[4:]))
+            weights = matrices + CELLS[self.case.cell].gathered(vectors)
             masks = Masks(alive, resets, *self.drawn(x))
             y, final = direction(one, x, states, weights, row % self.directions == 1, masks)
             outputs.append(y)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import layer_norm, linear
 
 import fastcells
 from fastcells import cells
@@ -20,8 +20,11 @@ States = tuple[Tensor, ...]
 
 
 class Written(NamedTuple):
+    """gathered: the cell's own vectors as its user in torch has them, once a call."""
+
     torch: Callable[..., States]
     fastcells: fastcells.Cell
+    gathered: Callable[[States], States] = tuple
 
 
 def lstm(x: Tensor, states: States, w: Tensor, b: Tensor) -> States:
@@ -47,6 +50,29 @@ def lstm_peephole(x: Tensor, states: States, w: Tensor, b: Tensor, p_i: Tensor, 
     i, f, g, o = (x + linear(h, w, b)).chunk(4, 1)
     new = torch.sigmoid(f + p_f * c) * c + torch.sigmoid(i + p_i * c) * torch.tanh(g)
     return torch.sigmoid(o + p_o * new) * torch.tanh(new), new
+
+
+def lstm_layer_norm(
+    x: Tensor,
+    states: States,
+    w: Tensor,
+    b: Tensor,
+    gain: Tensor,
+    recurrent_gain: Tensor,
+    offset: Tensor,
+    cell_gain: Tensor,
+    cell_offset: Tensor,
+) -> States:
+    h, c = states
+    u = linear(h, w, b)
+    i, f, g, o = (layer_norm(x, x.shape[1:], gain, offset) + layer_norm(u, u.shape[1:], recurrent_gain)).chunk(4, 1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(layer_norm(c, c.shape[1:], cell_gain, cell_offset)), c
+
+
+def of_all_gates(vectors: States) -> States:
+    """The three kinds [4 * H] from those [H] of each gate; the cell's two as they are."""
+    return *(torch.cat(vectors[k:12:3]) for k in range(3)), *vectors[12:]
 
 
 def lstm_relu(x: Tensor, states: States, w: Tensor, b: Tensor) -> States:
@@ -77,6 +103,7 @@ CELLS = {
     "gru": Written(gru, cells.gru),
     "rnn": Written(rnn, cells.rnn_tanh),
     "lstm-peephole": Written(lstm_peephole, cells.peephole_lstm),
+    "lstm-layer-norm": Written(lstm_layer_norm, cells.layer_norm_lstm, of_all_gates),
     "lstm-relu": Written(lstm_relu, own_lstm_relu),
     "gru-reset-before": Written(gru_reset_before, cells.gru_reset_before),
 }
