@@ -1,7 +1,10 @@
-"""Is this line of a movie review praise or blame? Embedding, bidirectional recurrent layer, mean over time, one logit.
+"""Is this line of a movie review praise or blame? Embedding, bidirectional recurrent layer, pooling over time, one logit.
 
 The snippets are those of Pang & Lee (2004) with the ratings that Hutto & Gilbert (2014) had people give; see data/.
 Those rated within half a point of neutral, on the scale of -4 to 4, are left out: their sign says little.
+
+A batch mixes short and long snippets, and ``lengths=`` tells the layer where each one ends: the reverse direction then
+starts at the last word rather than in the padding, and the last state is that of the last word.
 """
 
 from __future__ import annotations
@@ -41,23 +44,41 @@ def tokens(text: str) -> list[str]:
 
 
 class Classifier(nn.Module):
-    """Padded token numbers (batch, length) to logits of praise (batch,)."""
+    """Padded token numbers [N, T] and lengths [N] to logits of praise [N]."""
 
-    def __init__(self, layer: Callable[..., nn.Module], words: int, embedding: int = 64, hidden: int = 128) -> None:
+    def __init__(
+        self,
+        layer: Callable[..., nn.Module],
+        words: int,
+        embedding: int = 64,
+        hidden: int = 64,
+        bidirectional: bool = True,
+        pooling: str = "mean",
+        dropout: float = 0.5,
+    ) -> None:
         super().__init__()
+        width = 2 * hidden if bidirectional else hidden
+        self.pooling = pooling
         self.embedding = nn.Embedding(words, embedding, padding_idx=PAD)
-        self.recurrent = layer(embedding, hidden, batch_first=True, bidirectional=True)
-        self.output = nn.Linear(2 * hidden, 1)
-        self.dropout = nn.Dropout(0.5)
+        self.recurrent = layer(embedding, hidden, batch_first=True, bidirectional=bidirectional)
+        self.score = nn.Linear(width, 1)  # for attention alone
+        self.output = nn.Linear(width, 1)
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, numbers: Tensor) -> Tensor:
-        # Padded, not packed: torch.nn is far slower on a PackedSequence, and the lengths in a batch hardly differ.
-        hidden, _ = self.recurrent(self.dropout(self.embedding(numbers)))
-        # The mean, not the maximum: which step is largest may turn on the last bit, and from there two layers that
-        # differ in rounding alone part ways.
-        read = (numbers != PAD).unsqueeze(2)
-        pooled = (hidden * read).sum(dim=1) / read.sum(dim=1)
-        return self.output(self.dropout(pooled)).squeeze(1)
+    def forward(self, numbers: Tensor, lengths: Tensor) -> Tensor:
+        hidden, state = self.recurrent(self.dropout(self.embedding(numbers)), lengths=lengths)
+        return self.output(self.dropout(self.pool(hidden, state, lengths))).squeeze(1)
+
+    def pool(self, hidden: Tensor, state: Tensor | tuple[Tensor, ...], lengths: Tensor) -> Tensor:
+        """Hidden states of all steps [N, T, D*H] and the final ones to one vector for each sequence."""
+        if self.pooling == "last":
+            last = state[0] if isinstance(state, tuple) else state
+            return last.transpose(0, 1).flatten(1)  # both directions side by side
+        read = (torch.arange(hidden.shape[1]) < lengths[:, None]).unsqueeze(2)
+        if self.pooling == "attention":
+            weights = self.score(hidden).masked_fill(~read, float("-inf")).softmax(dim=1)
+            return (weights * hidden).sum(dim=1)
+        return hidden.sum(dim=1) / lengths[:, None]  # the mean: past the end all is zero
 
 
 class Sentiment(lab.Task):
@@ -67,9 +88,12 @@ class Sentiment(lab.Task):
     learning_rate = 3e-3
     metric_name = "accuracy"
     metric_format = ".1%"
-    baseline_name = "majority baseline"
+    options = {"pooling": ("mean", "last", "attention")}
+    data_name = "9,014 movie-review snippets"
 
-    def __init__(self, seed: int, limit: int | None = None) -> None:
+    def __init__(self, seed: int = 0, cell: str | None = None, pooling: str = "mean", limit: int | None = None) -> None:
+        super().__init__(seed, cell)
+        self.pooling = pooling
         examples = [(tokens(text), float(rating > 0)) for text, rating in reviews() if abs(rating) > NEUTRAL]
         random.Random(seed).shuffle(examples)
         examples = examples[:limit]
@@ -78,22 +102,22 @@ class Sentiment(lab.Task):
         counts = Counter(word for words, _ in examples[split:] for word in words)
         known = [word for word, count in counts.items() if count > 1]
         self.vocabulary = {word: number for number, word in enumerate(known, start=UNKNOWN + 1)}
-        numbered = [(torch.tensor([self.vocabulary.get(w, UNKNOWN) for w in words]), y) for words, y in examples]
+        numbered = [(self.numbers(words), y) for words, y in examples]
         self._validation, self._training = numbered[:split], numbered[split:]
         praise = sum(y for _, y in self._validation) / split
-        self.baseline = max(praise, 1 - praise)
+        self.baselines = {"majority": max(praise, 1 - praise), "bag of words": bag_of_words(examples, split)}
         self.facts = (
             f"{len(self._training):,} snippets to train on, {split:,} to validate, {len(self.vocabulary):,} known words"
         )
 
+    def numbers(self, words: Sequence[str]) -> Tensor:
+        return torch.tensor([self.vocabulary.get(word, UNKNOWN) for word in words])
+
     def model(self, layer: Callable[..., nn.Module]) -> nn.Module:
-        return Classifier(layer, len(self.vocabulary) + 2)
+        return Classifier(layer, len(self.vocabulary) + 2, pooling=self.pooling)
 
     def training(self, seed: int) -> list[lab.Batch]:
-        draw = random.Random(seed)
-        batches = _batches(draw.sample(self._training, len(self._training)))
-        draw.shuffle(batches)
-        return batches
+        return _batches(random.Random(seed).sample(self._training, len(self._training)))
 
     def validation(self) -> list[lab.Batch]:
         return _batches(self._validation)
@@ -105,11 +129,26 @@ class Sentiment(lab.Task):
         return ((output > 0) == (targets > 0)).float().mean()
 
 
+def bag_of_words(examples: Sequence[tuple[list[str], float]], split: int) -> float:
+    """Accuracy, on the first ``split`` examples, of logistic regression on the words alone, trained on the others."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    words, labels = [words for words, _ in examples], [y for _, y in examples]
+    pipeline = make_pipeline(CountVectorizer(analyzer=list, min_df=2), LogisticRegression(max_iter=1000))
+    return float(pipeline.fit(words[split:], labels[split:]).score(words[:split], labels[:split]))
+
+
 def _batches(examples: Sequence[tuple[Tensor, float]]) -> list[lab.Batch]:
-    """Neighbours in length share a batch, so that there is next to no padding; equal lengths keep the given order."""
-    examples = sorted(examples, key=lambda example: len(example[0]))
     chunks = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
     return [
-        (pad_sequence([x for x, _ in chunk], batch_first=True, padding_value=PAD), torch.tensor([y for _, y in chunk]))
+        (
+            (
+                pad_sequence([x for x, _ in chunk], batch_first=True, padding_value=PAD),
+                torch.tensor([len(x) for x, _ in chunk]),
+            ),
+            torch.tensor([y for _, y in chunk]),
+        )
         for chunk in chunks
     ]

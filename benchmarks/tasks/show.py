@@ -1,14 +1,13 @@
-"""What a training looks like: a table that grows by epoch, a few closing lines, and a plot."""
+"""What a training looks like: a table that grows by epoch, a table of results, a few closing lines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,26 +15,26 @@ from rich.table import Table
 
 from benchmarks.tasks import lab
 
-COLORS = {"torch": "#f5a962", "fastcells": "#1f4e79"}
-# torch below, wide and pale; fastcells above, thin and dark: where the curves agree, both are seen.
-WIDTHS = {"torch": 7, "fastcells": 2}
+#: Rows of the growing table: of longer trainings, the first epoch and then every so many.
+ROWS = 10
 
 
-def formats() -> set[str]:
-    """File name endings that ``plot`` can write."""
-    return set(Figure().canvas.get_supported_filetypes())
+def number(value: float, task: lab.Task) -> str:
+    """The task's metric as it is read."""
+    return f"{value:{task.metric_format}}"
 
 
-def table(runs: Sequence[lab.Run]) -> Table:
+def table(runs: Sequence[lab.Run], epochs: int) -> Table:
     """One row an epoch; for each quantity, the runs side by side. Fits 80 columns."""
     task = runs[0].task
+    runs = [run for run in runs if run.limit >= epochs][:2]
     quantities: dict[str, Callable[[lab.Epoch], str]] = {
-        "training\nloss": lambda epoch: f"{epoch.training_loss:.4f}",
-        "valid.\nloss": lambda epoch: f"{epoch.validation_loss:.4f}",
-        f"valid.\n{task.metric_name}": lambda epoch: f"{epoch.metric:{task.metric_format}}",
+        "training\nloss": lambda epoch: _short(epoch.training_loss),
+        "valid.\nloss": lambda epoch: _short(epoch.validation_loss),
+        f"valid.\n{task.metric_name}": lambda epoch: number(epoch.metric, task),
         "time,\nseconds": lambda epoch: f"{epoch.seconds:.2f}",
     }
-    grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    grid = _grid()
     headings = ["\n\n#"]
     # The name of a quantity stands over the last of its columns, which is the widest.
     headings += [f"{quantity if run is runs[-1] else chr(10)}\n{run.name}" for quantity in quantities for run in runs]
@@ -47,35 +46,74 @@ def table(runs: Sequence[lab.Run]) -> Table:
         columns += [[f"{difference:.0e}" for difference in lab.loss_differences(*runs)]]
     for heading in headings:
         grid.add_column(heading, justify="right", no_wrap=True)
-    for row in zip(*columns, strict=True):
-        grid.add_row(*row)
+    every = max(1, epochs // ROWS)
+    for at, row in enumerate(zip(*columns, strict=True), start=1):
+        if at == 1 or at % every == 0 or at == epochs:
+            grid.add_row(*row)
     return grid
 
 
-def summary(runs: Sequence[lab.Run]) -> str:
-    """The closing lines."""
+def results(runs: Mapping[str, Sequence[lab.Run]]) -> Table:
+    """One row for each run of each part: what it reached, in what time, and how far from the first run's losses."""
+    grid = _grid()
+    task = next(iter(runs.values()))[0].task
+    headings = [*([""] if len(runs) > 1 else []), "layer", "parameters", "epochs", "valid.\nloss"]
+    headings += [f"valid.\n{task.metric_name}", "seconds\nan epoch", "speed\nratio", "loss\ndiff."]
+    for at, heading in enumerate(headings):
+        grid.add_column(heading, justify="left" if at < len(headings) - 7 else "right", no_wrap=True)
+    for label, part in runs.items():
+        first = part[0]
+        for run in part:
+            last = run.epochs[-1]
+            row = [label if run is first else ""] if len(runs) > 1 else []
+            row += [run.name, f"{parameter_count(run):,}", str(len(run.epochs)), f"{last.validation_loss:.3g}"]
+            row += [number(last.metric, run.task), f"{run.seconds:.3g}"]
+            if run is first:
+                row += ["", ""]
+            else:
+                row += [f"{median(lab.speedups(first, run)):.2f}x", f"{max(lab.loss_differences(first, run)):.0e}"]
+            grid.add_row(*row)
+    return grid
+
+
+def parameter_count(run: lab.Run) -> int:
+    """Of the whole model."""
+    return sum(parameter.numel() for parameter in run.model.parameters())
+
+
+def summary(runs: Sequence[lab.Run]) -> list[str]:
+    """The closing lines on one task."""
     task = runs[0].task
-    metric = f"{{:{task.metric_format}}}".format
-    lines = [f"{task.metric_name}: {task.baseline_name} {metric(task.baseline)}"]
-    for run in runs:
-        lines[0] += f", {run.name} {metric(run.epochs[-1].metric)}"
-        startup = f"import, compilation and first call before that: {run.startup:.1f} s"
-        lines.append(f"{run.name}: {run.seconds:.2f} s an epoch (median); {startup}")
-    if len(runs) == 2:
-        ratios = lab.speedups(*runs)
+    simple = ", ".join(f"{name} {number(value, task)}" for name, value in task.baselines.items())
+    lines = [f"{task.metric_name} of simple answers: {simple}"]
+    startups = ", ".join(f"{run.name} {run.startup:.1f} s" for run in runs)
+    lines.append(f"import, compilation and first call, before the times above: {startups}")
+    full = [run for run in runs if len(run.epochs) == len(runs[0].epochs)]
+    for run in full[1:]:
+        ratios = lab.speedups(full[0], run)
         lines.append(
-            f"speed-up of the whole training step: {median(ratios):.2f}x, median of {len(ratios)} pairs of epochs "
-            f"({min(ratios):.2f} to {max(ratios):.2f})"
+            f"speed-up of the whole training step, {run.name} over {full[0].name}: {median(ratios):.2f}x, median of "
+            f"{len(ratios)} pairs of epochs ({min(ratios):.2f} to {max(ratios):.2f})"
         )
-        lines.append(f"largest difference of the losses: {max(lab.loss_differences(*runs)):.1e}")
-    return "\n".join(lines)
+        target, a, b = lab.seconds_to_same(full[0], run)
+        lines.append(
+            f"{task.metric_name} {number(target, task)} is reached after {a:.3g} s with {full[0].name}, "
+            f"{b:.3g} s with {run.name}"
+        )
+    for run in runs[1:]:
+        differences = lab.loss_differences(runs[0], run)
+        lines.append(
+            f"largest difference of the losses, {run.name} to {runs[0].name}: {max(differences):.1e} "
+            f"over {len(differences)} epochs"
+        )
+    return lines
 
 
-def progress(console: Console, runs: Sequence[lab.Run], epochs: int, seed: int) -> None:
+def progress(console: Console, runs: Sequence[lab.Run], epochs: int, by_epoch: bool = True) -> None:
     """Train, with the table growing over a progress bar."""
-    steps = epochs * len(runs) * len(runs[0].task.training(seed))
+    passes = sum(int(min(run.limit, epochs)) for run in runs)
     bar = Progress(TextColumn("training"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn())
-    step = bar.add_task("", total=steps)
+    step = bar.add_task("", total=passes * len(runs[0].task.training(0)))
     shown = perf_counter()
 
     # Drawn only between steps, never by a thread of its own: that would run inside the time measured.
@@ -88,40 +126,57 @@ def progress(console: Console, runs: Sequence[lab.Run], epochs: int, seed: int) 
                 live.refresh()
                 shown = perf_counter()
 
-        for _ in lab.train(runs, epochs, seed, tick):
-            live.update(Group(table(runs), "", bar), refresh=True)
-    console.print(table(runs))
+        for _ in lab.train(runs, epochs, tick):
+            if by_epoch:
+                live.update(Group(table(runs, epochs), "", bar), refresh=perf_counter() - shown > 0.25)
+    if by_epoch:
+        console.print(table(runs, epochs), "")
 
 
-def plot(runs: Sequence[lab.Run], title: str, path: Path) -> None:
-    """Loss and time by epoch, in two panels."""
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    figure.suptitle(title, fontsize=20)
-    losses, times = figure.subplots(1, 2)
-    numbers = range(1, len(runs[0].epochs) + 1)
-    for place, run in enumerate(runs):
-        color, width = COLORS[run.name], WIDTHS[run.name]
-        for part, line in ("training", "solid"), ("validation", (0, (2, 1.2))):
-            values = [getattr(epoch, f"{part}_loss") for epoch in run.epochs]
-            look = {"linestyle": line, "linewidth": width, "marker": "o", "markersize": width + 3}
-            losses.plot(numbers, values, label=f"{run.name}, {part}", color=color, **look)
-        middles = [number + 0.4 * (place - (len(runs) - 1) / 2) for number in numbers]
-        seconds = [epoch.seconds for epoch in run.epochs]
-        times.bar(middles, seconds, width=0.4, color=color, label=f"{run.name}, median {run.seconds:.2f} s")
-    losses.set_title("Loss" + (f": apart by at most {max(lab.loss_differences(*runs)):.0e}" if len(runs) == 2 else ""))
-    losses.set_ylabel("mean loss (nats)")
-    times.set_title("Time" + (f": {median(lab.speedups(*runs)):.2f}x speed-up" if len(runs) == 2 else ""))
-    times.set_ylabel("training epoch (seconds)")
-    times.margins(y=0.3)  # room for the legend
-    for panel in losses, times:
-        panel.title.set_fontsize(19)
-        panel.set_xlabel("epoch", fontsize=17)
-        panel.yaxis.label.set_fontsize(17)
-        panel.tick_params(labelsize=15)
-        panel.set_xlim(0.4, len(numbers) + 0.6)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        panel.grid(alpha=0.3)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(fontsize=15, frameon=False, handlelength=3)
-    figure.savefig(path, dpi=100)
+@dataclass(frozen=True)
+class Row:
+    """A line of the table of all tasks."""
+
+    name: str
+    data: str
+    task: lab.Task
+    runs: Sequence[lab.Run]  # those of the part that speaks for the metric
+    seconds: Mapping[str, float]  # of training, by layer, over all parts
+
+    def cells(self) -> list[str]:
+        by_name = {run.name: run for run in self.runs}
+        name, value = next(iter(self.task.baselines.items()))
+        reached = " / ".join(number(by_name[layer].epochs[-1].metric, self.task) for layer in self.seconds)
+        times = [f"{self.seconds[layer]:.3g}" if layer in self.seconds else "" for layer in ("torch", "fastcells")]
+        ratio = f"{self.seconds['torch'] / self.seconds['fastcells']:.2f}" if all(times) else ""
+        metric = f"{self.task.metric_name} {reached}"
+        return [f"`{self.name}`", self.data, metric, f"{name} {number(value, self.task)}", *times, ratio]
+
+
+HEADINGS = ["task", "data", "metric: torch.nn / fastcells", "to beat", "torch.nn, s", "fastcells, s", "speed-up"]
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """The table of all tasks for a README."""
+    lines = [HEADINGS, ["---"] * 4 + ["--:"] * 3, *(row.cells() for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+BEGIN, END = "<!-- lab table -->\n", "<!-- end of lab table -->"
+
+
+def write_table(text: str, path: Path) -> None:
+    """Write the table to a file of its own, or between the two marks where the file has them, such as a README."""
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, begin, rest = old.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}" if end else text, encoding="utf-8")
+
+
+def _short(loss: float) -> str:
+    """In five characters, so that the table fits."""
+    return f"{loss:.3f}" if loss >= 0.01 else f"{loss:.0e}"
+
+
+def _grid() -> Table:
+    return Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")

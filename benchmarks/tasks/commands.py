@@ -1,0 +1,181 @@
+"""The command ``tasks``: train one task, or all of them, and show tables, closing lines and plots."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import tasks
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from benchmarks.tasks import lab, show
+
+#: Layers that `all` compares. The reference takes minutes for what the others do in seconds: it trains one epoch.
+ALL_LAYERS = ("torch", "fastcells", "reference")
+
+
+def add(commands: Any) -> None:
+    """Add the command to a parser's subcommands."""
+    parser = commands.add_parser(
+        "tasks",
+        help="train small real models with torch.nn and with fastcells",
+        description=tasks.__doc__,
+        epilog="tasks: " + "; ".join(f"{name}: {what}" for name, what in tasks.TASKS.items()),
+    )
+    listed = "one of those below, or all; without it: list the tasks"
+    parser.add_argument("name", metavar="NAME", nargs="?", choices=[*tasks.TASKS, "all"], help=listed)
+    layers = "only this one; may be repeated (default: torch and fastcells, in turn)"
+    parser.add_argument("--layer", choices=ALL_LAYERS, action="append", help=layers)
+    parser.add_argument("--cell", choices=["lstm", "gru", "rnn"], help="default: the task's own")
+    parser.add_argument("--epochs", type=whole(1, 10_000), metavar="N", help="default: the task's own")
+    seeded = "of split, weights, batches and dropout; default: 0"
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N", help=seeded)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="default: results/NAME.png; for all: a folder")
+    # One by default: a team of threads waits for its slowest, and on a busy machine that makes any time possible.
+    parser.add_argument("--threads", type=whole(1, 1024), default=1, metavar="N", help="of either layer; default: 1")
+    table = "write the Markdown table of results to it, or between its marks where it has them"
+    parser.add_argument("--table", type=Path, metavar="FILE", help=table)
+    for name, what in OPTIONS.items():
+        parser.add_argument(f"--{name}", help=what)
+    parser.set_defaults(run=run, fail=parser.error)
+
+
+#: Options that only some tasks have; each task says which, and what they may be.
+OPTIONS = {
+    "data": "the series of forecast and compare: sunspots, co2 or sine",
+    "pooling": "over time, of sentiment: mean, last or attention",
+    "text": "what states reads",
+}
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """An argument type: a whole number from ``least`` to ``most``."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {text!r}")
+        return number
+
+    return parse
+
+
+def run(arguments: argparse.Namespace) -> int | None:
+    """Train what is asked for; exit status 1 where a task of `all` lacks a package."""
+    if arguments.name is None:
+        for name, what in tasks.TASKS.items():
+            print(f"{name:12} {what}")
+        return None
+
+    import torch
+    from rich.console import Console
+
+    from benchmarks.tasks import show
+
+    console = Console(highlight=False, soft_wrap=True)
+    torch.set_num_threads(arguments.threads)
+    everything = arguments.name == "all"
+    names = list(tasks.TASKS) if everything else [arguments.name]
+    folder = (arguments.plot or Path("results")) if everything else None
+    files = {name: folder / f"{name}.png" if folder else arguments.plot or Path(f"results/{name}.png") for name in names}
+    for path in files.values():
+        _check_plot(arguments, path)
+    options = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
+    if everything and options:
+        arguments.fail(f"argument --{next(iter(options))}: not for all tasks")
+    began, rows, missing = perf_counter(), [], 0
+    for name in names:
+        if not everything:
+            _check_options(arguments, name, options)
+        try:
+            rows.append(run_one(console, name, arguments, options, files[name]))
+        except ModuleNotFoundError as error:
+            if not everything:
+                raise
+            print(f"{name}: {error.name} is not installed: pip install .[tasks]\n", file=sys.stderr)
+            missing = 1
+    if everything:
+        console.print(show.markdown(rows))
+        console.print(f"all tasks: {(perf_counter() - began) / 60:.1f} minutes")
+    if arguments.table:
+        show.write_table(show.markdown(rows), arguments.table)
+        console.print(f"table: {arguments.table}")
+    return missing
+
+
+def run_one(
+    console: Console, name: str, arguments: argparse.Namespace, options: dict[str, str], path: Path
+) -> show.Row:
+    """Train one task or study with every layer, and show what came of it."""
+    from benchmarks.tasks import lab, plots, show
+
+    lesson = tasks.load(name)(seed=arguments.seed, cell=arguments.cell, **options)
+    parts = lesson.tasks if isinstance(lesson, lab.Study) else {"": lesson}
+    layers = arguments.layer or (ALL_LAYERS if arguments.name == "all" else lesson.layers)
+    first = next(iter(parts.values()))
+    epochs = arguments.epochs or first.epochs
+    threads = "1 thread" if arguments.threads == 1 else f"{arguments.threads} threads"
+    console.print(f"[bold]{name}[/]: {tasks.TASKS[name]}\n{first.facts}")
+    cells = "cell: " + first.cell if len(parts) == 1 else "parts: " + ", ".join(parts)
+    console.print(f"epochs: {epochs}, {cells}, seed: {arguments.seed}, {threads}\n")
+    runs: dict[str, Sequence[lab.Run]] = {}
+    for label, task in parts.items():
+        runs[label] = lab.prepare(task, layers)
+        for run in runs[label]:
+            if run.name == "reference" and len(layers) > 1 and "reference" not in lesson.layers:
+                run.limit = 1
+        try:
+            show.progress(console, runs[label], epochs, by_epoch=len(parts) == 1)
+        finally:
+            for run in runs[label]:
+                run.close()
+    console.print(show.results(runs), "")
+    headline = lesson.headline if isinstance(lesson, lab.Study) else ""
+    figure = plots.new(f"{name}: {'' if len(parts) > 1 else first.cell.upper() + ', '}{threads}")
+    if isinstance(lesson, lab.Study):
+        remarks = lesson.remarks(runs)
+        lesson.plot(figure, runs)
+    else:
+        remarks = lesson.remarks(runs[""])
+        lesson.plot(figure, runs[""])
+    plots.save(figure, path)
+    lines = [*show.summary(runs[headline]), *remarks, f"plot: {path}"]
+    console.print("\n".join(lines) + "\n", markup=False)
+    seconds = {
+        run.name: sum(epoch.seconds for part in runs.values() for r in part if r.name == run.name for epoch in r.epochs)
+        for run in runs[headline]
+        if run.name in ("torch", "fastcells")
+    }
+    return show.Row(name, lesson.data_name, parts[headline], runs[headline], seconds)
+
+
+def _check_plot(arguments: argparse.Namespace, path: Path) -> None:
+    """Refuse a file that cannot be written now, rather than after the training."""
+    from benchmarks.tasks import plots
+
+    if path.suffix[1:].lower() not in plots.formats():
+        arguments.fail(f"argument --plot: cannot write {str(path)!r}; endings: {', '.join(sorted(plots.formats()))}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        arguments.fail(f"argument --plot: cannot write {str(path)!r}: {error.strerror}")
+
+
+def _check_options(arguments: argparse.Namespace, name: str, options: dict[str, str]) -> None:
+    """Refuse an option that the task does not have, or a value that is none of its choices."""
+    known = tasks.load(name).options
+    for option, value in options.items():
+        if option not in known:
+            arguments.fail(f"argument --{option}: {name} has no such option")
+        if known[option] and value not in known[option]:
+            arguments.fail(f"argument --{option}: invalid choice: {value!r} (choose from {', '.join(known[option])})")

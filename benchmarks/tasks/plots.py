@@ -1,0 +1,130 @@
+"""The look of all plots, large enough to be read at half width, and the two panels that most of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+if TYPE_CHECKING:
+    from benchmarks.tasks.lab import Run
+
+COLORS = {"torch": "#f5a962", "fastcells": "#1f4e79", "reference": "#4f9d69"}
+CELL_COLORS = {"rnn": "#c8553d", "gru": "#4f9d69", "lstm": "#1f4e79"}
+GREY = "#8a8a8a"
+# torch below, wide and pale; fastcells above, thin and dark: where the curves agree, both are seen.
+WIDTHS = {"torch": 7, "fastcells": 2}
+
+
+def formats() -> set[str]:
+    """File name endings that `save` can write."""
+    return set(Figure().canvas.get_supported_filetypes())
+
+
+def new(title: str, width: float = 13, height: float = 6) -> Figure:
+    """An empty figure with its title."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, fontsize=20)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=100)
+
+
+def style(axes: Axes, title: str, x: str, y: str, legend: bool | dict[str, Any] = True) -> None:
+    """Title, labels with their units, and the legend of a panel. ``legend``: matplotlib's options for it, or none."""
+    axes.set_title(title, fontsize=18)
+    axes.set_xlabel(x, fontsize=17)
+    axes.set_ylabel(y, fontsize=17)
+    axes.tick_params(labelsize=15)
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if legend is not False:
+        axes.legend(**{"fontsize": 15, "frameon": False, **(legend if isinstance(legend, dict) else {})})
+
+
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers, also where it spans less than a decade. Call it after drawing."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 3.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def heat(figure: Figure, axes: Axes, values: Any, title: str, x: str, y: str, unit: str, **options: Any) -> None:
+    """A heat map [rows, columns] with its scale; ``options``: matplotlib's, for imshow."""
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", **options)
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label(unit, fontsize=15)
+    bar.ax.tick_params(labelsize=13)
+    style(axes, title, x, y, legend=False)
+    axes.grid(False)
+
+
+def whole_epochs(axes: Axes, count: int) -> None:
+    """An axis of epochs 1 to ``count`` without fractions."""
+    axes.set_xlim(0.4, count + 0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def losses(axes: Axes, runs: Sequence[Run], unit: str = "nats", log: bool = False) -> None:
+    """Loss by epoch of training and validation. Runs that stopped early are left out."""
+    from benchmarks.tasks import lab
+
+    full = [run for run in runs if len(run.epochs) == max(len(run.epochs) for run in runs)]
+    few = len(full[0].epochs) <= 20  # epochs: each gets a marker
+    for run in full:
+        color, width = COLORS.get(run.name, GREY), WIDTHS.get(run.name, 2)
+        for part, line in ("training", "solid"), ("validation", (0, (2, 1.2))):
+            values = [getattr(epoch, f"{part}_loss") for epoch in run.epochs]
+            marker = {"marker": "o", "markersize": width + 3} if few else {}
+            label = f"{run.name}, {part}"
+            axes.plot(
+                range(1, len(values) + 1), values, label=label, color=color, linestyle=line, linewidth=width, **marker
+            )
+    if log:
+        logarithmic(axes)
+    apart = f": apart by at most {max(lab.loss_differences(*full[:2])):.0e}" if len(full) > 1 else ""
+    style(axes, "Loss" + apart, "epoch", f"mean loss ({unit})", legend={"handlelength": 3})
+    whole_epochs(axes, len(full[0].epochs))
+
+
+def metrics(axes: Axes, runs: Sequence[Run]) -> None:
+    """The metric by epoch, with the simple answers as lines across."""
+    task, count = runs[0].task, max(len(run.epochs) for run in runs)
+    for run in runs:
+        values = [epoch.metric for epoch in run.epochs]
+        look = {"color": COLORS.get(run.name, GREY), "linewidth": WIDTHS.get(run.name, 2)}
+        if len(values) == count:
+            axes.plot(range(1, count + 1), values, label=run.name, **look)
+    for (name, value), line in zip(task.baselines.items(), ("dashed", "dotted", "dashdot"), strict=False):
+        axes.axhline(value, color=GREY, linestyle=line, linewidth=2, label=name)
+    if task.metric_format.endswith("%"):
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    style(axes, f"Validation {task.metric_name}", "epoch", task.metric_name)
+    whole_epochs(axes, count)
+
+
+def times(axes: Axes, runs: Sequence[Run]) -> None:
+    """Seconds of training by epoch, as bars side by side. Runs that stopped early are left out."""
+    from benchmarks.tasks import lab
+
+    full = [run for run in runs if len(run.epochs) == max(len(run.epochs) for run in runs)]
+    width = 0.8 / len(full)
+    for place, run in enumerate(full):
+        middles = [number + 1 + width * (place - (len(full) - 1) / 2) for number in range(len(run.epochs))]
+        color = COLORS.get(run.name, GREY)
+        seconds = [epoch.seconds for epoch in run.epochs]
+        axes.bar(middles, seconds, width=width, color=color, label=f"{run.name}, median {run.seconds:.2g} s")
+    axes.margins(y=0.3)  # room for the legend
+    ratio = f": {median(lab.speedups(*full[:2])):.2f}x speed-up" if len(full) > 1 else ""
+    style(axes, "Time" + ratio, "epoch", "training epoch (seconds)", legend={"handlelength": 3})
+    whole_epochs(axes, len(full[0].epochs))
