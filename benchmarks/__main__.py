@@ -10,7 +10,6 @@ from typing import NoReturn
 from benchmarks import commands as suite
 from benchmarks.tasks import commands as tasks
 
-
 #: Packages that may be missing, and the extra that installs them.
 EXTRAS = dict.fromkeys(("torch", "numpy", "numba", "matplotlib", "rich"), "bench")
 EXTRAS |= dict.fromkeys(("sklearn", "statsmodels", "pandas"), "tasks")

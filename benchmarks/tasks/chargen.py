@@ -57,9 +57,9 @@ class Chargen(lab.Task):
     metric_name = "perplexity"
     metric_format = ".2f"
     lower_is_better = True
-    data_name = "characters of 5,000 review snippets"
+    data_name = "characters of 3,000 review snippets"
 
-    def __init__(self, seed: int = 0, cell: str | None = None, limit: int = 5000) -> None:
+    def __init__(self, seed: int = 0, cell: str | None = None, limit: int = 3000) -> None:
         super().__init__(seed, cell)
         texts = [text for text, _ in reviews()]
         random.Random(seed).shuffle(texts)
@@ -73,7 +73,9 @@ class Chargen(lab.Task):
         seen = torch.cat([targets.flatten() for _, targets in self._validation])
         surprise = -(counts / counts.sum()).log()[seen].mean().item()
         self.baselines = {"frequencies": exp(surprise)}
-        self.facts = f"{split:,} characters to train on, {len(data) - split:,} to validate, {len(self.characters)} kinds"
+        self.facts = (
+            f"{split:,} characters to train on, {len(data) - split:,} to validate, {len(self.characters)} kinds"
+        )
 
     def model(self, layer: Callable[..., nn.Module]) -> nn.Module:
         return Writer(layer, len(self.characters))
@@ -120,7 +122,9 @@ class Chargen(lab.Task):
         plots.logarithmic(norms)
         plots.style(norms, "Gradients before clipping", "step of training", "norm of all gradients")
         samples = [f"{t}:  {' '.join(self.write(run, t, 85)[0].split())}…" for t in TEMPERATURES]
-        text.text(0, 0.92, "temperature\n" + "\n".join(samples), family="monospace", fontsize=13, va="top", linespacing=1.9)
+        text.text(
+            0, 0.92, "temperature\n" + "\n".join(samples), family="monospace", fontsize=13, va="top", linespacing=1.9
+        )
         text.axis("off")
 
     def remarks(self, runs: Sequence[lab.Run]) -> list[str]:

@@ -86,7 +86,9 @@ def run(arguments: argparse.Namespace) -> int | None:
     everything = arguments.name == "all"
     names = list(tasks.TASKS) if everything else [arguments.name]
     folder = (arguments.plot or Path("results")) if everything else None
-    files = {name: folder / f"{name}.png" if folder else arguments.plot or Path(f"results/{name}.png") for name in names}
+    files = {
+        name: folder / f"{name}.png" if folder else arguments.plot or Path(f"results/{name}.png") for name in names
+    }
     for path in files.values():
         _check_plot(arguments, path)
     options = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
@@ -120,7 +122,7 @@ def run_one(
 
     lesson = tasks.load(name)(seed=arguments.seed, cell=arguments.cell, **options)
     parts = lesson.tasks if isinstance(lesson, lab.Study) else {"": lesson}
-    layers = arguments.layer or (ALL_LAYERS if arguments.name == "all" else lesson.layers)
+    layers = arguments.layer or (ALL_LAYERS if arguments.name == "all" and lesson.with_reference else lesson.layers)
     first = next(iter(parts.values()))
     epochs = arguments.epochs or first.epochs
     threads = "1 thread" if arguments.threads == 1 else f"{arguments.threads} threads"
@@ -128,26 +130,27 @@ def run_one(
     cells = "cell: " + first.cell if len(parts) == 1 else "parts: " + ", ".join(parts)
     console.print(f"epochs: {epochs}, {cells}, seed: {arguments.seed}, {threads}\n")
     runs: dict[str, Sequence[lab.Run]] = {}
-    for label, task in parts.items():
-        runs[label] = lab.prepare(task, layers)
-        for run in runs[label]:
-            if run.name == "reference" and len(layers) > 1 and "reference" not in lesson.layers:
-                run.limit = 1
-        try:
-            show.progress(console, runs[label], epochs, by_epoch=len(parts) == 1)
-        finally:
+    try:
+        for label, task in parts.items():
+            runs[label] = lab.prepare(task, layers)
             for run in runs[label]:
+                if run.name == "reference" and len(layers) > 1 and "reference" not in lesson.layers:
+                    run.limit = 1
+            show.progress(console, runs[label], epochs, by_epoch=len(parts) == 1)
+        console.print(show.results(runs), "")
+        figure = plots.new(f"{name}: {'' if len(parts) > 1 else first.cell.upper() + ', '}{threads}")
+        if isinstance(lesson, lab.Study):
+            remarks = lesson.remarks(runs)
+            lesson.plot(figure, runs)
+        else:
+            remarks = lesson.remarks(runs[""])
+            lesson.plot(figure, runs[""])
+    finally:
+        for part in runs.values():
+            for run in part:
                 run.close()
-    console.print(show.results(runs), "")
-    headline = lesson.headline if isinstance(lesson, lab.Study) else ""
-    figure = plots.new(f"{name}: {'' if len(parts) > 1 else first.cell.upper() + ', '}{threads}")
-    if isinstance(lesson, lab.Study):
-        remarks = lesson.remarks(runs)
-        lesson.plot(figure, runs)
-    else:
-        remarks = lesson.remarks(runs[""])
-        lesson.plot(figure, runs[""])
     plots.save(figure, path)
+    headline = lesson.headline if isinstance(lesson, lab.Study) else ""
     lines = [*show.summary(runs[headline]), *remarks, f"plot: {path}"]
     console.print("\n".join(lines) + "\n", markup=False)
     seconds = {

@@ -133,7 +133,10 @@ class Forecast(lab.Task):
 
     def remarks(self, runs: Sequence[lab.Run]) -> list[str]:
         lines = []
-        for name, (_, error) in {self.cell.upper(): self.ahead(runs[-1], HORIZON), "persistence": self.persistence(HORIZON)}.items():
+        for name, (_, error) in {
+            self.cell.upper(): self.ahead(runs[-1], HORIZON),
+            "persistence": self.persistence(HORIZON),
+        }.items():
             mse, mae = np.nanmean(error**2, axis=1), np.nanmean(np.abs(error), axis=1)
             said = "; ".join(f"{at}: MSE {mse[at - 1]:.4g}, MAE {mae[at - 1]:.3g}" for at in (1, 3, 6, HORIZON))
             lines.append(f"{name}, by {self.series.step}s ahead, in {self.series.unit}: {said}")

@@ -31,6 +31,8 @@ class Lesson:
     cell: str = "lstm"
     #: The layers compared where the command line names none.
     layers: ClassVar[tuple[str, ...]] = ("torch", "fastcells")
+    #: Whether the reference joins in for an epoch when all tasks run.
+    with_reference: ClassVar[bool] = True
     #: The task's own options, each with its choices, the first one the default; without choices: any text.
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     data_name: ClassVar[str]  # a few words for the table of all tasks
@@ -96,7 +98,7 @@ class Study(Lesson, ABC):
     """Several tasks, by label, trained one after another. ``Study(seed, cell, **options)``."""
 
     tasks: dict[str, Task]
-    headline: ClassVar[str]  # label of the task that speaks for all
+    headline: str  # label of the task that speaks for all
 
     @abstractmethod
     def plot(self, figure: Figure, runs: Mapping[str, Sequence[Run]]) -> None:
@@ -185,7 +187,7 @@ class Run:
         self.validate(batches)
 
     def close(self) -> None:
-        """The training is over."""
+        """Called when all is done, also where it failed."""
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.task.dtype) if tensor.is_floating_point() else tensor

@@ -79,6 +79,5 @@ def layer_class(layer: str, cell: str) -> type[nn.RNNBase]:
     """The class of a name in LAYERS and a name in CELLS."""
     name = CELLS[cell]
     if layer == "fastcells":
-        kind = getattr(fastcells.nn, name)
-        return type(name, (Packing, kind), {})
+        return getattr(fastcells.nn, name)
     return type(name, ({"torch": Packing, "reference": Reference}[layer], getattr(nn, name)), {})

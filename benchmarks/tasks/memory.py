@@ -81,7 +81,7 @@ class Memory(lab.Study):
     def __init__(self, seed: int = 0, cell: str | None = None) -> None:
         cells = [cell] if cell else CELLS
         self.tasks = {f"{c.upper()}, {t} steps": Adding(seed, c, t) for t in LENGTHS for c in cells}
-        self.headline = list(self.tasks)[-1]  # type: ignore[misc]
+        self.headline = list(self.tasks)[-1]
 
     def plot(self, figure: Figure, runs: Mapping[str, Sequence[lab.Run]]) -> None:
         curves, final = figure.subplots(1, 2)

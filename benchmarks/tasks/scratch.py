@@ -13,10 +13,9 @@ from time import perf_counter
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from benchmarks.tasks import lab
-from benchmarks.tasks.forecast import Forecast, Forecaster
+from benchmarks.tasks.forecast import Forecast
 from benchmarks.tasks.layers import Reference
 
 Array = NDArray[np.float64]

@@ -61,7 +61,8 @@ class Classifier(nn.Module):
         self.pooling = pooling
         self.embedding = nn.Embedding(words, embedding, padding_idx=PAD)
         self.recurrent = layer(embedding, hidden, batch_first=True, bidirectional=bidirectional)
-        self.score = nn.Linear(width, 1)  # for attention alone
+        if pooling == "attention":
+            self.score = nn.Linear(width, 1)
         self.output = nn.Linear(width, 1)
         self.dropout = nn.Dropout(dropout)
 

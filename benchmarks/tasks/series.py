@@ -41,7 +41,9 @@ def load(name: str, seed: int = 0) -> Series:
     table = co2.load_pandas().data["co2"].resample("MS").mean().interpolate()
     months = table.index.year + (table.index.month - 0.5) / 12
     values = table.to_numpy(float)
-    return Series("CO2 at Mauna Loa, monthly, 1958 to 2001", values, months.to_numpy(float), "month", "ppm", "2 years", 24)
+    return Series(
+        "CO2 at Mauna Loa, monthly, 1958 to 2001", values, months.to_numpy(float), "month", "ppm", "2 years", 24
+    )
 
 
 class Windows:
