@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,6 @@ TASKS = {
 }
 
 
-def load(name: str) -> Callable[..., Task | Study]:
+def load(name: str) -> type[Task] | type[Study]:
     """The task of this name; imported only now, so that the command line starts fast."""
     return getattr(import_module(f"{__name__}.{name}"), name.capitalize())

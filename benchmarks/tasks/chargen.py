@@ -112,8 +112,8 @@ class Chargen(lab.Task):
         return begin + "".join(written), count / (perf_counter() - began)
 
     def plot(self, figure: Figure, runs: Sequence[lab.Run]) -> None:
-        grid = figure.add_gridspec(2, 2, height_ratios=[2.2, 1])
-        figure.set_size_inches(13, 9)
+        grid = figure.add_gridspec(2, 2, height_ratios=[3.2, 1])
+        figure.set_size_inches(13, 8.5)
         perplexity, norms, text = (figure.add_subplot(place) for place in (grid[0, 0], grid[0, 1], grid[1, :]))
         plots.metrics(perplexity, runs)
         run = runs[-1]
@@ -121,9 +121,15 @@ class Chargen(lab.Task):
         norms.axhline(self.clip or 0, color="#c8553d", linestyle="dashed", label="clipped to this")
         plots.logarithmic(norms)
         plots.style(norms, "Gradients before clipping", "step of training", "norm of all gradients")
-        samples = [f"{t}:  {' '.join(self.write(run, t, 85)[0].split())}…" for t in TEMPERATURES]
+        samples = [f"{t}:  {' '.join(self.write(run, t, 80)[0].split())}…" for t in TEMPERATURES]
         text.text(
-            0, 0.92, "temperature\n" + "\n".join(samples), family="monospace", fontsize=13, va="top", linespacing=1.9
+            -0.03,
+            1.0,
+            "temperature\n" + "\n".join(samples),
+            family="monospace",
+            fontsize=14.5,
+            va="top",
+            linespacing=1.9,
         )
         text.axis("off")
 

@@ -176,7 +176,7 @@ def _check_plot(arguments: argparse.Namespace, path: Path) -> None:
 
 def _check_options(arguments: argparse.Namespace, name: str, options: dict[str, str]) -> None:
     """Refuse an option that the task does not have, or a value that is none of its choices."""
-    known = tasks.load(name).options
+    known = tasks.load(name).options if options else {}
     for option, value in options.items():
         if option not in known:
             arguments.fail(f"argument --{option}: {name} has no such option")

@@ -6,6 +6,7 @@ The GRU's step costs three, the LSTM's four times the products of the simple one
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from matplotlib.figure import Figure
 
@@ -21,13 +22,15 @@ def formula(cell: str, inputs: int, hidden: int) -> int:
 
 
 class Compare(lab.Study):
-        options = {"data": series.NAMES}
+    options: ClassVar = {"data": series.NAMES}
     data_name = Forecast.data_name
-    headline = "LSTM"
+
+    tasks: dict[str, Forecast]  # type: ignore[assignment]
 
     def __init__(self, seed: int = 0, cell: str | None = None, data: str = "sunspots") -> None:
         cells = [cell] if cell else list(GATES)
         self.tasks = {name.upper(): Forecast(seed, name, data, layers=1) for name in cells}
+        self.headline = list(self.tasks)[-1]
 
     def plot(self, figure: Figure, runs: Mapping[str, Sequence[lab.Run]]) -> None:
         (losses, errors), (bars, sizes) = figure.subplots(2, 2)
@@ -61,10 +64,11 @@ class Compare(lab.Study):
     def remarks(self, runs: Mapping[str, Sequence[lab.Run]]) -> list[str]:
         lines = []
         for label, (run, *_) in runs.items():
-            gates, inputs, hidden = GATES[run.task.cell], 2, run.model.get_parameter("output.weight").shape[1]
+            inputs, hidden = 2, run.model.get_parameter("output.weight").shape[1]
+            gates, said = GATES[run.task.cell], formula(run.task.cell, inputs, hidden)
             lines.append(
                 f"{label}: G H (I + H + 2) = {gates} * {hidden} * ({inputs} + {hidden} + 2) = "
-                f"{formula(run.task.cell, inputs, hidden):,} parameters in the recurrent layer, {counted(run):,} counted"
+                f"{said:,} parameters in the recurrent layer, {counted(run):,} counted"
             )
         return lines
 

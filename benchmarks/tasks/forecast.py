@@ -8,6 +8,7 @@ network reads its own forecasts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class Forecast(lab.Task):
     metric_name = "MAE"
     metric_format = ".2f"
     lower_is_better = True
-    options = {"data": series.NAMES}
+    options: ClassVar = {"data": series.NAMES}
     data_name = "sunspots (statsmodels), yearly"
 
     def __init__(self, seed: int = 0, cell: str | None = None, data: str = "sunspots", layers: int = 2) -> None:

@@ -1,10 +1,10 @@
 """Vanishing and exploding gradients (Bengio, Simard & Frasconi 1994), and what clipping does about the second kind.
 
 The gradient of an answer at the end with respect to the input of an early step is a product with one Jacobian for each
-step in between. Measured here for layers as they start out: the plain RNN's shrinks by a factor a step, with larger
-recurrent weights it grows by one, the gated layers' stays. Then each cell, its recurrent weights scaled up,
-learns the adding problem with its gradients as they are, and with their norm clipped to 1 (Pascanu, Mikolov & Bengio
-2013).
+step in between. Measured here for layers as they start out: the plain RNN's shrinks by some factor at each step, or
+grows where the recurrent weights are large; the gated layers', whose gates start out open, stays. Then each cell, its
+recurrent weights scaled up, learns the adding problem with its gradients as they are, and with their norm clipped to 1
+(Pascanu, Mikolov & Bengio 2013).
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class Gradients(lab.Study):
         )
         for label, (*_, run) in runs.items():
             color, name = plots.CELL_COLORS[run.task.cell], run.task.cell.upper()
-            line = "solid" if "not" in label else "dotted"
-            norms.plot(run.norms, linestyle=line, color=color, label=label, linewidth=1.5, alpha=0.9)
+            if "not" in label:
+                norms.plot(run.norms, color=color, label=name, linewidth=1.5)
             axes = without if "not" in label else clipped
             for part, style in ("training", "solid"), ("validation", "dashed"):
                 values = [getattr(epoch, f"{part}_loss") for epoch in run.epochs]
@@ -86,9 +86,14 @@ class Gradients(lab.Study):
                     label=f"{name}, {part}",
                     linewidth=2.5,
                 )
+        norms.axhline(1, color="black", linestyle="dashed", label="clipping cuts to this")
         plots.logarithmic(norms)
         plots.style(
-            norms, "In training, before clipping", "step of training", "norm of all gradients", {"fontsize": 12}
+            norms,
+            "Not clipped: the norm, step by step",
+            "step of training",
+            "norm of all gradients",
+            {"ncols": 2, "fontsize": 13},
         )
         for axes, title in (without, "Not clipped"), (clipped, "Clipped to a norm of 1"):
             axes.axhline(1 / 6, color=plots.GREY, linestyle="dashdot", label="always 1")
@@ -117,7 +122,7 @@ class Gradients(lab.Study):
 def through_time(layer: str, cell: str, gain: float, seed: int) -> list[float]:
     """Norm of the gradient of the last hidden state's sum by the input of each step, mean over a batch."""
     torch.manual_seed(seed)
-    recurrent = layer_class(layer, cell)(2, 32, batch_first=True)
+    recurrent = Marked(layer_class(layer, cell), LENGTH).recurrent
     with torch.no_grad():
         recurrent.get_parameter("weight_hh_l0").mul_(gain)
     ((steps,), _) = adding(torch.Generator().manual_seed(seed), 64, LENGTH)

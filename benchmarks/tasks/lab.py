@@ -25,7 +25,7 @@ from benchmarks.tasks.layers import layer_class
 Batch = tuple[tuple[Tensor, ...], Tensor]  # the model's inputs, the targets
 
 
-class Lesson:
+class Lesson(ABC):
     """What a task and a study have in common: what the command line needs to know, and what it shows at the end."""
 
     cell: str = "lstm"
@@ -37,8 +37,13 @@ class Lesson:
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     data_name: ClassVar[str]  # a few words for the table of all tasks
 
+    def __init__(self, seed: int = 0, cell: str | None = None) -> None:
+        """``cell``: in place of the task's own."""
+        self.seed = seed
+        self.cell = cell or self.cell
 
-class Task(Lesson, ABC):
+
+class Task(Lesson):
     """One training. ``Task(seed, cell, **options)`` loads the data and splits it."""
 
     epochs: ClassVar[int] = 8
@@ -51,10 +56,6 @@ class Task(Lesson, ABC):
     lower_is_better: ClassVar[bool] = False
     baselines: dict[str, float]  # the metric, on the validation part, of simple answers: the first is the one to beat
     facts: str  # a line on the data
-
-    def __init__(self, seed: int = 0, cell: str | None = None) -> None:
-        self.seed = seed
-        self.cell = cell or self.cell
 
     @abstractmethod
     def model(self, layer: Callable[..., nn.Module]) -> nn.Module:
@@ -94,7 +95,7 @@ class Task(Lesson, ABC):
         return []
 
 
-class Study(Lesson, ABC):
+class Study(Lesson):
     """Several tasks, by label, trained one after another. ``Study(seed, cell, **options)``."""
 
     tasks: dict[str, Task]

@@ -3,8 +3,8 @@
 Each step gives a number from 0 to 1 and a mark. Two steps are marked, one in each half of the sequence, and the answer
 asked for at the end is the sum of their two numbers: whatever learns it has carried the first one over half the
 sequence or more. Always answering 1 has a mean squared error of 1/6. In the plain RNN the gradient that would teach it
-to remember vanishes on its way; the LSTM's cell state passes it on, all the more as its forget gates start out open for
-about as long as the sequence is (Tallec & Ollivier 2018).
+to remember vanishes on its way; the LSTM's cell state passes it on, all the more as its gates start out open for about
+as long as the sequence is (Tallec & Ollivier 2018).
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ class Marked(nn.Module):
         super().__init__()
         self.recurrent = layer(2, hidden, batch_first=True)
         self.output = nn.Linear(hidden, 1)
-        if isinstance(self.recurrent, nn.LSTM):
-            times = torch.empty(hidden).uniform_(1, length - 1)
-            with torch.no_grad():  # biases of the gates i, f, g, o in turn: forget after about so many steps
-                self.recurrent.bias_ih_l0[:hidden] = -times.log()
-                self.recurrent.bias_ih_l0[hidden : 2 * hidden] = times.log()
+        times = torch.empty(hidden).uniform_(1, length - 1)  # after about so many steps each unit is to forget
+        with torch.no_grad():
+            bias = self.recurrent.get_parameter("bias_ih_l0")
+            if isinstance(self.recurrent, nn.LSTM):  # of the gates i, f, g, o in turn
+                bias[: 2 * hidden] = torch.cat([-times.log(), times.log()])
+            elif isinstance(self.recurrent, nn.GRU):  # of r, z, n; an open z keeps
+                bias[hidden : 2 * hidden] = times.log()
 
     def forward(self, steps: Tensor) -> Tensor:
         hidden, _ = self.recurrent(steps)
@@ -44,14 +46,14 @@ class Marked(nn.Module):
 class Adding(lab.Task):
     """``length``: T; ``batches``: of one epoch."""
 
-    epochs = 16
+    epochs = 20
     learning_rate = 2e-2
     decay = True
     clip = 1.0
     metric_name = "MSE"
     lower_is_better = True
 
-    def __init__(self, seed: int = 0, cell: str | None = None, length: int = 30, batches: int = 25) -> None:
+    def __init__(self, seed: int = 0, cell: str | None = None, length: int = 30, batches: int = 40) -> None:
         super().__init__(seed, cell)
         self.length, self.batches = length, batches
         self._validation = adding(torch.Generator().manual_seed(seed), 1000, length)
@@ -78,15 +80,18 @@ class Memory(lab.Study):
     data_name = "adding problem, 100 steps"
     headline = "LSTM, 100 steps"
 
-    def __init__(self, seed: int = 0, cell: str | None = None) -> None:
+    def __init__(
+        self, seed: int = 0, cell: str | None = None, lengths: Sequence[int] = LENGTHS, batches: int = 40
+    ) -> None:
         cells = [cell] if cell else CELLS
-        self.tasks = {f"{c.upper()}, {t} steps": Adding(seed, c, t) for t in LENGTHS for c in cells}
+        self.lengths = lengths
+        self.tasks = {f"{c.upper()}, {t} steps": Adding(seed, c, t, batches) for t in lengths for c in cells}
         self.headline = list(self.tasks)[-1]
 
     def plot(self, figure: Figure, runs: Mapping[str, Sequence[lab.Run]]) -> None:
         curves, final = figure.subplots(1, 2)
         found: dict[str, list[float]] = {}
-        styles = dict(zip(LENGTHS, ("dotted", "dashed", "solid"), strict=True))
+        styles = dict(zip(self.lengths, ("dotted", "dashed", "solid"), strict=False))
         for label, of_label in runs.items():
             run, task = of_label[-1], self.tasks[label]
             assert isinstance(task, Adding)
@@ -95,14 +100,17 @@ class Memory(lab.Study):
             curves.plot(range(1, len(values) + 1), values, label=label, **look)
             found.setdefault(task.cell, []).append(run.best)
         for cell, values in found.items():
-            final.plot(LENGTHS, values, "o-", color=plots.CELL_COLORS[cell], linewidth=2.5, label=cell.upper())
+            final.plot(self.lengths, values, "o-", color=plots.CELL_COLORS[cell], linewidth=2.5, label=cell.upper())
         for axes in curves, final:
             axes.axhline(1 / 6, color=plots.GREY, linestyle="dashdot", label="always 1")
             plots.logarithmic(axes)
         final.set_xscale("log")
-        final.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
-        curves.set_ylim(top=3 * curves.get_ylim()[1])
-        plots.style(curves, "Learning", "epoch", "mean squared error", legend={"ncols": 2, "fontsize": 13})
+        final.set_xticks(self.lengths, [str(length) for length in self.lengths])
+        plots.style(
+            curves, "Learning", "epoch", "mean squared error", {"ncols": 2, "fontsize": 13, "loc": "lower center"}
+        )
+        low, high = curves.get_ylim()
+        curves.set_ylim(low / 20, high)  # room for the legend
         plots.style(final, "The longer, the harder", "steps in the sequence", "mean squared error, best epoch")
 
 

@@ -1,8 +1,8 @@
 """The sentiment model in two processes at once, each with half of every batch, and in one with the whole.
 
 torch's DistributedDataParallel averages the gradients of the processes before each step of the optimizer. With halves
-of equal size that is the gradient of the joined batch, so all runs do the same steps: the losses agree, and so do the
-gradients of one batch, weight by weight. The layers need no change for that, and further machines are further processes.
+of equal size that is the gradient of the joined batch, so all runs do the same steps: the losses agree, and so do
+the gradients of one batch, weight by weight. The layers need no change for that; other machines are more processes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, multiprocessing, nn
@@ -32,7 +32,7 @@ class Parallel(Sentiment):
 
     epochs = 4
     clip = 1.0
-    options = {}
+    options: ClassVar = {}
     layers = ("torch", "fastcells", "one process")
     with_reference = False
     data_name = "4,000 movie-review snippets"
@@ -60,7 +60,7 @@ class Parallel(Sentiment):
         lines = [f"{PROCESSES} processes of one thread each; one process: fastcells with the joined batches"]
         batch = self.training(0)[0]
         found = {run.name: gradients(run, batch) for run in runs}
-        alone = found.pop("one process", None)
+        alone = found.pop("one process", {})
         for name, of_name in found.items() if alone else ():
             apart = difference(of_name, alone)
             lines.append(f"gradients of a batch, {name} in {PROCESSES} processes to one process: {apart:.0e} relative")

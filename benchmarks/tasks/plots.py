@@ -85,7 +85,9 @@ def losses(axes: Axes, runs: Sequence[Run], unit: str = "nats", log: bool = Fals
         color, width = COLORS.get(run.name, GREY), WIDTHS.get(run.name, 2)
         for part, line in ("training", "solid"), ("validation", (0, (2, 1.2))):
             values = [getattr(epoch, f"{part}_loss") for epoch in run.epochs]
-            marker = {"marker": "o", "markersize": width + 3} if few else {}
+            marker: dict[str, Any] = {"marker": "o", "markersize": width + 3} if few else {}
+            if run.name not in WIDTHS:  # crosses on top of the lines
+                line, marker = "none", {"marker": "x", "markersize": 10, "markeredgewidth": 2.5}
             label = f"{run.name}, {part}"
             axes.plot(
                 range(1, len(values) + 1), values, label=label, color=color, linestyle=line, linewidth=width, **marker
@@ -102,7 +104,7 @@ def metrics(axes: Axes, runs: Sequence[Run]) -> None:
     task, count = runs[0].task, max(len(run.epochs) for run in runs)
     for run in runs:
         values = [epoch.metric for epoch in run.epochs]
-        look = {"color": COLORS.get(run.name, GREY), "linewidth": WIDTHS.get(run.name, 2)}
+        look: dict[str, Any] = {"color": COLORS.get(run.name, GREY), "linewidth": WIDTHS.get(run.name, 2)}
         if len(values) == count:
             axes.plot(range(1, count + 1), values, label=run.name, **look)
     for (name, value), line in zip(task.baselines.items(), ("dashed", "dotted", "dashdot"), strict=False):

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.tasks import lab
-from benchmarks.tasks.forecast import Forecast
+from benchmarks.tasks.forecast import Forecast, Forecaster
 from benchmarks.tasks.layers import Reference
 
 Array = NDArray[np.float64]
@@ -69,6 +69,7 @@ class FromScratch(lab.Run):
 
     def loss_and_gradients(self, windows: Array, targets: Array) -> tuple[float, dict[str, Array]]:
         """Windows [N, T, 1] and the values that follow [N]: mean squared error, its gradient by every weight."""
+        assert isinstance(self.model, Forecaster)
         change = self.model.change
         weight, bias = self.adam.parameters["output.weight"], self.adam.parameters["output.bias"]  # [1, H], [1]
         # forward

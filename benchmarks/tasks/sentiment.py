@@ -1,4 +1,4 @@
-"""Is this line of a movie review praise or blame? Embedding, bidirectional recurrent layer, pooling over time, one logit.
+"""Is this line of a movie review praise or blame? Embedding, bidirectional layer, pooling over time, one logit.
 
 The snippets are those of Pang & Lee (2004) with the ratings that Hutto & Gilbert (2014) had people give; see data/.
 Those rated within half a point of neutral, on the scale of -4 to 4, are left out: their sign says little.
@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ class Sentiment(lab.Task):
     learning_rate = 3e-3
     metric_name = "accuracy"
     metric_format = ".1%"
-    options = {"pooling": ("mean", "last", "attention")}
+    options: ClassVar = {"pooling": ("mean", "last", "attention")}
     data_name = "9,014 movie-review snippets"
 
     def __init__(self, seed: int = 0, cell: str | None = None, pooling: str = "mean", limit: int | None = None) -> None:

@@ -7,6 +7,7 @@ taken after every word. The gates come from `fastcells.reference`, which keeps e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class States(Sentiment):
     """``text``: what is read at the end."""
 
     epochs = 8
-    options = {"text": ()}
+    options: ClassVar = {"text": ()}
     data_name = "4,000 movie-review snippets"
 
     def __init__(self, seed: int = 0, cell: str | None = None, text: str = TEXT, limit: int = 4000) -> None:
@@ -71,47 +72,26 @@ class States(Sentiment):
     def plot(self, figure: Figure, runs: Sequence[lab.Run]) -> None:
         found, words = self.read(runs[-1]), tokens(self.text)
         gates = list(GATES[self.cell])
-        figure.set_size_inches(13, 14 if gates else 10)
-        panels = figure.subplots(3 if gates else 2, 1, sharex=False)
-        heat, verdict = panels[0], panels[1]
-        order = np.argsort(found["hidden state"][-1])  # units of blame at one end, of praise at the other
+        figure.set_size_inches(13, 13 if gates else 9)
+        panels = figure.subplots(3 if gates else 2, 1, sharex=True)
         state = "cell state" if self.cell == "lstm" else "hidden state"
+        order = np.argsort(found[state][-1])  # units that end alike lie side by side
         shown = found[state][:, order].T
         bound = float(np.abs(shown).max())
-        plots.heat(
-            figure,
-            heat,
-            shown,
-            f"{state.capitalize()} of each unit",
-            "",
-            "unit",
-            "value",
-            cmap="RdBu",
-            vmin=-bound,
-            vmax=bound,
-        )
-        verdict.plot(found["verdict"], "o-", color="black", linewidth=2.5, label="verdict so far")
-        verdict.axhline(0.5, color=plots.GREY, linestyle="dashed", label="undecided")
-        verdict.set_ylim(0, 1)
-        plots.style(verdict, "Blame or praise?", "", "probability of praise")
+        colors = {"cmap": "RdBu", "vmin": -bound, "vmax": bound}
+        plots.heat(figure, panels[0], shown, f"{state.capitalize()} of each unit", "", "unit", "value", **colors)
+        panels[0].set_yticks([])
+        panels[1].plot(found["verdict"], "o-", color="black", linewidth=2.5, label="verdict so far")
+        panels[1].axhline(0.5, color=plots.GREY, linestyle="dashed", label="undecided")
+        plots.style(panels[1], "Blame or praise?", "", "probability of praise")
+        for name, color in zip(gates, ("#c8553d", "#1f4e79", "#4f9d69"), strict=False):
+            panels[2].plot(found[name].mean(axis=1), "o-", color=color, linewidth=2.5, label=name)
         if gates:
-            for name, color in zip(gates, ("#c8553d", "#1f4e79", "#4f9d69"), strict=False):
-                values = found[name]
-                panels[2].plot(values.mean(axis=1), "o-", color=color, linewidth=2.5, label=name)
-                panels[2].fill_between(
-                    range(len(words)), *np.quantile(values, (0.1, 0.9), axis=1), color=color, alpha=0.12
-                )
-            panels[2].set_ylim(0, 1)
-            plots.style(
-                panels[2],
-                "Gates: mean over the units, and where 80 % of them lie",
-                "",
-                "open (1) or closed (0)",
-                {"ncols": 3, "fontsize": 15},
-            )
-        for panel in panels:
-            panel.set_xticks(range(len(words)), words, rotation=55, ha="right", rotation_mode="anchor")
-            panel.set_xlim(-0.5, len(words) - 0.5)
+            plots.style(panels[2], "Gates, mean over the units", "", "0 closed, 1 open", {"ncols": 3, "fontsize": 15})
+        for panel in panels[1:]:
+            panel.set_ylim(0, 1)
+        panels[-1].set_xticks(range(len(words)), words, rotation=50, ha="right", rotation_mode="anchor", fontsize=17)
+        panels[-1].set_xlim(-0.5, len(words) - 0.5)
 
     def remarks(self, runs: Sequence[lab.Run]) -> list[str]:
         verdicts = self.read(runs[-1])["verdict"]

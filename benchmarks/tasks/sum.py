@@ -1,9 +1,9 @@
 """A recurrent network that adds up the numbers of a sequence, trained on short ones and asked for longer ones.
 
 After each number the network is to say the sum so far. With rectified units there is an exact answer for sequences of
-any length: one unit that adds up, h_t = relu(x_t + h_{t-1}), and one for the negative part. Training on 20 numbers comes
-close enough to it that 100 are added with an error of a few per cent. (Try ``--cell lstm``, which only learns the range
-it has seen.)
+any length: one unit that adds up, h_t = relu(x_t + h_{t-1}), and one for the negative part. Training on 20 numbers
+comes close enough to it that 100 are added with a small error. (Try ``--cell lstm``, which learns no more than the
+range it has seen.)
 """
 
 from __future__ import annotations
