@@ -32,7 +32,8 @@ def add(commands: Any) -> None:
     parser.add_argument("name", metavar="NAME", nargs="?", choices=[*tasks.TASKS, "all"], help=listed)
     layers = "only this one; may be repeated (default: torch and fastcells, in turn)"
     parser.add_argument("--layer", choices=ALL_LAYERS, action="append", help=layers)
-    parser.add_argument("--cell", choices=["lstm", "gru", "rnn"], help="default: the task's own")
+    cells = "lstm, gru or rnn, for forecast also relu-lstm (default: the task's own)"
+    parser.add_argument("--cell", metavar="NAME", help=cells)
     parser.add_argument("--epochs", type=whole(1, 10_000), metavar="N", help="default: the task's own")
     seeded = "of split, weights, batches and dropout; default: 0"
     parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N", help=seeded)
@@ -96,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int | None:
         arguments.fail(f"argument --{next(iter(options))}: not for all tasks")
     began, rows, missing = perf_counter(), [], 0
     for name in names:
-        if not everything:
+        if not everything or arguments.cell is not None:
             _check_options(arguments, name, options)
         try:
             rows.append(run_one(console, name, arguments, options, files[name]))
@@ -176,7 +177,12 @@ def _check_plot(arguments: argparse.Namespace, path: Path) -> None:
 
 def _check_options(arguments: argparse.Namespace, name: str, options: dict[str, str]) -> None:
     """Refuse an option that the task does not have, or a value that is none of its choices."""
-    known = tasks.load(name).options if options else {}
+    lesson = tasks.load(name)
+    if arguments.cell is not None and arguments.cell not in lesson.cells:
+        arguments.fail(f"argument --cell: invalid choice: {arguments.cell!r} (choose from {', '.join(lesson.cells)})")
+    if arguments.cell not in (None, "lstm", "gru", "rnn") and "reference" in (arguments.layer or ()):
+        arguments.fail(f"argument --layer: the reference has no {arguments.cell}")
+    known = lesson.options
     for option, value in options.items():
         if option not in known:
             arguments.fail(f"argument --{option}: {name} has no such option")

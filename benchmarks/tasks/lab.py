@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks.tasks import plots
-from benchmarks.tasks.layers import layer_class
+from benchmarks.tasks.layers import CELLS, layer_class
 
 Batch = tuple[tuple[Tensor, ...], Tensor]  # the model's inputs, the targets
 
@@ -29,6 +29,7 @@ class Lesson(ABC):
     """What a task and a study have in common: what the command line needs to know, and what it shows at the end."""
 
     cell: str = "lstm"
+    cells: ClassVar[tuple[str, ...]] = tuple(CELLS)
     #: The layers compared where the command line names none.
     layers: ClassVar[tuple[str, ...]] = ("torch", "fastcells")
     #: Whether the reference joins in for an epoch when all tasks run.

@@ -6,7 +6,8 @@ lengths in a padded batch: past its end a sequence's output is zero, and its fin
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastcells.nn
-from fastcells import reference
+from fastcells import reference, variants
 
 LAYERS = ("torch", "fastcells", "reference")
 CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
+RELU_LSTM = "relu-lstm"  # of torch, by a loop, and of fastcells
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class Packing(nn.RNNBase):
@@ -30,6 +33,30 @@ class Packing(nn.RNNBase):
         packed_output, state = super().forward(packed, state)
         steps = x.shape[1 if self.batch_first else 0]
         return pad_packed_sequence(packed_output, self.batch_first, total_length=steps)[0], state
+
+
+class ReluLSTM(nn.LSTM):
+    """The LSTM with relu in place of tanh, Keras's LSTM(activation="relu"): torch.nn has none, so a loop over time.
+
+    One direction, batch_first, from a state of zeros.
+    """
+
+    def forward(self, x: Tensor, state: Any = None, lengths: Tensor | None = None) -> Any:
+        if state is not None or lengths is not None or not self.batch_first or self.bidirectional:
+            raise NotImplementedError("state, lengths, time first, bidirectional: this loop has none of them")
+        finals = []
+        for k in range(self.num_layers):
+            w_ih, w_hh, b_ih, b_hh = (getattr(self, f"{name}_l{k}") for name in WEIGHTS)
+            h = c = x.new_zeros(len(x), self.hidden_size)
+            outputs = []
+            for x_t in x.unbind(1):
+                i, f, g, o = (x_t @ w_ih.T + b_ih + h @ w_hh.T + b_hh).chunk(4, dim=1)
+                c = f.sigmoid() * c + i.sigmoid() * g.relu()
+                h = o.sigmoid() * c.relu()
+                outputs.append(h)
+            x = torch.stack(outputs, dim=1)
+            finals.append((h, c))
+        return x, tuple(torch.stack(s) for s in zip(*finals, strict=True))
 
 
 class Reference(nn.RNNBase):
@@ -75,8 +102,12 @@ class _Bptt(torch.autograd.Function):
 
 
 @cache
-def layer_class(layer: str, cell: str) -> type[nn.RNNBase]:
-    """The class of a name in LAYERS and a name in CELLS."""
+def layer_class(layer: str, cell: str) -> Callable[..., Any]:
+    """The class of a name in LAYERS and a name in CELLS, or RELU_LSTM."""
+    if cell == RELU_LSTM:
+        if layer == "torch":
+            return ReluLSTM
+        return partial(fastcells.nn.Recurrent, variants.lstm(activation="relu"))
     name = CELLS[cell]
     if layer == "fastcells":
         return getattr(fastcells.nn, name)

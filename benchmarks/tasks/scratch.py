@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks.tasks import lab
 from benchmarks.tasks.forecast import Forecast, Forecaster
-from benchmarks.tasks.layers import Reference
+from benchmarks.tasks.layers import CELLS, Reference
 
 Array = NDArray[np.float64]
 
@@ -90,6 +90,8 @@ class Scratch(Forecast):
     """`Forecast` with one layer, in float64, and a reference that is NumPy from end to end."""
 
     epochs = 20
+    cells = tuple(CELLS)
+    clip = None  # the optimizer below does not
     dtype = torch.float64
     layers = ("torch", "fastcells", "reference")
 
