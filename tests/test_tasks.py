@@ -47,7 +47,7 @@ SMALL = {
     "forecast": Forecast,
     "compare": Compare,
     "sentiment": partial(Small, limit=200),
-    "chargen": partial(Chargen, limit=100),
+    "chargen": partial(Chargen, limit=100, streams=8),
     "seq2seq": partial(Seq2seq, size=128),
     "memory": partial(Memory, lengths=(5, 10), batches=5),
     "gradients": partial(Gradients, batches=5),
@@ -84,12 +84,11 @@ def trained(task, layers, epochs):
         (partial(Forecast, cell="gru", layers=1), 20, 0.7),
         (partial(Forecast, cell="relu-lstm"), 20, 0.85),
         (partial(Forecast, data="co2", layers=1), 6, 0.5),
-        (partial(Forecast, data="sine", layers=1), 6, 0.75),
         (partial(Chargen, limit=600), 3, 0.55),
         (partial(Adding, cell="lstm", length=20), 12, 0.25),
         (partial(Scratch), 20, 0.7),
     ],
-    ids=["sum", "forecast", "compare-rnn", "compare-gru", "relu", "co2", "sine", "chargen", "memory", "scratch"],
+    ids=["sum", "forecast", "compare-rnn", "compare-gru", "relu", "co2", "chargen", "memory", "scratch"],
 )
 def test_error_falls_below_a_share_of_the_simple_answers(make, epochs, share):
     (run,) = trained(make(), ["fastcells"], epochs)
@@ -100,13 +99,11 @@ def test_error_falls_below_a_share_of_the_simple_answers(make, epochs, share):
     ("make", "epochs", "margin"),
     [
         (partial(Small, limit=3000), 8, 0.15),  # guessing has a standard deviation of 0.024
-        (partial(Small, limit=3000, pooling="last"), 8, 0.1),
-        (partial(Small, limit=3000, pooling="attention"), 8, 0.15),
         (partial(Seq2seq, size=2000), 4, 0.4),
         (Classify, 10, 0.5),
         (partial(States, limit=3000), 8, 0.1),
     ],
-    ids=["sentiment", "sentiment-last", "sentiment-attention", "seq2seq", "classify", "states"],
+    ids=["sentiment", "seq2seq", "classify", "states"],
 )
 def test_accuracy_beats_the_simple_answer(make, epochs, margin):
     (run,) = trained(make(), ["fastcells"], epochs)
@@ -129,7 +126,7 @@ ALIKE = {
     "sentiment": partial(Small, limit=200),
     "sentiment-last": partial(Small, limit=200, pooling="last"),
     "sentiment-attention": partial(Small, limit=200, pooling="attention"),
-    "chargen": partial(Chargen, limit=60),
+    "chargen": partial(Chargen, limit=60, streams=8),
     "seq2seq": partial(Seq2seq, size=128),
     "memory": partial(Adding, cell="lstm", length=20, batches=5),
     "gradients": lambda: Gradients(batches=5).tasks["GRU, clipped"],
@@ -288,14 +285,14 @@ def test_an_epoch_has_every_snippet_once_in_an_order_of_its_seed():
 
 
 def test_stretches_go_on_where_the_ones_before_ended():
-    task = Chargen(limit=100)
+    task = Chargen(limit=100, streams=8)
     batches = task.training(0)
     for ((_,), targets), ((inputs,), _) in pairwise(batches):
         assert torch.equal(targets[:, -1], inputs[:, 0])
 
 
 def test_a_carried_state_is_that_of_one_long_call():
-    task = Chargen(limit=100)
+    task = Chargen(limit=100, streams=8)
     model = task.model(layers.layer_class("fastcells", "lstm")).eval()
     with torch.no_grad():
         stretches = [inputs for (inputs,), _ in task.training(0)[:3]]
@@ -422,8 +419,9 @@ def test_command_shows_tables_and_plot(name, quick, tmp_path, monkeypatch, capsy
     assert (tmp_path / "results" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("cell", ["rnn", "gru"])
-@pytest.mark.parametrize("name", ["memory", "gradients", "compare", "states", "seq2seq", "chargen"])
+@pytest.mark.parametrize(
+    ("name", "cell"), [("memory", "gru"), ("states", "gru"), ("states", "rnn"), ("seq2seq", "lstm"), ("chargen", "gru")]
+)
 def test_other_cells(name, cell, quick, tmp_path):
     main(["tasks", name, "--epochs", "1", "--cell", cell, "--layer", "fastcells", "--plot", str(tmp_path / "a.png")])
     assert (tmp_path / "a.png").stat().st_size > 0

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.tasks import lab, plots
 from benchmarks.tasks.sentiment import reviews
 
-STREAMS, STRETCH = 32, 64
+STRETCH = 64
 VALIDATION = 0.1
 COMMON = 100  # of a character, fewer times and it is left out
 TEMPERATURES = (0.3, 0.7, 1.0)
@@ -49,7 +49,7 @@ class Writer(nn.Module):
 
 
 class Chargen(lab.Task):
-    """``limit`` keeps only so many reviews, for a quick look."""
+    """``limit`` keeps only so many reviews, and ``streams`` run side by side."""
 
     epochs = 6
     learning_rate = 5e-3
@@ -59,7 +59,7 @@ class Chargen(lab.Task):
     lower_is_better = True
     data_name = "characters of 3,000 review snippets"
 
-    def __init__(self, seed: int = 0, cell: str | None = None, limit: int = 3000) -> None:
+    def __init__(self, seed: int = 0, cell: str | None = None, limit: int = 3000, streams: int = 32) -> None:
         super().__init__(seed, cell)
         texts = [text for text, _ in reviews()]
         random.Random(seed).shuffle(texts)
@@ -68,7 +68,7 @@ class Chargen(lab.Task):
         self.numbers = {character: number for number, character in enumerate(self.characters)}
         data = torch.tensor([self.numbers[c] for c in text if c in self.numbers])
         split = round(len(data) * (1 - VALIDATION))
-        self._training, self._validation = _stretches(data[:split]), _stretches(data[split:])
+        self._training, self._validation = _stretches(data[:split], streams), _stretches(data[split:], streams)
         counts = torch.bincount(data[:split], minlength=len(self.characters)).double()
         seen = torch.cat([targets.flatten() for _, targets in self._validation])
         surprise = -(counts / counts.sum()).log()[seen].mean().item()
@@ -142,8 +142,8 @@ class Chargen(lab.Task):
         return lines + [f"temperature {t}: {self.write(runs[-1], t, 150)[0]!r}" for t in TEMPERATURES]
 
 
-def _stretches(data: Tensor) -> list[lab.Batch]:
-    """STREAMS side by side, cut into batches of STRETCH characters [STREAMS, STRETCH] and the ones after each."""
-    steps = (len(data) - 1) // STREAMS // STRETCH * STRETCH
-    now, after = (data[shift : shift + STREAMS * steps].view(STREAMS, steps) for shift in (0, 1))
+def _stretches(data: Tensor, streams: int) -> list[lab.Batch]:
+    """Streams side by side, cut into batches of STRETCH characters [streams, STRETCH] and the ones after each."""
+    steps = (len(data) - 1) // streams // STRETCH * STRETCH
+    now, after = (data[shift : shift + streams * steps].view(streams, steps) for shift in (0, 1))
     return [((x,), y) for x, y in zip(now.split(STRETCH, dim=1), after.split(STRETCH, dim=1), strict=True)]

@@ -41,7 +41,7 @@ class ReluLSTM(nn.LSTM):
     One direction, batch_first, from a state of zeros.
     """
 
-    def forward(self, x: Tensor, state: Any = None, lengths: Tensor | None = None) -> Any:
+    def forward(self, x: Tensor, state: Any = None, lengths: Tensor | None = None) -> Any:  # type: ignore[override]
         if state is not None or lengths is not None or not self.batch_first or self.bidirectional:
             raise NotImplementedError("state, lengths, time first, bidirectional: this loop has none of them")
         finals = []
