@@ -30,7 +30,9 @@ def add(commands: Any) -> None:
     )
     listed = "one of those below, or all; without it: list the tasks"
     parser.add_argument("name", metavar="NAME", nargs="?", choices=[*tasks.TASKS, "all"], help=listed)
-    layers = "only this one; may be repeated (default: torch and fastcells, in turn)"
+    layers = (
+        "only this one; may be repeated; beside others the reference trains one epoch (default: torch and fastcells)"
+    )
     parser.add_argument("--layer", choices=ALL_LAYERS, action="append", help=layers)
     cells = "lstm, gru or rnn, for forecast also relu-lstm (default: the task's own)"
     parser.add_argument("--cell", metavar="NAME", help=cells)
@@ -140,12 +142,14 @@ def run_one(
             show.progress(console, runs[label], epochs, by_epoch=len(parts) == 1)
         console.print(show.results(runs), "")
         figure = plots.new(f"{name}: {'' if len(parts) > 1 else first.cell.upper() + ', '}{threads}")
+        # What stopped early has learned too little to be shown.
+        full = {label: [run for run in part if len(run.epochs) == epochs] for label, part in runs.items()}
         if isinstance(lesson, lab.Study):
-            remarks = lesson.remarks(runs)
-            lesson.plot(figure, runs)
+            remarks = lesson.remarks(full)
+            lesson.plot(figure, full)
         else:
-            remarks = lesson.remarks(runs[""])
-            lesson.plot(figure, runs[""])
+            remarks = lesson.remarks(full[""])
+            lesson.plot(figure, full[""])
     finally:
         for part in runs.values():
             for run in part:

@@ -76,12 +76,11 @@ def whole_epochs(axes: Axes, count: int) -> None:
 
 
 def losses(axes: Axes, runs: Sequence[Run], unit: str = "nats", log: bool = False) -> None:
-    """Loss by epoch of training and validation. Runs that stopped early are left out."""
+    """Loss by epoch of training and validation."""
     from benchmarks.tasks import lab
 
-    full = [run for run in runs if len(run.epochs) == max(len(run.epochs) for run in runs)]
-    few = len(full[0].epochs) <= 20  # epochs: each gets a marker
-    for run in full:
+    few = len(runs[0].epochs) <= 20  # epochs: each gets a marker
+    for run in runs:
         color, width = COLORS.get(run.name, GREY), WIDTHS.get(run.name, 2)
         for part, line in ("training", "solid"), ("validation", (0, (2, 1.2))):
             values = [getattr(epoch, f"{part}_loss") for epoch in run.epochs]
@@ -94,19 +93,18 @@ def losses(axes: Axes, runs: Sequence[Run], unit: str = "nats", log: bool = Fals
             )
     if log:
         logarithmic(axes)
-    apart = f": apart by at most {max(lab.loss_differences(*full[:2])):.0e}" if len(full) > 1 else ""
+    apart = f": apart by at most {max(lab.loss_differences(*runs[:2])):.0e}" if len(runs) > 1 else ""
     style(axes, "Loss" + apart, "epoch", f"mean loss ({unit})", legend={"handlelength": 3})
-    whole_epochs(axes, len(full[0].epochs))
+    whole_epochs(axes, len(runs[0].epochs))
 
 
 def metrics(axes: Axes, runs: Sequence[Run]) -> None:
     """The metric by epoch, with the simple answers as lines across."""
-    task, count = runs[0].task, max(len(run.epochs) for run in runs)
+    task, count = runs[0].task, len(runs[0].epochs)
     for run in runs:
         values = [epoch.metric for epoch in run.epochs]
         look: dict[str, Any] = {"color": COLORS.get(run.name, GREY), "linewidth": WIDTHS.get(run.name, 2)}
-        if len(values) == count:
-            axes.plot(range(1, count + 1), values, label=run.name, **look)
+        axes.plot(range(1, count + 1), values, label=run.name, **look)
     for (name, value), line in zip(task.baselines.items(), ("dashed", "dotted", "dashdot"), strict=False):
         axes.axhline(value, color=GREY, linestyle=line, linewidth=2, label=name)
     if task.metric_format.endswith("%"):
@@ -116,17 +114,16 @@ def metrics(axes: Axes, runs: Sequence[Run]) -> None:
 
 
 def times(axes: Axes, runs: Sequence[Run]) -> None:
-    """Seconds of training by epoch, as bars side by side. Runs that stopped early are left out."""
+    """Seconds of training by epoch, as bars side by side."""
     from benchmarks.tasks import lab
 
-    full = [run for run in runs if len(run.epochs) == max(len(run.epochs) for run in runs)]
-    width = 0.8 / len(full)
-    for place, run in enumerate(full):
-        middles = [number + 1 + width * (place - (len(full) - 1) / 2) for number in range(len(run.epochs))]
+    width = 0.8 / len(runs)
+    for place, run in enumerate(runs):
+        middles = [number + 1 + width * (place - (len(runs) - 1) / 2) for number in range(len(run.epochs))]
         color = COLORS.get(run.name, GREY)
         seconds = [epoch.seconds for epoch in run.epochs]
         axes.bar(middles, seconds, width=width, color=color, label=f"{run.name}, median {run.seconds:.2g} s")
     axes.margins(y=0.3)  # room for the legend
-    ratio = f": {median(lab.speedups(*full[:2])):.2f}x speed-up" if len(full) > 1 else ""
+    ratio = f": {median(lab.speedups(*runs[:2])):.2f}x speed-up" if len(runs) > 1 else ""
     style(axes, "Time" + ratio, "epoch", "training epoch (seconds)", legend={"handlelength": 3})
-    whole_epochs(axes, len(full[0].epochs))
+    whole_epochs(axes, len(runs[0].epochs))
