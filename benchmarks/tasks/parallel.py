@@ -120,6 +120,7 @@ class Distributed(lab.Run):
         for worker in self.workers:
             worker.join(10)
             worker.kill()
+            worker.join()
         self.meeting.cleanup()
 
 
