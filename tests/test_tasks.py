@@ -406,7 +406,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(tasks, "load", small)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "parallel"])
 def test_command_shows_tables_and_plot(name, quick, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["tasks", name, "--epochs", "2"])
@@ -422,6 +422,12 @@ def test_command_shows_tables_and_plot(name, quick, tmp_path, monkeypatch, capsy
 )
 def test_other_cells(name, cell, quick, tmp_path):
     main(["tasks", name, "--epochs", "1", "--cell", cell, "--layer", "fastcells", "--plot", str(tmp_path / "a.png")])
+    assert (tmp_path / "a.png").stat().st_size > 0
+
+
+def test_command_runs_two_processes(quick, tmp_path, capsys):
+    main(["tasks", "parallel", "--epochs", "1", "--layer", "fastcells", "--plot", str(tmp_path / "a.png")])
+    assert "2 processes" in capsys.readouterr().out
     assert (tmp_path / "a.png").stat().st_size > 0
 
 

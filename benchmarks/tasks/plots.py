@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
@@ -61,7 +62,7 @@ def logarithmic(axes: Axes) -> None:
 
 def heat(figure: Figure, axes: Axes, values: Any, title: str, x: str, y: str, unit: str, **options: Any) -> None:
     """A heat map [rows, columns] with its scale; ``options``: matplotlib's, for imshow."""
-    image = axes.imshow(values, aspect="auto", interpolation="nearest", **options)
+    image = axes.imshow(np.asarray(values), aspect="auto", interpolation="nearest", **options)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label(unit, fontsize=15)
     bar.ax.tick_params(labelsize=13)
