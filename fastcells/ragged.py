@@ -70,9 +70,8 @@ class Ragged:
         order = np.argsort(-length, kind="stable")
         column, start, length, follows = column[order], start[order], length[order], follows[order]
         self._column = column
-        self.batch_sizes = torch.from_numpy(
-            len(length) - np.searchsorted(length[::-1], np.arange(length[0]), side="right")
-        )
+        self._counts = len(length) - np.searchsorted(length[::-1], np.arange(length[0]), side="right")
+        self.batch_sizes = torch.from_numpy(self._counts)
         # Which stretches a direction enters after a reset, and the one that it leaves each sequence from.
         self._after_reset = [follows if resets is None else resets[column, start], follows]
         self._leaves = [self._at(~follows), self._at(start == 0)]
@@ -92,24 +91,28 @@ class Ragged:
         return torch.from_numpy(numbers).to(self._device)
 
     @cached_property
-    def _token(self) -> Tensor:
+    def _tokens(self) -> np.ndarray:
         """[rows]: which token each packed row is."""
-        counts = self.batch_sizes.numpy()
+        counts = self._counts
         begin = np.cumsum(counts) - counts
         # The rows of a step are the first stretches, each as many steps on.
-        token = np.arange(counts.sum()) - np.repeat(begin, counts)
-        return self._table(self._first_token[token] + np.repeat(np.arange(len(counts)) * self._step, counts))
+        stretch = np.arange(counts.sum()) - np.repeat(begin, counts)
+        return self._first_token[stretch] + np.repeat(np.arange(len(counts)) * self._step, counts)
 
     @cached_property
-    def _columns(self) -> Tensor:
-        return self._table(self._column)
+    def _token(self) -> Tensor:
+        return self._table(self._tokens[: self.tokens])
 
     @cached_property
     def _row(self) -> Tensor:
         """[tokens of T steps]: which packed row each token is; past the end of a sequence, a row after the last."""
         row = np.full(self._shape[0] * self._shape[1], self.tokens)
-        row[self._token[: self.tokens].cpu().numpy()] = np.arange(self.tokens)
+        row[self._tokens[: self.tokens]] = np.arange(self.tokens)
         return self._table(row)
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        return self._table(self._column)
 
     def pack(self, x: Tensor) -> Tensor:
         """Tokens [T, N, F] ([N, T, F] with batch_first) -> packed rows [rows, F]."""
@@ -123,7 +126,7 @@ class Ragged:
 
     def unpack(self, y: Tensor) -> Tensor:
         """Packed rows [rows, F] -> tokens [T, N, F] ([N, T, F]), zero past the end of a sequence."""
-        return _Rows.apply(y[: self.tokens], self._row, self._token[: self.tokens]).view(*self._shape, -1)
+        return _Rows.apply(y[: self.tokens], self._row, self._token).view(*self._shape, -1)
 
     def enter(self, states: States | None, reset_to: States | Literal[0] | None, directions: int) -> States | None:
         """Initial states of the sequences, [R, N, F] each -> those of the stretches, [R, stretches, F].
@@ -166,7 +169,7 @@ class Ragged:
 
 def backward_in_time(rows: Tensor, batch_sizes: Tensor) -> Tensor:
     """Packed rows [total, F] with the steps of every sequence in the opposite order."""
-    counts = batch_sizes.numpy()
+    counts = _numpy(batch_sizes)
     steps, begin = np.arange(len(counts)), np.cumsum(counts) - counts
     sequence = np.arange(len(rows)) - np.repeat(begin, counts)
     lengths = len(counts) - np.searchsorted(counts[::-1], np.arange(counts[0]), side="right")
@@ -203,7 +206,7 @@ class _Rows(torch.autograd.Function):
 
 def _checked_lengths(lengths: Lengths, steps: int, size: int) -> np.ndarray:
     if isinstance(lengths, Tensor):
-        kind, given = str(lengths.dtype), lengths.detach().cpu().numpy()
+        kind, given = str(lengths.dtype), _numpy(lengths)
     else:
         given = np.asarray(lengths)
         kind = type(lengths).__name__ + ("" if given.ndim == 0 else f" of {given.dtype}")
@@ -227,5 +230,10 @@ def _checked_reset(reset: Tensor, shape: tuple[int, int], batch_first: bool) -> 
         raise TypeError(f"reset must be a bool Tensor, got {given}")
     if reset.shape != shape:
         raise ValueError(f"reset must have shape {shape}, as the input's sequences and steps, got {tuple(reset.shape)}")
-    resets = reset.cpu().numpy()
+    resets = _numpy(reset)
     return resets if batch_first else resets.T
+
+
+def _numpy(t: Tensor) -> np.ndarray:
+    with torch._C._DisableFuncTorch():  # within its transforms, an operation even on a plain tensor has no numbers
+        return t.cpu().numpy()
