@@ -72,7 +72,8 @@ def layer(
     reset: Tensor | None = None,
     reset_to: tuple[Tensor, ...] | Literal[0] | None = None,
     reverse: bool = False,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return_cell_states: bool = False,
+) -> tuple[Any, ...]:
     """Run a recurrent layer over time, differentiably.
 
     cell: the recurrent cell. x: [T, N, I], any strides, or packed rows [total, I] with batch_sizes, an int64 tensor [T]
@@ -90,14 +91,16 @@ def layer(
     reverse: the only direction there is runs backward in time.
 
     Returns y, [T, N, D * H] or [total, D * H], zero past the end of a sequence, and the final states, shaped as the
-    initial ones, at each sequence's true end (which is step 0 backward in time).
+    initial ones, at each sequence's true end (which is step 0 backward in time). With return_cell_states also what the
+    cell's other states were after every step, a tuple of tensors laid out as y.
 
     Raises TypeError, ValueError for arguments that do not fit together, RuntimeError for tensors that the engine does
     not take (see `refusal`): float32 or float64 throughout, on the CPU.
     """
     _check(cell, x, states, parameters, batch_sizes, inputs)
+    run = partial(unchecked_layer, return_cell_states=return_cell_states)
     if lengths is None and reset is None and not reverse:
-        return unchecked_layer(cell, x, states, parameters, batch_sizes, inputs)
+        return run(cell, x, states, parameters, batch_sizes, inputs)
     directions = len(parameters)
     if reverse and directions > 1:
         raise ValueError("reverse must be False with the parameters of 2 directions, the second of which is reverse")
@@ -107,17 +110,18 @@ def layer(
         turn = partial(backward_in_time, batch_sizes=batch_sizes)
         each = [name in cell.step_inputs for name in cell.fed]
         fed = [torch.stack([turn(d) for d in t]) if e else t for t, e in zip(inputs, each, strict=True)]
-        y, finals = unchecked_layer(cell, turn(x), states, parameters, batch_sizes, fed)
-        return turn(y), finals
+        y, finals, *others = run(cell, turn(x), states, parameters, batch_sizes, fed)
+        return turn(y), finals, *(tuple(map(turn, t)) for t in others)
     if isinstance(reset_to, tuple):
         _check(cell, x, reset_to, parameters, batch_sizes, inputs, "reset_to")
     ragged = Ragged(x.shape[0], x.shape[1], lengths, reset, reverse=reverse)
     entered = ragged.enter(states, reset_to, directions)
     if ragged.whole:
-        return unchecked_layer(cell, x, entered, parameters, inputs=inputs)
+        return run(cell, x, entered, parameters, inputs=inputs)
     fed = [ragged.spread(t) if t.dim() == 3 else torch.stack([ragged.pack(d) for d in t]) for t in inputs]
-    y, finals = unchecked_layer(cell, ragged.pack(x), entered, parameters, ragged.batch_sizes, fed)
-    return ragged.unpack(y), ragged.leave(finals, states, directions)
+    y, finals, *others = run(cell, ragged.pack(x), entered, parameters, ragged.batch_sizes, fed)
+    finals = ragged.leave(finals, states, directions)
+    return ragged.unpack(y), finals, *(tuple(map(ragged.unpack, t)) for t in others)
 
 
 def unchecked_layer(
@@ -127,15 +131,16 @@ def unchecked_layer(
     parameters: Sequence[Parameters],
     batch_sizes: Tensor | None = None,
     inputs: Sequence[Tensor] = (),
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return_cell_states: bool = False,
+) -> tuple[Any, ...]:
     """`layer` for callers that have checked the arguments themselves: kernels go by raw addresses.
 
     Under torch.profiler it is named after the cell, fastcells::lstm, and its backward fastcells::lstm_backward.
     """
     if torch.autograd._profiler_enabled():
         with record_function(f"fastcells::{cell.name}"):
-            return _run(cell, x, states, parameters, batch_sizes, inputs)
-    return _run(cell, x, states, parameters, batch_sizes, inputs)
+            return _run(cell, x, states, parameters, batch_sizes, inputs, return_cell_states)
+    return _run(cell, x, states, parameters, batch_sizes, inputs, return_cell_states)
 
 
 def _run(
@@ -145,15 +150,24 @@ def _run(
     parameters: Sequence[Parameters],
     batch_sizes: Tensor | None,
     inputs: Sequence[Tensor],
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return_cell_states: bool,
+) -> tuple[Any, ...]:
     tensors = [x, *(states or ()), *inputs, *flat(parameters)]
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
-        y, *finals = _Layer.apply(cell, batch_sizes, len(parameters), states is not None, *tensors)
-        return y, tuple(finals)
+        y, *more = _Layer.apply(cell, batch_sizes, len(parameters), states is not None, return_cell_states, *tensors)
+        count = len(cell.states)
+        return (y, tuple(more[:count]), tuple(more[count:])) if return_cell_states else (y, tuple(more))
     sequences = cpu.Sequences(x, batch_sizes)
     _, _, _, whole = _split(cell, len(parameters), states is not None, tensors)
-    y, finals, _ = cpu.forward(cell, x, states, whole, sequences, training=False, inputs=inputs)
-    return y, finals
+    y, finals, saved = cpu.forward(cell, x, states, whole, sequences, training=return_cell_states, inputs=inputs)
+    return (y, finals, _others(cell, y, saved)) if return_cell_states else (y, finals)
+
+
+def _others(cell: Cell, y: Tensor, saved: cpu.Saved) -> tuple[Tensor, ...]:
+    """The states of every step but the hidden ones, the directions side by side; laid out as y."""
+    directions = len(saved.slots)
+    each = len(saved.series) // directions
+    return tuple(torch.cat(saved.series[j::each], -1).view(*y.shape[:-1], -1) for j in range(len(cell.states) - 1))
 
 
 def _check(cell, x, states, parameters, batch_sizes, inputs, states_name="states") -> None:
@@ -247,7 +261,7 @@ def _split(cell: Cell, directions: int, given: bool, tensors: Sequence) -> tuple
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, cell, batch_sizes, directions, given, *tensors):
+    def forward(ctx, cell, batch_sizes, directions, given, return_cell_states, *tensors):
         x, states, inputs, parameters = _split(cell, directions, given, tensors)
         sequences = cpu.Sequences(x, batch_sizes)
         ctx.feed = any([t.requires_grad for t in inputs])
@@ -256,7 +270,7 @@ class _Layer(torch.autograd.Function):
         ctx.cell, ctx.sequences, ctx.batch_sizes, ctx.plan = cell, sequences, batch_sizes, saved.plan
         ctx.directions, ctx.given, ctx.inputs = directions, given, len(tensors)
         ctx.save_for_backward(*tensors, y, *saved.slots, *saved.series)
-        return y, *finals
+        return y, *finals, *(_others(cell, y, saved) if return_cell_states else ())
 
     @staticmethod
     def backward(ctx, dy, *dstates):
@@ -269,9 +283,9 @@ class _Layer(torch.autograd.Function):
 def _backward(ctx, dy, *dstates):
     tensors = ctx.saved_tensors
     inputs, (y, *rest) = tensors[: ctx.inputs], tensors[ctx.inputs :]
-    needs = ctx.needs_input_grad[4:]
+    needs = ctx.needs_input_grad[5:]
     if torch.is_grad_enabled():  # create_graph: the derivative must itself be differentiable
-        return None, None, None, None, *_differentiable(ctx, inputs, needs, dy, dstates)
+        return None, None, None, None, None, *_differentiable(ctx, inputs, needs, dy, dstates)
     x, states, fed, parameters = _split(ctx.cell, ctx.directions, ctx.given, inputs)
     count = len(states or ())
     wanted = cpu.Wanted(needs[0], any(needs[1 : 1 + count]), any(needs[1 + count + len(fed) :]))
@@ -284,14 +298,15 @@ def _backward(ctx, dy, *dstates):
         ctx.sequences,
         cpu.Saved(rest[: ctx.directions], rest[ctx.directions :], ctx.plan),
         dy,
-        dstates,
+        dstates[: len(ctx.cell.states)],
         wanted,
         overwrite=not _keeps_graph(),
         inputs=fed,
         feed=ctx.feed,
+        dothers=dstates[len(ctx.cell.states) :],
     )
     found = [dx, *(d0 if ctx.given else ()), *dinputs, *(g for p in dparameters for g in p)]
-    return None, None, None, None, *(g if need else None for g, need in zip(found, needs, strict=True))
+    return None, None, None, None, None, *(g if need else None for g, need in zip(found, needs, strict=True))
 
 
 def _keeps_graph() -> bool:
@@ -304,8 +319,8 @@ def _differentiable(ctx, inputs, needs, dy, dstates) -> list[Tensor | None]:
     """The gradients as functions of inputs and cotangents, by autograd through the cell's torch form."""
     with torch.enable_grad():
         x, states, fed, parameters = _split(ctx.cell, ctx.directions, ctx.given, inputs)
-        y, finals = unrolled.layer(ctx.cell, x, states, parameters, ctx.batch_sizes, fed)
-        outputs = [(o, d) for o, d in zip((y, *finals), (dy, *dstates), strict=True) if d is not None]
+        y, finals, others = unrolled.layer(ctx.cell, x, states, parameters, ctx.batch_sizes, fed, True)
+        outputs = [(o, d) for o, d in zip((y, *finals, *others), (dy, *dstates), strict=False) if d is not None]
         asked = [t for t, need in zip(inputs, needs, strict=True) if need]
         grads = iter(
             torch.autograd.grad(

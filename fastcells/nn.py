@@ -228,7 +228,7 @@ class DropIn(torch.nn.Module):
             states.append(state if len(shape) == 3 else state.view(-1, batch.size, shape[-1]))
         return _reordered(tuple(states), input.sorted_indices if batch.batch_sizes is not None else None)
 
-    def _run(self, input: Any, call: Call, layer: Callable = unchecked_layer) -> Any:
+    def _run(self, input: Any, call: Call, layer: Callable = unchecked_layer, return_cell_states: bool = False) -> Any:
         """The stack of layers, each with all its directions in one call of `layer`."""
         cell, batch, states, parameters = call
         count = len(parameters)
@@ -239,13 +239,18 @@ class DropIn(torch.nn.Module):
         for k, directions in enumerate(parameters):
             if k and self.dropout and self.training:
                 y = torch.dropout(y, self.dropout, True)  # as torch.nn does: same draws from the same generator
-            y, final = layer(cell, y, given[k], directions, batch.batch_sizes)
+            last = {"return_cell_states": True} if return_cell_states and k == count - 1 else {}
+            y, final, *others = layer(cell, y, given[k], directions, batch.batch_sizes, **last)
             finals.append(final)
         if count > 1:
             final = tuple(torch.cat(state) for state in zip(*finals, strict=True))
         if len(batch.leading) != 2:
             final = tuple(state.view(*batch.leading, state.shape[-1]) for state in final)
-        return self._result(input, batch, y, final if len(final) > 1 else final[0])
+        result = self._result(input, batch, y, final if len(final) > 1 else final[0])
+        if not return_cell_states:
+            return result
+        laid_out = tuple(self._result(input, batch, t, ())[0] for t in others[0])
+        return *result, laid_out if len(laid_out) > 1 else laid_out[0]
 
     # What layers and cells each say for themselves:
 
@@ -323,6 +328,7 @@ class OverTime(DropIn):
         reset: Tensor | None = None,
         reset_to: Any = None,
         reverse: bool = False,
+        return_cell_states: bool = False,
     ) -> Any:
         """As torch.nn's layers: same arguments, results and exceptions; and:
 
@@ -336,13 +342,32 @@ class OverTime(DropIn):
 
         reverse: all layers, of one direction, run backward in time, from each sequence's end to its step 0.
 
+        return_cell_states: return a third result, what the last layer's states besides the hidden one (which is the
+        output) were after every step: one Tensor, laid out as the output with H for its features, or a tuple of them.
+
         Raises TypeError, ValueError for lengths, reset or reset_to of another kind, shape or range; ValueError for
-        reverse with bidirectional layers.
+        reverse with bidirectional layers, and for return_cell_states of a cell that has but a hidden state.
         """
+        plain = self._with_cell_states if return_cell_states else super().forward
         if lengths is None and reset is None and reset_to is None and not reverse:
-            return super().forward(input, hx)
+            return plain(input, hx)
         input, hx, finish = self._ragged(input, hx, lengths, reset, reset_to, reverse)
-        return finish(super().forward(input, hx))
+        return finish(plain(input, hx))
+
+    def _with_cell_states(self, input: Any, hx: Any) -> Any:
+        """`DropIn.forward` with the last layer's other states as a third result."""
+        cell = self._cell()
+        if len(cell.states) == 1:
+            raise ValueError(f"return_cell_states must be False: cell {cell.name} has but its hidden state, the output")
+        try:
+            return self._run(input, self._read(input, hx), return_cell_states=True)
+        except NotTaken:
+            try:
+                call, _, _ = self._parts(input, hx)
+            except Mistake:
+                super().forward(input, hx)  # raises what torch.nn raises
+                raise
+            return self._run(input, call, unrolled.layer, return_cell_states=True)
 
     def stream(self, batch_size: int = 1) -> Stream:
         """The layers as a `Stream`: one time step of `batch_size` sequences at a time, the state kept inside.
@@ -383,7 +408,7 @@ class OverTime(DropIn):
             def turned(packed: PackedSequence) -> PackedSequence:
                 return PackedSequence(backward_in_time(packed.data, packed.batch_sizes), *packed[1:])
 
-            return turned(input), hx, lambda result: (turned(result[0]), result[1])
+            return turned(input), hx, lambda result: (turned(result[0]), result[1], *_each(turned, result[2:]))
         if isinstance(reset_to, (tuple, list, Tensor)):
             try:
                 reset_to = self._states(cell, input, batch, reset_to, out, "reset_to")
@@ -401,10 +426,14 @@ class OverTime(DropIn):
         packed = PackedSequence(ragged.pack(input if batched else batch.x), ragged.batch_sizes)
 
         def finish(result: Any) -> Any:
-            y, finals = result
+            y, finals, *others = result
             finals = ragged.leave(finals if isinstance(finals, tuple) else (finals,), states, directions)
-            y = ragged.unpack(y.data)
-            return y if batched else y.squeeze(1), _as_given(finals, batched)
+
+            def unpacked(packed: PackedSequence) -> Tensor:
+                padded = ragged.unpack(packed.data)
+                return padded if batched else padded.squeeze(1)
+
+            return unpacked(y), _as_given(finals, batched), *_each(unpacked, others)
 
         return packed, _as_given(entered), finish
 
@@ -452,6 +481,12 @@ def _reordered(states: Any, order: Tensor | None) -> Any:
     return tuple(state.index_select(1, order) for state in states)
 
 
+def _each(function: Callable, results: Sequence[Any]) -> list[Any]:
+    """The function's value for each result, for each part of one that is a tuple of several."""
+    several = lambda t: isinstance(t, tuple) and not isinstance(t, PackedSequence)  # noqa: E731
+    return [tuple(map(function, t)) if several(t) else function(t) for t in results]
+
+
 def _as_given(states: tuple[Tensor, ...] | None, batched: bool = True) -> Any:
     """States as a caller has them: one Tensor or a tuple of several."""
     if states is None:
@@ -465,7 +500,7 @@ class LayerModule(OverTime, original.RNNBase):
 
     def forward(self, input: Any, hx: Any = None, **sequences: Any) -> Any:
         """As the torch.nn class of the same name: same arguments, results and exceptions; lengths, reset, reset_to,
-        reverse: see `OverTime.forward`."""
+        reverse, return_cell_states: see `OverTime.forward`."""
         # torch.compile breaks its graph at every RNNBase, then would compile what that calls, function by function.
         global _not_compiled
         if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
@@ -674,19 +709,21 @@ class Recurrent(OverTime):
     def _weight_shapes(self, gates: int) -> tuple:
         return self._shapes
 
-    def _run(self, input: Any, call: Call, layer: Callable = unchecked_layer) -> Any:
+    def _run(self, input: Any, call: Call, layer: Callable = unchecked_layer, return_cell_states: bool = False) -> Any:
         call = call._replace(parameters=[tuple(map(self._used, directions)) for directions in call.parameters])
         zoned = tuple(state for state, rate in zip(self.cell.states, self.zoneout, strict=True) if rate)
         if not self.training or not (self.recurrent_dropout or zoned):
-            return super()._run(input, call, layer)
+            return super()._run(input, call, layer, return_cell_states)
         rates = self.recurrent_dropout, tuple(filter(None, self.zoneout))
 
-        def regularised(cell: Cell, x: Tensor, states: Any, parameters: Sequence, batch_sizes: Tensor | None) -> tuple:
+        def regularised(
+            cell: Cell, x: Tensor, states: Any, parameters: Sequence, batch_sizes: Tensor | None, **options: Any
+        ) -> tuple:
             sizes = len(parameters), call.batch.size, self.hidden_size
-            return layer(cell, x, states, parameters, batch_sizes, regularise.masks(x, sizes, *rates))
+            return layer(cell, x, states, parameters, batch_sizes, regularise.masks(x, sizes, *rates), **options)
 
         call = call._replace(cell=regularise.masked(self.cell, bool(self.recurrent_dropout), zoned))
-        return super()._run(input, call, regularised)
+        return super()._run(input, call, regularised, return_cell_states)
 
     def _steady(self) -> bool:
         random = self.weight_dropout or self.recurrent_dropout or any(self.zoneout)

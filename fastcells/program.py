@@ -187,16 +187,24 @@ class Programs:
 
 
 @lru_cache(maxsize=256)
-def build(cell: Cell, project: bool, feed: bool = False) -> Programs:
+def build(cell: Cell, project: bool, feed: bool = False, each: bool = False) -> Programs:
     """Derive both programs. project: a linear projection of the hidden state follows the cell (LSTM's proj_size).
-    feed: the backward pass yields gradients of the cell's extra inputs too."""
-    return _build(cell.name, cell.states, cell.gates, cell.trace(), project, feed)
+    feed: the backward pass yields gradients of the cell's extra inputs too. each: it takes cotangents of all states at
+    every step, in buffers "each.<state>"."""
+    return _build(cell.name, cell.states, cell.gates, cell.trace(), project, feed, each)
 
 
 @lru_cache(maxsize=256)
 def _build(
-    name: str, states: tuple[str, ...], gates: tuple[str, ...], traced: tuple[Node, ...], project: bool, feed: bool
+    name: str,
+    states: tuple[str, ...],
+    gates: tuple[str, ...],
+    traced: tuple[Node, ...],
+    project: bool,
+    feed: bool,
+    each: bool,
 ) -> Programs:
+    given = states[1:] if each else ()  # states with a cotangent at every step, besides the first, which has dy
     step = _Step(states, gates, traced, project, feed)
     states = step.states
     forward = _Staging(step.outputs, step.forward_accumulators)
@@ -228,6 +236,8 @@ def _build(
     roots = dict(zip(step.backward, substitute(step.backward_roots, available), strict=True))
     reached = {step.hidden: leaf("d", states[0])}  # states that products take in, and their gradients
     reached |= {n: leaf("d", n.value[1]) for n in step.operand_of.values() if step.is_state(n)}
+    added = {leaf("d", s): leaf("d", s) + leaf("each", s) for s in given if leaf("d", s) not in reached.values()}
+    roots = dict(zip(roots, substitute(list(roots.values()), added), strict=True))
     carries = {leaf("d", s): roots["s", s] for s in states}
     backward = _Staging(list(roots.values()), dict.fromkeys(reached.values(), 0), carries)
 
@@ -337,6 +347,7 @@ def _build(
                 start = (Place("dy"), Place("carry." + states[0], 0, "static" if states[0] in carried else "first"))
             elif state.value[1] not in step.derived:
                 start = (Place("carry." + state.value[1], 0, "static"),)
+                start += (Place("each." + state.value[1]),) if state.value[1] in given else ()
             for run in runs([g for g in step.u_gates if step.operand_of[g] is state], u_slot):
                 weights = Weights("hh", run, transposed=True)
                 segments.append(Segment(Place("grad", u_slot[run[0]], "before"), weights, (len(accumulators),)))
@@ -370,6 +381,8 @@ def _build(
                 loads[n] = Place("saved", slot_of[saved[n.value[1]]])
             elif n.value[0] == "d":
                 loads[n] = Place("carry." + n.value[1], 0, "static")
+            elif n.value[0] == "each":
+                loads[n] = Place("each." + n.value[1])
             elif n.value[0] == "total":
                 loads[n] = Place("total." + n.value[1], 0, "static")
             elif n.value[0] not in ("s", "now"):

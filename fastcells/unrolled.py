@@ -6,6 +6,7 @@ The oracle of the tests, and the path for derivatives of derivatives.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ def layer(
     parameters: Sequence[tuple],
     batch_sizes: Tensor | None = None,
     fed: Sequence[Tensor] = (),
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return_cell_states: bool = False,
+) -> tuple[Any, ...]:
     """The same call as `functional.layer`, one step of torch operations at a time."""
     counts = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
     inputs = x.unbind(0) if batch_sizes is None else x.split(counts)
@@ -30,12 +32,19 @@ def layer(
         )
         for k, p in enumerate(parameters)
     ]
-    outputs = [torch.cat(step, -1) for step in zip(*(y for y, _ in results), strict=True)]
-    y = torch.stack(outputs) if batch_sizes is None else torch.cat(outputs)
-    return y, tuple(torch.stack(s) for s in zip(*(final for _, final in results), strict=True))
+    join = torch.stack if batch_sizes is None else torch.cat
+    y, *others = (  # of every step: all directions side by side
+        join(
+            [torch.cat([new[j] for new in step], -1) for step in zip(*(outputs for outputs, _ in results), strict=True)]
+        )
+        for j in range(len(cell.states) if return_cell_states else 1)
+    )
+    finals = tuple(torch.stack(s) for s in zip(*(final for _, final in results), strict=True))
+    return (y, finals, tuple(others)) if return_cell_states else (y, finals)
 
 
-def _direction(cell, inputs, counts, states, parameters, fed, reverse) -> tuple[list[Tensor], list[Tensor]]:
+def _direction(cell, inputs, counts, states, parameters, fed, reverse) -> tuple[list[tuple[Tensor, ...]], list[Tensor]]:
+    """The new states of every step, and the final ones."""
     w_ih, w_hh, b_ih, b_hh, w_hr = parameters[:5]
     own = dict(zip(cell.own, parameters[5] if len(parameters) > 5 else (), strict=True))
     fixed = dict(zip(cell.inputs, fed, strict=False))
@@ -55,7 +64,7 @@ def _direction(cell, inputs, counts, states, parameters, fed, reverse) -> tuple[
         block = slice(gates[gate] * h, (gates[gate] + 1) * h)
         return torch.nn.functional.linear(v, weight[block], None if bias is None else bias[block])
 
-    outputs: list[Tensor] = [inputs[0]] * len(counts)
+    outputs: list[tuple[Tensor, ...]] = [()] * len(counts)
     for t in reversed(range(len(counts))) if reverse else range(len(counts)):
         n = counts[t]  # sequences that have this step are the first ones
         active = {name: s[:n] for name, s in zip(cell.states, states, strict=True)}
@@ -67,6 +76,6 @@ def _direction(cell, inputs, counts, states, parameters, fed, reverse) -> tuple[
         )
         if w_hr is not None:
             new = (torch.nn.functional.linear(new[0], w_hr), *new[1:])
-        outputs[t] = new[0]
+        outputs[t] = new
         states = [s if n == 0 else torch.cat([a, s[n:]]) for a, s in zip(new, states, strict=True)]
     return outputs, states

@@ -12,7 +12,7 @@ from fastcells import cells, explain, functional, nn, unrolled
 
 
 def by_steps(cell, x, states, parameters, lengths=None, reset=None, reset_to=None, reverse=False):
-    """What `functional.layer` is to compute, reset_to being states."""
+    """What `functional.layer` is to compute, reset_to being states and return_cell_states true."""
     steps, size, _ = x.shape
     lengths = [steps] * size if lengths is None else lengths
     reset = torch.zeros(steps, size, dtype=torch.bool) if reset is None else reset
@@ -21,18 +21,20 @@ def by_steps(cell, x, states, parameters, lengths=None, reset=None, reset_to=Non
         columns, last = [], []
         for n in range(size):
             initial, returned = ([s[d : d + 1, n : n + 1] for s in given] for given in (states, reset_to))
-            current, y = initial, {}
+            padding = [x.new_zeros(1, 1, s.shape[-1]) for s in states]
+            current, after = initial, [padding] * steps
             backward = d == 1 or reverse
             for t in reversed(range(lengths[n])) if backward else range(lengths[n]):
                 if reset[t, n] if not backward else t + 1 < lengths[n] and reset[t + 1, n]:
                     current = returned
-                y[t], current = unrolled.layer(cell, x[t : t + 1, n : n + 1], tuple(current), [weights])
-            padding = x.new_zeros(1, 1, states[0].shape[-1])
-            columns.append(torch.cat([y.get(t, padding) for t in range(steps)]))
+                _, current = unrolled.layer(cell, x[t : t + 1, n : n + 1], tuple(current), [weights])
+                after[t] = current
+            columns.append([torch.cat(s) for s in zip(*after, strict=True)])
             last.append(current)
-        outputs.append(torch.cat(columns, 1))
+        outputs.append([torch.cat(s, 1) for s in zip(*columns, strict=True)])
         finals.append([torch.cat(s, 1) for s in zip(*last, strict=True)])
-    return torch.cat(outputs, -1), tuple(torch.cat(s) for s in zip(*finals, strict=True))
+    y, *others = (torch.cat(s, -1) for s in zip(*outputs, strict=True))
+    return y, tuple(torch.cat(s) for s in zip(*finals, strict=True)), tuple(others)
 
 
 def keep_some(y, probability, training):
@@ -40,7 +42,9 @@ def keep_some(y, probability, training):
     return y * ((y.detach() * 1e3).frac().abs() > probability) / (1 - probability)
 
 
-def module_by_steps(module, input, hx=None, lengths=None, reset=None, reset_to=None, reverse=False):
+def module_by_steps(
+    module, input, hx=None, lengths=None, reset=None, reset_to=None, reverse=False, return_cell_states=False
+):
     """What a module of ours is to compute."""
     cell = module._cell()
     directions = 2 if module.bidirectional else 1
@@ -69,16 +73,18 @@ def module_by_steps(module, input, hx=None, lengths=None, reset=None, reset_to=N
         if k and module.dropout:
             y = keep_some(y, module.dropout, True)
         own = slice(k * directions, (k + 1) * directions)
-        y, final = by_steps(
+        y, final, others = by_steps(
             cell, y, [s[own] for s in initial], parameters, lengths, reset, [s[own] for s in returned], reverse
         )
         finals.append(final)
     result = tuple(torch.cat(s) for s in zip(*finals, strict=True))
+    y = [y, *others]
     if not batched:
-        y, result = y.squeeze(1), tuple(s.squeeze(1) for s in result)
+        y, result = [t.squeeze(1) for t in y], tuple(s.squeeze(1) for s in result)
     elif module.batch_first:
-        y = y.transpose(0, 1)
-    return y, result if len(result) > 1 else result[0]
+        y = [t.transpose(0, 1) for t in y]
+    result = result if len(result) > 1 else result[0]
+    return (y[0], result, y[1]) if return_cell_states else (y[0], result)
 
 
 def leaves_of(module, input, **states):
@@ -93,9 +99,9 @@ def leaves_of(module, input, **states):
 
 def outputs_and_gradients(function, named):
     """Outputs, and the gradients of all leaves for random cotangents on all outputs."""
-    y, states = function()
+    y, states, *others = function()
     states = states if isinstance(states, tuple) else (states,)
-    outputs = dict(zip(("output", "h_n", "c_n"), (y, *states), strict=False))
+    outputs = dict(zip(("output", "h_n", "c_n"), (y, *states), strict=False)) | dict(zip("c", others, strict=False))
     weights = cotangents(outputs)
     reached = [n for n, t in outputs.items() if t.requires_grad]  # all but where no sequence has a step
     gradients = [None] * len(named)
@@ -136,6 +142,7 @@ def calls(draw):
 
         hx = states() if draw(st.booleans()) else None
         arguments: dict = {"reverse": not options["bidirectional"] and draw(st.booleans())}
+        arguments["return_cell_states"] = kind == "LSTM" and draw(st.booleans())
         if draw(st.booleans()):
             lengths = draw(st.lists(st.integers(0, steps), min_size=size, max_size=size))
             arguments["lengths"] = lengths if batched else lengths[0]
@@ -169,13 +176,80 @@ def test_any_cell(c, directions):
     lengths, reset = [5, 0, 3, 5], torch.rand(5, 4, generator=generator) < 0.3
     to = tuple(torch.randn(s.shape, dtype=s.dtype, generator=generator).requires_grad_() for s in states)
     leaves, names = [*leaves, *to], [*names, *(f"{s} after a reset" for s in c.states)]
-    ours = everything(
-        lambda: functional.layer(c, x, states, parameters, lengths=lengths, reset=reset, reset_to=to), (), leaves
-    )
-    truth = everything(lambda: by_steps(c, x, states, parameters, lengths, reset, to), (), leaves)
-    labels = ["y", *c.states, *(f"gradient of {n}" for n in names)]
+    arguments = {"lengths": lengths, "reset": reset, "reset_to": to}
+
+    def all_of(function, **more):
+        y, finals, others = function(c, x, states, parameters, **arguments, **more)
+        return y, (*finals, *others)
+
+    ours = everything(lambda: all_of(functional.layer, return_cell_states=True), (), leaves)
+    truth = everything(lambda: all_of(by_steps), (), leaves)
+    labels = ["y", *c.states, *(f"{s} of every step" for s in c.states[1:]), *(f"gradient of {n}" for n in names)]
     for name, a, b in zip(labels, *([*outputs, *grads] for outputs, grads in (ours, truth)), strict=True):
         assert relative_error(a, b) < 1e-11, name
+
+
+@pytest.mark.parametrize("lengths", [None, [4, 4, 2, 1]], ids=["padded", "packed"])
+@pytest.mark.parametrize("c", [cells.lstm, invented], ids=lambda c: c.name)
+def test_cell_states_of_every_step(c, lengths):
+    """With a cotangent on any subset of the results, with and without gradients, and differentiated again."""
+    (c, x, states, parameters, sizes), leaves, names = problem(c, 4, 4, 3, 9, directions=2, lengths=lengths)
+    arguments = c, x, states, parameters, sizes, ()
+
+    def flat(y, finals, others):
+        return [y, *finals, *others]
+
+    ours = flat(*functional.layer(*arguments, return_cell_states=True))
+    truth = flat(*unrolled.layer(*arguments, return_cell_states=True))
+    with torch.no_grad():
+        without = flat(*functional.layer(*arguments, return_cell_states=True))
+    weights = [torch.randn_like(t) for t in truth]
+    for a, b, w in zip(ours, truth, without, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+        assert torch.equal(a, w)
+    for used in ([len(truth) - 1], [0, len(truth) - 1], range(len(truth))):
+        pairs = [
+            torch.autograd.grad(
+                [o[k] for k in used], leaves, [weights[k] for k in used], retain_graph=True, allow_unused=True
+            )
+            for o in (ours, truth)
+        ]
+        for name, a, b in zip(names, *pairs, strict=True):
+            assert (a is None or not a.any()) if b is None else relative_error(a, b) < 1e-10, (list(used), name)
+    second = [
+        torch.autograd.grad(torch.autograd.grad(o[-1].square().sum(), x, create_graph=True)[0].square().sum(), x)[0]
+        for o in (ours, truth)
+    ]
+    assert relative_error(*second) < 1e-9
+
+
+@pytest.mark.parametrize("layout", ["packed", "autocast", "bfloat16"])
+def test_cell_states_of_layers(layout):
+    layer, x = nn.LSTM(3, 6, num_layers=2, bidirectional=True), torch.randn(5, 3, 3)
+    _, (_, c), states = layer(x, lengths=[5, 3, 4], return_cell_states=True)
+    assert states.shape == (5, 3, 12)
+    assert torch.equal(states[[4, 2, 3], range(3), :6], c[2])  # the last step of the forward direction
+    assert torch.equal(states[0, :, 6:], c[3])
+    if layout == "packed":
+        packed = pack_padded_sequence(x, [5, 3, 4], enforce_sorted=False)
+        for arguments in ({}, {"reverse": True}):
+            if arguments:
+                layer = nn.LSTM(3, 6)
+                _, _, states = layer(x, lengths=[5, 3, 4], return_cell_states=True, **arguments)
+            ours, _, other = layer(packed, return_cell_states=True, **arguments)
+            assert torch.equal(other.batch_sizes, ours.batch_sizes)
+            assert torch.equal(pad_packed_sequence(other)[0], states)
+    elif layout == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            _, _, other = layer(x, lengths=[5, 3, 4], return_cell_states=True)
+        torch.testing.assert_close(other.float(), states, rtol=0, atol=3e-2)
+    else:
+        _, _, other = layer.bfloat16()(x.bfloat16(), lengths=[5, 3, 4], return_cell_states=True)
+        torch.testing.assert_close(other.float(), states, rtol=0, atol=3e-2)
+    with pytest.raises(ValueError, match="return_cell_states must be False: cell gru"):
+        nn.GRU(3, 6)(x, return_cell_states=True)
+    with pytest.raises(RuntimeError, match="input must have input_size = 3 features, got 2"):
+        nn.LSTM(3, 6)(x[..., :2], return_cell_states=True)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])

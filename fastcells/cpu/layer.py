@@ -30,9 +30,9 @@ LARGE_PRODUCT = 1 << 26  # multiplications, from which torch packs both operands
 class Ready:
     """A cell with its programs and their runners for one number format."""
 
-    def __init__(self, cell: Cell, project: bool, dtype: torch.dtype, feed: bool) -> None:
+    def __init__(self, cell: Cell, project: bool, dtype: torch.dtype, feed: bool, each: bool) -> None:
         self.cell, self.dtype, self.item = cell, dtype, dtype.itemsize
-        self.programs: Programs = build(cell, project, feed)
+        self.programs: Programs = build(cell, project, feed, each)
         self.forward = Runner(self.programs.forward, dtype)
         self.backward = Runner(self.programs.backward, dtype)
         self.gates = {g: k for k, g in enumerate(cell.gates)}  # the order of the weights' rows
@@ -47,9 +47,9 @@ class Ready:
 
 
 @lru_cache(maxsize=256)
-def ready(cell: Cell, project: bool, dtype: torch.dtype, feed: bool = False) -> Ready:
-    """The same object for the same cell; nothing is compiled before a kernel first runs. feed: see `program.build`."""
-    return Ready(cell, project, dtype, feed)
+def ready(cell: Cell, project: bool, dtype: torch.dtype, feed: bool = False, each: bool = False) -> Ready:
+    """The same object for the same cell; nothing is compiled before a kernel first runs. feed, each: see `build`."""
+    return Ready(cell, project, dtype, feed, each)
 
 
 class Sequences:
@@ -473,6 +473,7 @@ class _Backward(Call):
         saved: Saved,
         dy: Tensor | None,
         dfinals: Sequence[Tensor | None],
+        dothers: Sequence[Tensor | None],
         wanted: Wanted,
         overwrite: bool,
         feed: bool,
@@ -487,6 +488,7 @@ class _Backward(Call):
         kept = [operands.given(t) for t in saved.slots]
         series = [operands.given(t) for t in saved.series]
         dy_, dfinals_ = operands.given(dy), [operands.given(t) for t in dfinals]
+        dothers_ = [operands.given(t) for t in dothers]
         count, rows, total = len(directions), sequences.rows, sequences.total
         width, hidden = directions[0].depth, directions[0].hidden
         # What it makes: the gradients, and those of the pre-activations.
@@ -533,6 +535,11 @@ class _Backward(Call):
                     views["s." + name] = view(series[k * others + j - 1], sequences, initial[j])
                 if j >= len(cell.states):
                     continue
+                if j > 0 and dothers_:
+                    each = dothers_[j - 1]
+                    views["each." + name] = (
+                        View(nothing) if each is None else view(each.columns(k * hidden, hidden), sequences)
+                    )
                 final = None if dfinals_[j] is None else dfinals_[j][k]
                 if j > 0 or name in p.carried:
                     total_carry, size = dstates[j], hidden if j else width
@@ -861,28 +868,32 @@ def backward(
     overwrite: bool,
     inputs: Sequence[Tensor] = (),
     feed: bool = False,
+    dothers: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor | None, list[Tensor | None], list[list[Tensor | None]], list[Tensor | None]]:
     """Gradients of x, the states (if wanted), a list for each direction of the parameters (the cell's own at the end),
     and the inputs (if forward was told so).
 
-    overwrite: what forward saved is not needed again.
+    overwrite: what forward saved is not needed again. dothers: cotangents of the other states at every step, laid out
+    as y.
     """
     dtype, directions = x.dtype, len(parameters)
-    r = ready(cell, parameters[0][4] is not None, dtype, feed)
+    each = any([t is not None for t in dothers])
+    dothers = [None if t is None else usable(t) for t in dothers] if each else []
+    r = ready(cell, parameters[0][4] is not None, dtype, feed, each)
     x, weights, inputs = usable(x), _flat(parameters), [usable(t) for t in inputs]
     given = _all_states(r, states, weights, inputs, sequences.rows)
     y = y.contiguous()  # as it was made; a saved-tensor hook may have returned another
     dy = None if dy is None else usable(dy)
     dfinals = [None if t is None else usable(t) for t in dfinals]
     tensors = [x, *(given or ()), *inputs, *[t for q in weights for t in q]]
-    tensors += [y, *saved.slots, *saved.series, dy, *dfinals]
+    tensors += [y, *saved.slots, *saved.series, dy, *dfinals, *dothers]
     key = None
     if sequences.counts is None:
         key = r, directions, saved.plan, team.size(), given is None, wanted, overwrite, *_laid_out(tensors)
     call: _Backward = _prepared(
         key,
         lambda: _Backward(
-            r, saved.plan, x, given, y, weights, inputs, sequences, saved, dy, dfinals, wanted, overwrite, feed
+            r, saved.plan, x, given, y, weights, inputs, sequences, saved, dy, dfinals, dothers, wanted, overwrite, feed
         ),
     )
 
