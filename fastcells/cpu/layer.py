@@ -23,6 +23,7 @@ from .script import Address, At, Script, ones, zeros
 
 Parameters = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, tuple[Tensor, ...]]
 
+APART_FLOPS = 20_000_000  # of a product, worth a team of its own
 FEW_ROWS = 16  # that read weights where they are: packing them first would cost more
 LARGE_PRODUCT = 1 << 26  # multiplications, from which torch packs both operands to its advantage
 
@@ -178,6 +179,13 @@ class Direction:
         self.own = dict(zip(r.cell.own, own, strict=True))
         self.fed = {name: t[index] for name, t in zip(r.cell.fed, inputs, strict=True)}
         self.inputs = self.w_ih.shape[1]
+
+    def share(self, schedule: Plan, total: int) -> None:
+        """Choose the threads of the products around the time loop: where that runs on one thread, another that waits
+        for it slows it down, so that only large products are worth it."""
+        flops = 2 * total * len(self.r.gates) * self.hidden * self.inputs
+        shared = schedule.threads > 1 or schedule.side_by_side or flops > APART_FLOPS
+        self.team = team.size() if shared else 1
 
     def own_views(self, sequences: Sequences) -> dict[str, View]:
         """Of the cell's own tensors, and of its extra inputs."""
@@ -356,6 +364,8 @@ class _Forward(Call):
         fed = [operands.given(t) for t in inputs]
         directions = [Direction(r, [operands.given(t) for t in q], fed, k) for k, q in enumerate(parameters)]
         count, rows, total = len(directions), sequences.rows, sequences.total
+        for d in directions:
+            d.share(schedule, total)
         width, hidden = directions[0].depth, directions[0].hidden
         # A unit's state is read and then written by the same tile, so that states may be kept in place.
         in_place = not training and len(p.forward.stages) == 1
@@ -407,7 +417,7 @@ class _Forward(Call):
             views["start"], views["x"] = view(ahead, sequences), View(0)
             out = ahead.columns(0, units).by_time(x.shape[:-1])
             weight = d.rows_of(self.script, d.w_ih, p.start_gates)
-            product(self.script, dtype, x_.by_time(), weight, out, start, threads=team.size(), label="input projection")
+            product(self.script, dtype, x_.by_time(), weight, out, start, threads=d.team, label="input projection")
         self.owned = []
         for k, d in enumerate(directions):
             first = k * schedule.threads if schedule.side_by_side else 0
@@ -490,6 +500,8 @@ class _Backward(Call):
         dy_, dfinals_ = operands.given(dy), [operands.given(t) for t in dfinals]
         dothers_ = [operands.given(t) for t in dothers]
         count, rows, total = len(directions), sequences.rows, sequences.total
+        for d in directions:
+            d.share(schedule, total)
         width, hidden = directions[0].depth, directions[0].hidden
         # What it makes: the gradients, and those of the pre-activations.
         self.dx = tuple(x.shape) if wanted.x else None
@@ -625,7 +637,7 @@ class _Backward(Call):
         rows = grad.columns(0, len(gates) * d.hidden).by_time(x.shape[:-1])
         start = None if d.index else zeros(d.inputs * grad.item)
         pack = grad.shape[0] > FEW_ROWS
-        options: dict[str, Any] = {"transposed": True, "pack": pack, "threads": team.size(), "label": "input gradient"}
+        options: dict[str, Any] = {"transposed": True, "pack": pack, "threads": d.team, "label": "input gradient"}
         product(self.script, d.r.dtype, rows, weight, dx.by_time(), start, **options)
 
     def _initial(self, d: Direction, sequences: Sequences, name: str, out: Buffer, grad: Buffer) -> None:
@@ -642,7 +654,7 @@ class _Backward(Call):
                 edge = edge.columns(first * h, len(run) * h).by_time()
                 weight = d.rows_of(self.script, d.w_hh, run)
                 pack = edge.shape[1] > FEW_ROWS
-                options: dict[str, Any] = {"transposed": True, "pack": pack, "threads": team.size()}
+                options: dict[str, Any] = {"transposed": True, "pack": pack, "threads": d.team}
                 product(self.script, d.r.dtype, edge, weight, out.by_time(), start, **options)
             start = None
         if start is not None:
@@ -746,7 +758,7 @@ class _Backward(Call):
         options: dict[str, Any] = {
             "transposed": True,
             "pack": False,
-            "threads": team.size(),
+            "threads": d.team,
             "label": "weight gradients",
         }
         product(self.script, d.r.dtype, a.turned().by_time(), b, out.by_time(), start, **options)
