@@ -103,6 +103,18 @@ def _announce() -> None:
 # ---- compiling ----
 def compile_object(function: Callable) -> bytes:
     """Object code of `SYMBOL`, from a Python function of three int64 that Numba can type and that never raises."""
+    machine, module = _compile(function)
+    return machine.emit_object(module)
+
+
+def assembly(function: Callable) -> str:
+    """The same to read."""
+    machine, module = _compile(function)
+    return machine.emit_assembly(module)
+
+
+def _compile(function: Callable) -> tuple[Any, Any]:
+    """The target machine, and the module after all passes."""
     from numba import types
     from numba.core import compiler, config
     from numba.core.registry import cpu_target
@@ -142,7 +154,7 @@ def compile_object(function: Callable) -> bytes:
     tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False
     passes = llvm.create_pass_builder(machine, tuning)
     passes.getModulePassManager().run(module, passes)
-    return machine.emit_object(module)
+    return machine, module
 
 
 def _target_machine():

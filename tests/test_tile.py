@@ -1,0 +1,43 @@
+"""The generated code: what the inner loops of the tiles come to on a processor with AVX2."""
+
+import re
+
+import pytest
+import torch
+
+from fastcells import cells
+from fastcells.cpu import store
+from fastcells.cpu.geometry import tile_shape
+from fastcells.cpu.host import host
+from fastcells.cpu.layer import ready
+from fastcells.cpu.tile import UNROLL
+
+avx2 = host().triple.startswith("x86_64") and host().vector_bytes == 32 and "fma" in host().features
+
+
+def inner_loops(text):
+    """Instructions of each block that ends with a jump to its own beginning."""
+    blocks = re.split(r"^(\.L\w+):.*$", text, flags=re.MULTILINE)
+    for label, body in zip(blocks[1::2], blocks[2::2], strict=True):
+        lines = [line.strip() for line in body.splitlines() if line.startswith("\t") and line.strip()[0] not in ".#"]
+        jumps = [k for k, line in enumerate(lines) if re.match(rf"j\w+\s+{re.escape(label)}$", line)]
+        if jumps:
+            yield lines[: jumps[0] + 1]
+
+
+@pytest.mark.skipif(not avx2, reason="needs AVX2 and FMA")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("cell", [cells.lstm, cells.gru, cells.rnn_tanh], ids=lambda c: c.name)
+def test_full_tiles_keep_their_sums_in_registers(cell, direction):
+    """Of the widest loops: a multiply-add for every sum and step of the depth, and nothing of them on the stack."""
+    run = getattr(ready(cell, False, torch.float32), direction)
+    loops = list(inner_loops(store.assembly(run._make())))
+    adds = [sum(line.startswith("vfmadd") and "ps" in line for line in loop) for loop in loops]
+    (stage,) = run.program.stages
+    shape = tile_shape(stage, host().registers, host().lanes(4))
+    sums = {shape.rows * shape.block * len(s.targets) for s in stage.segments}
+    assert {UNROLL * n for n in sums} <= set(adds)
+    for loop, count in zip(loops, adds, strict=True):
+        if count in {UNROLL * n for n in sums}:
+            spilled = [line for line in loop if "ymm" in line and re.search(r"\(%rsp|-\d+\(%rbp\)", line)]
+            assert not spilled, spilled
