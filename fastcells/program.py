@@ -570,13 +570,17 @@ class _Staging:
         operands = {a for n in self._accumulators if n.op in ("product", "transposed") for a in n.args}
         self._reductions = [n for n in self.nodes if is_reduction(n)]
         products: set[int] = set()  # stages that have some
+        made_by_products = set(self._accumulators)
         while True:
             for n in self.nodes:
-                level = max((self._level[a] for a in n.args), default=-1)
+                # Where there are passes, whatever follows a product is left to the next one: there is one row at a time
+                # in it, where tiles come in many shapes, each with an epilogue of its own to compile.
+                late = made_by_products if self._reductions else ()
+                level = max((self._level[a] + (a in late) for a in n.args), default=-1)
                 if n in accumulators and accumulators[n] is not None:
                     level = accumulators[n]  # type: ignore[assignment]
                 elif n in accumulators or n.op == "transposed":
-                    level += 1
+                    level = max((self._level[a] for a in n.args), default=-1) + 1
                 elif is_reduction(n):
                     level = max(level, 0)
                     while level in products:

@@ -335,13 +335,13 @@ def test_sizes_that_are_taken_in_blocks(rows, hidden):
     agree(*problem(cells.gru, 2, rows, 300, hidden))
 
 
-@pytest.mark.parametrize("c", BUILT_IN, ids=lambda c: c.name)
+@pytest.mark.parametrize("c", [*BUILT_IN, peephole, normed], ids=lambda c: c.name)
 def test_float32_is_as_exact_as_torchs_own_operations(c):
     arguments, leaves, names = problem(c, 20, 7, 30, 50, dtype=torch.float32)
     c, x, states, parameters, _ = arguments
     double = lambda t: t.detach().double().requires_grad_()  # noqa: E731
     doubles = {id(t): double(t) for t in leaves}
-    pick = lambda t: None if t is None else doubles[id(t)]  # noqa: E731
+    pick = lambda t: tuple(map(pick, t)) if isinstance(t, tuple) else doubles.get(id(t))  # noqa: E731
     exact_arguments = (c, pick(x), tuple(map(pick, states)), [tuple(map(pick, p)) for p in parameters], None)
     exact = [t for part in everything(unrolled.layer, exact_arguments, [pick(t) for t in leaves]) for t in part]
     ours = [t for part in everything(functional.layer, arguments, leaves) for t in part]
@@ -431,7 +431,7 @@ def test_functions_in_kernels(dtype):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
-@pytest.mark.parametrize("c", [cells.lstm, cells.gru, cells.gru_reset_before], ids=lambda c: c.name)
+@pytest.mark.parametrize("c", [cells.lstm, cells.gru, cells.gru_reset_before, normed], ids=lambda c: c.name)
 def test_bitwise_the_same_run_to_run_and_on_one_thread_or_two(c, rows):
     """The recurrent engine and its input projection; the weights' gradients are torch.mm's (see the README)."""
     arguments, leaves, _ = problem(c, 20, rows, 40, 120, dtype=torch.float32, directions=2)
