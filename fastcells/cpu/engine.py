@@ -240,6 +240,10 @@ class Runner:
         script.launch(_pack(self.dtype), words, threads=threads if count > 1 << 14 else 1, first=first, wait=wait)
         return Product(depth, address, depth * gates * self.vector, 0, gates * self.vector)
 
+    def readable(self, transposed: bool, units: int) -> bool:
+        """Whether a tile may read such weights where they are: whole vectors of units, or dot products."""
+        return not transposed or units % self.lanes == 0
+
     def in_place(self, weight: Buffer, transposed: bool, block: int, depth: int, k: int = 0) -> Product:
         """Weights read where they are. weight: [units of all gates, depth], or [depth, units] if transposed. block:
         units of a gate. k: bytes between the numbers of a row that meets them, where the segment is strided."""
@@ -330,7 +334,7 @@ def product(
     }
     flops = 2 * rows * units * depth
     team_size, split = share(rows, flops * steps, flops, threads)
-    if pack:
+    if pack or not run.readable(transposed, units):
         weights = run.panel(script, weight, 0, transposed, [0], units, depth, team_size)
     else:
         weights = run.in_place(weight, transposed, units, depth)

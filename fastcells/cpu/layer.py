@@ -275,7 +275,7 @@ class Direction:
         matrix = {"ih": self.w_ih, "hh": self.w_hh, "hr": self.w_hr}[weights.matrix]
         if weights.transposed and weights.matrix != "hr":
             matrix = self.rows_of(script, matrix, weights.gates)
-        if schedule.in_place:
+        if schedule.in_place and run.readable(weights.transposed, units):
             return run.in_place(matrix, weights.transposed, self.hidden, depth)
         one = weights.transposed or weights.matrix == "hr"
         offsets = [0] if one else [self.r.gates[g] * self.hidden for g in weights.gates]

@@ -332,7 +332,7 @@ class _Tile:
                     base = b.add(panels[w // self.block], b.mul(at_k, line))
                     for t, a in enumerate(segment.targets):
                         inner = ((w % self.block) * len(segment.targets) + t) * self.vector_bytes
-                        weight = v.load(b.add(base, i64(inner)), self.mask)
+                        weight = v.load(b.add(base, i64(inner)))
                         for m in range(self.rows):
                             out[m, w, a] = v.fma(scalar[m], weight, new[i % len(sums)][m, w, a])
                 new[i % len(sums)] = out
