@@ -6,7 +6,9 @@ import importlib
 import inspect
 import pickle
 import re
+import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -42,7 +44,8 @@ class Cell:
 
     Attributes: `name`, `gates` (order of the blocks in weight_ih and weight_hh), `states` (the first one, the hidden
     state, is the layer's output and enters the recurrent products), `parameters` (tensors of its own, [H] each),
-    `scalars` (numbers of its own), `inputs` ([N, H] each, the same at all steps) and `step_inputs` ([T, N, H] each).
+    `scalars` (numbers of its own), `inputs` ([N, H] each, the same at all steps), `step_inputs` ([T, N, H] each) and
+    `key`, which stands for the cell in compiled and exported programs (`registered`).
     """
 
     initial: Mapping[str, float] = MappingProxyType({})  # first values of parameters and scalars that have one
@@ -65,6 +68,7 @@ class Cell:
         self.inputs, self.step_inputs = tuple(inputs), tuple(step_inputs)
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
+        self.key = _register(self)
 
     def __repr__(self) -> str:
         lists = ("gates", "states", "parameters", "scalars", "inputs", "step_inputs")
@@ -163,6 +167,29 @@ class Cell:
             if not isinstance(new, Node):
                 raise TypeError(f"state {name} does not depend on the inputs: got {new!r}")
         return states
+
+
+_REGISTERED: dict[str, Cell] = {}
+
+
+def _register(cell: Cell) -> str:
+    """The key of a new cell: where to import it from, or what no other cell has if that does not tell which it is."""
+    function = cell.function
+    key = f"{function.__module__}:{function.__qualname__}"
+    if key in _REGISTERED or "<" in key:  # declared once more, or in a function
+        key = f"{key}#{uuid.uuid4().hex}"
+    _REGISTERED[key] = cell
+    return key
+
+
+def registered(key: str) -> Cell:
+    """The cell with this key, imported if need be. Raises LookupError."""
+    if key not in _REGISTERED and "#" not in key:
+        with suppress(ImportError, AttributeError):
+            _lookup(*key.split(":"))
+    if key not in _REGISTERED:
+        raise LookupError(f"no cell {key} here: declare it at the top of a module that can be imported")
+    return _REGISTERED[key]
 
 
 def _lookup(module: str, qualname: str) -> Any:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.profiler import record_function
 
 from . import unrolled
@@ -21,10 +23,17 @@ Parameters = tuple[Any, ...]
 """(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) and, of a cell that has some, a tuple of its own tensors."""
 
 
-def inactive() -> str | None:
-    """Why the engine takes no call at all here and now, or None where it does."""
+ROUNDED = (torch.bfloat16, torch.float16)
+"""What the modules compute in float32: stored in these, results rounded once."""
+
+TRACED = (FakeTensor, FunctionalTensor)
+"""What stands for a Tensor while something traces."""
+
+
+def observer() -> str | None:
+    """What looks on at this call, so that it has to be the registered operation (`fastcells.ops`), or None."""
     if torch.compiler.is_compiling():
-        return "torch.compile is tracing"
+        return "torch.compile or torch.export is tracing"
     if torch.jit.is_tracing():
         return "torch.jit.trace is recording"
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
@@ -39,16 +48,15 @@ def inactive() -> str | None:
 
 
 def refusal(*tensors: Tensor) -> str | None:
-    """Why the engine does not take these tensors here and now, or None where it does."""
-    reason = inactive()
-    if reason is not None:
-        return reason
+    """Why neither the engine nor the registered operation takes these tensors, or None where they do."""
+    if torch.jit.is_tracing():
+        return "torch.jit.trace is recording"
     for t in tensors:
-        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+        if type(t) is not Tensor and type(t) is not torch.nn.Parameter and not isinstance(t, TRACED):
             return f"tensor subclass {type(t).__name__}"
         if not t.is_cpu:
             return f"device {t.device}"
-        if t.dtype not in DTYPES:
+        if t.dtype not in DTYPES and t.dtype not in ROUNDED:
             return f"dtype {t.dtype}"
         if t.layout is not torch.strided:
             return f"layout {t.layout}"
@@ -97,7 +105,7 @@ def layer(
     Raises TypeError, ValueError for arguments that do not fit together, RuntimeError for tensors that the engine does
     not take (see `refusal`): float32 or float64 throughout, on the CPU.
     """
-    _check(cell, x, states, parameters, batch_sizes, inputs)
+    check(cell, x, states, parameters, batch_sizes, inputs)
     run = partial(unchecked_layer, return_cell_states=return_cell_states)
     if lengths is None and reset is None and not reverse:
         return run(cell, x, states, parameters, batch_sizes, inputs)
@@ -113,7 +121,7 @@ def layer(
         y, finals, *others = run(cell, turn(x), states, parameters, batch_sizes, fed)
         return turn(y), finals, *(tuple(map(turn, t)) for t in others)
     if isinstance(reset_to, tuple):
-        _check(cell, x, reset_to, parameters, batch_sizes, inputs, "reset_to")
+        check(cell, x, reset_to, parameters, batch_sizes, inputs, "reset_to")
     ragged = Ragged(x.shape[0], x.shape[1], lengths, reset, reverse=reverse)
     entered = ragged.enter(states, reset_to, directions)
     if ragged.whole:
@@ -122,6 +130,26 @@ def layer(
     y, finals, *others = run(cell, ragged.pack(x), entered, parameters, ragged.batch_sizes, fed)
     finals = ragged.leave(finals, states, directions)
     return ragged.unpack(y), finals, *(tuple(map(ragged.unpack, t)) for t in others)
+
+
+def registered_gradients(
+    call: tuple, feed: bool, kept: Sequence[Tensor], cotangents: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of x, each state, input and parameter, where it `needs` one, by the registered operation: differentiable.
+
+    call: the arguments of the operation `layer`.
+    """
+    groups = [[call[1]], *call[2:5]]
+    flags, wanted = iter(needs), []
+    for group in groups:
+        wanted.append(any([next(flags) for _ in group]))
+    found = iter(torch.ops.fastcells.layer_backward(*call, feed, kept, cotangents, wanted))
+    given = [
+        next(found) if want and t is not None else None
+        for group, want in zip(groups, wanted, strict=True)
+        for t in group
+    ]
+    return [g if need else None for g, need in zip(given, needs, strict=True)]
 
 
 def unchecked_layer(
@@ -137,6 +165,12 @@ def unchecked_layer(
 
     Under torch.profiler it is named after the cell, fastcells::lstm, and its backward fastcells::lstm_backward.
     """
+    if observer() is not None:
+        if return_cell_states:
+            return unrolled.layer(cell, x, states, parameters, batch_sizes, inputs, True)
+        call = cell.key, x, list(states or ()), list(inputs), flat(parameters), batch_sizes, len(parameters)
+        y, *finals = torch.ops.fastcells.layer(*call)
+        return y, tuple(finals)
     if torch.autograd._profiler_enabled():
         with record_function(f"fastcells::{cell.name}"):
             return _run(cell, x, states, parameters, batch_sizes, inputs, return_cell_states)
@@ -158,7 +192,7 @@ def _run(
         count = len(cell.states)
         return (y, tuple(more[:count]), tuple(more[count:])) if return_cell_states else (y, tuple(more))
     sequences = cpu.Sequences(x, batch_sizes)
-    _, _, _, whole = _split(cell, len(parameters), states is not None, tensors)
+    _, _, _, whole = split(cell, len(parameters), states is not None, tensors)
     y, finals, saved = cpu.forward(cell, x, states, whole, sequences, training=return_cell_states, inputs=inputs)
     return (y, finals, _others(cell, y, saved)) if return_cell_states else (y, finals)
 
@@ -170,7 +204,7 @@ def _others(cell: Cell, y: Tensor, saved: cpu.Saved) -> tuple[Tensor, ...]:
     return tuple(torch.cat(saved.series[j::each], -1).view(*y.shape[:-1], -1) for j in range(len(cell.states) - 1))
 
 
-def _check(cell, x, states, parameters, batch_sizes, inputs, states_name="states") -> None:
+def check(cell, x, states, parameters, batch_sizes, inputs, states_name="states") -> None:
     """Raise for the first argument of `layer` that does not fit."""
 
     def want(condition: bool, name: str, expected: str, given: object, error: type[Exception] = ValueError) -> None:
@@ -245,11 +279,12 @@ def _check(cell, x, states, parameters, batch_sizes, inputs, states_name="states
         tensors.append(t)
     reason = refusal(*tensors)
     want(reason is None, "the call", "one that the engine takes", reason, RuntimeError)
+    want(x.dtype in DTYPES, "x", "of dtype float32 or float64", x.dtype, RuntimeError)
     dtypes = {t.dtype for t in tensors}
     want(len(dtypes) == 1, "all tensors", f"of x's dtype {x.dtype}", sorted(map(str, dtypes)))
 
 
-def _split(cell: Cell, directions: int, given: bool, tensors: Sequence) -> tuple:
+def split(cell: Cell, directions: int, given: bool, tensors: Sequence) -> tuple:
     """x, states or None, inputs, parameters"""
     x, *rest = tensors
     count = len(cell.states) if given else 0
@@ -262,7 +297,7 @@ def _split(cell: Cell, directions: int, given: bool, tensors: Sequence) -> tuple
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cell, batch_sizes, directions, given, return_cell_states, *tensors):
-        x, states, inputs, parameters = _split(cell, directions, given, tensors)
+        x, states, inputs, parameters = split(cell, directions, given, tensors)
         sequences = cpu.Sequences(x, batch_sizes)
         ctx.feed = any([t.requires_grad for t in inputs])
         y, finals, saved = cpu.forward(cell, x, states, parameters, sequences, True, inputs, ctx.feed)
@@ -281,12 +316,15 @@ class _Layer(torch.autograd.Function):
 
 
 def _backward(ctx, dy, *dstates):
+    if torch.is_autocast_enabled("cpu"):  # products are to stay in the format of the tensors
+        with torch.autocast("cpu", enabled=False):
+            return _backward(ctx, dy, *dstates)
     tensors = ctx.saved_tensors
     inputs, (y, *rest) = tensors[: ctx.inputs], tensors[ctx.inputs :]
     needs = ctx.needs_input_grad[5:]
     if torch.is_grad_enabled():  # create_graph: the derivative must itself be differentiable
-        return None, None, None, None, None, *_differentiable(ctx, inputs, needs, dy, dstates)
-    x, states, fed, parameters = _split(ctx.cell, ctx.directions, ctx.given, inputs)
+        return None, None, None, None, None, *_differentiable(ctx, inputs, needs, dy, dstates, [y, *rest])
+    x, states, fed, parameters = split(ctx.cell, ctx.directions, ctx.given, inputs)
     count = len(states or ())
     wanted = cpu.Wanted(needs[0], any(needs[1 : 1 + count]), any(needs[1 + count + len(fed) :]))
     dx, d0, dparameters, dinputs = cpu.backward(
@@ -315,10 +353,15 @@ def _keeps_graph() -> bool:
     return True if asked is None else asked()
 
 
-def _differentiable(ctx, inputs, needs, dy, dstates) -> list[Tensor | None]:
-    """The gradients as functions of inputs and cotangents, by autograd through the cell's torch form."""
+def _differentiable(ctx, inputs, needs, dy, dstates, kept) -> list[Tensor | None]:
+    """The gradients as functions of inputs and cotangents: by the registered operation or, with cotangents of every
+    step's states, by autograd through the cell's torch form."""
+    if len(dstates) == len(ctx.cell.states):
+        x, states, fed, parameters = split(ctx.cell, ctx.directions, ctx.given, inputs)
+        call = ctx.cell.key, x, list(states or ()), fed, flat(parameters), ctx.batch_sizes, ctx.directions
+        return registered_gradients(call, ctx.feed, kept, [dy, *dstates], needs)
     with torch.enable_grad():
-        x, states, fed, parameters = _split(ctx.cell, ctx.directions, ctx.given, inputs)
+        x, states, fed, parameters = split(ctx.cell, ctx.directions, ctx.given, inputs)
         y, finals, others = unrolled.layer(ctx.cell, x, states, parameters, ctx.batch_sizes, fed, True)
         outputs = [(o, d) for o, d in zip((y, *finals, *others), (dy, *dstates), strict=False) if d is not None]
         asked = [t for t, need in zip(inputs, needs, strict=True) if need]

@@ -9,19 +9,21 @@ namesake: it runs the cell's own torch form where the engine does not take the c
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.modules import rnn as original  # the classes themselves: torch.nn.LSTM may be one of ours by now
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_map
 
 from . import cells, regularise, replay, unrolled
 from .cell import Cell
-from .functional import Parameters, refusal, unchecked_layer
+from .cpu.engine import DTYPES
+from .dynamo import admit
+from .functional import Parameters, observer, refusal, unchecked_layer
 from .program import build
 from .ragged import Lengths, Ragged, backward_in_time
 from .stream import Stream
@@ -54,12 +56,16 @@ class Batch(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A whole call as the engine takes it."""
+    """A whole call as the engine takes it.
+
+    dtype: of the results, where they are to be computed in float32 and then rounded.
+    """
 
     cell: Cell
     batch: Batch
     states: tuple[Tensor, ...] | None  # each [num_layers * D, N, features]
     parameters: list[tuple[Parameters, ...]]  # per layer and direction
+    dtype: torch.dtype | None = None
 
 
 @lru_cache(maxsize=1024)
@@ -105,18 +111,19 @@ class DropIn(torch.nn.Module):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As the torch.nn class of the same name: same arguments, results and exceptions."""
-        if torch.compiler.is_compiling():  # before anything that it would have to trace
-            return self._forward_in_torch(input, hx)
-        if (result := replay.attempt(self, input, hx)) is not None:
+        if not torch.compiler.is_compiling() and (result := replay.attempt(self, input, hx)) is not None:
             return result
         try:
             call = self._read(input, hx)
         except NotTaken as caught:
             reason = caught
         else:
-            if self._steady():
+            if observer() is None and call.dtype is None and self._steady():
                 replay.remember(self, input, hx, call)
             return self._run(input, call)
+        if isinstance(input, torch.fx.Proxy):  # torch.fx keeps modules whole that are torch's own
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), {})
         try:
             return self._forward_in_torch(input, hx)
         except Mistake as wrong:
@@ -150,13 +157,16 @@ class DropIn(torch.nn.Module):
     def _read(self, input: Any, hx: Any) -> Call:
         """The call as the engine takes it. Raises NotTaken. Every call comes here, so each check is a cheap one."""
         call, layers, tensors = self._parts(input, hx)
-        cell, batch, states, _ = call
+        cell, batch, states, *_ = call
         if not batch.size:
             raise NotTaken("batch size 0")
         reason = refusal(*tensors)
         dtype = batch.x.dtype
-        if reason is None and all([tensor.dtype is dtype for tensor in tensors]):
-            return call
+        if reason is None:
+            if torch.is_autocast_enabled("cpu") and all([tensor.dtype in AUTOCAST for tensor in tensors]):
+                return call._replace(dtype=_autocast_dtype(cell, states or (batch.x,)))
+            if all([tensor.dtype is dtype for tensor in tensors]):
+                return call if dtype in DTYPES else call._replace(dtype=dtype)
         names = ["input", *(_initial(cell) if states else ())]
         names += [item[0] for directions in layers for items in directions for item in items if item]
         for kind in ("device", "dtype"):
@@ -230,7 +240,9 @@ class DropIn(torch.nn.Module):
 
     def _run(self, input: Any, call: Call, layer: Callable = unchecked_layer, return_cell_states: bool = False) -> Any:
         """The stack of layers, each with all its directions in one call of `layer`."""
-        cell, batch, states, parameters = call
+        if call.dtype is not None:
+            return self._run_rounded(input, call, layer, return_cell_states)
+        cell, batch, states, parameters, _ = call
         count = len(parameters)
         given: list = [states] * count
         if states is not None and count > 1:
@@ -251,6 +263,14 @@ class DropIn(torch.nn.Module):
             return result
         laid_out = tuple(self._result(input, batch, t, ())[0] for t in others[0])
         return *result, laid_out if len(laid_out) > 1 else laid_out[0]
+
+    def _run_rounded(self, input: Any, call: Call, layer: Callable, return_cell_states: bool) -> Any:
+        """The same in float32, with one rounding of the results."""
+        batch, states = call.batch._replace(x=call.batch.x.float()), call.states
+        parameters: Any = tree_map(lambda w: None if w is None else w.float(), call.parameters)
+        wide = Call(call.cell, batch, None if states is None else tuple(s.float() for s in states), parameters)
+        with torch.autocast("cpu", enabled=False):
+            return tree_map(lambda t: t.to(call.dtype), DropIn._run(self, input, wide, layer, return_cell_states))
 
     # What layers and cells each say for themselves:
 
@@ -274,6 +294,16 @@ class DropIn(torch.nn.Module):
     def _result(self, input: Any, batch: Batch, y: Tensor, states: Any) -> Any:
         """What the module returns. `states`: one Tensor or a tuple of them, in the caller's shape."""
         raise NotImplementedError
+
+
+AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # the formats that autocast takes part in
+
+
+def _autocast_dtype(cell: Cell, states: tuple[Tensor, ...]) -> torch.dtype:
+    """Of the results under autocast, as torch's operations give it: they round products, and take up the states in
+    their own format, where there are such terms."""
+    dtype = torch.get_autocast_dtype("cpu")
+    return dtype if cell in ELMAN.values() else reduce(torch.promote_types, [s.dtype for s in states], dtype)
 
 
 def _initial(cell: Cell) -> list[str]:
@@ -305,9 +335,6 @@ def _packed_size(packed: PackedSequence) -> int:
         if low < 0 or high >= steps[0]:
             raise Mistake(f"input.{name} must hold a permutation of 0 to {steps[0] - 1}, got {low} to {high}")
     return steps[0]
-
-
-_not_compiled: Any = None  # OverTime.forward as torch.compile leaves it alone; made when needed, as it imports much
 
 
 class OverTime(DropIn):
@@ -462,7 +489,8 @@ class OverTime(DropIn):
 
     def _weight_shapes(self, gates: int) -> tuple:
         sizes = self.input_size, self.hidden_size, self.proj_size
-        return weight_shapes(gates, *sizes, self.bias, self.num_layers, 2 if self.bidirectional else 1)
+        shapes = weight_shapes.__wrapped__ if torch.compiler.is_dynamo_compiling() else weight_shapes  # else it warns
+        return shapes(gates, *sizes, self.bias, self.num_layers, 2 if self.bidirectional else 1)
 
     def _result(self, input: Any, batch: Batch, y: Tensor, states: Any) -> Any:
         if batch.batch_sizes is not None:
@@ -498,20 +526,24 @@ def _as_given(states: tuple[Tensor, ...] | None, batched: bool = True) -> Any:
 class LayerModule(OverTime, original.RNNBase):
     """What torch.nn's layers over whole sequences have to themselves."""
 
-    def forward(self, input: Any, hx: Any = None, **sequences: Any) -> Any:
-        """As the torch.nn class of the same name: same arguments, results and exceptions; lengths, reset, reset_to,
-        reverse, return_cell_states: see `OverTime.forward`."""
-        # torch.compile breaks its graph at every RNNBase, then would compile what that calls, function by function.
-        global _not_compiled
-        if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
-            return super().forward(input, hx, **sequences)
-        if _not_compiled is None:
-            _not_compiled = torch.compiler.disable(OverTime.forward)
-        return _not_compiled(self, input, hx, **sequences)
+    def _forward_in_torch(self, input: Any, hx: Any) -> Any:
+        run = super()._forward_in_torch
+        return _between_graphs(run, input, hx) if torch.compiler.is_dynamo_compiling() else run(input, hx)
+
+
+@torch._disable_dynamo
+def _between_graphs(run: Callable, input: Any, hx: Any) -> Any:
+    """Torch's own layers, as torch.compile leaves them."""
+    return run(input, hx)
 
 
 class CellModule(DropIn, original.RNNCellBase):
     """What the cells have to themselves: they are layers over one step."""
+
+    def _read(self, input: Any, hx: Any) -> Call:
+        if torch.compiler.is_compiling():
+            raise NotTaken("torch.compile or torch.export is tracing, which fuses a single step itself")
+        return super()._read(input, hx)
 
     def _batch(self, input: Any) -> Batch:
         if not isinstance(input, Tensor):
@@ -746,3 +778,5 @@ class Recurrent(OverTime):
 
 DROP_IN: dict[type, type] = {kind.__bases__[1]: kind for kind in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)}
 """Torch's class -> ours."""
+
+admit(LayerModule)

@@ -19,7 +19,7 @@ except ImportError:  # then every call is read anew
 
 from .cpu import layer as cpu
 from .cpu import team
-from .functional import flat, inactive
+from .functional import flat, observer
 
 if TYPE_CHECKING:
     from .nn import Call, DropIn
@@ -57,7 +57,7 @@ class Replay:
             return None
         registered = module._parameters
         given = [input, *_listed(hx), *[registered.get(name) for name in self.names]]
-        if not self.check(*given) or inactive() or torch.autograd._profiler_enabled() or team.size() != self.threads:
+        if not self.check(*given) or observer() or torch.autograd._profiler_enabled() or team.size() != self.threads:
             return None
         made = [make() for make in self.make]
         addresses = [t.data_ptr() for t in given]

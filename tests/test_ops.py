@@ -1,0 +1,323 @@
+"""The registered operations: torch's own checks of them, torch.compile, half precision and autocast."""
+
+import copy
+import re
+
+import pytest
+import torch
+from helpers import Case, cast, check, compare, outputs, record, relative_error
+from torch.nn.utils.rnn import PackedSequence
+
+import fastcells
+from fastcells import cells, ops
+from fastcells.cell import registered
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+CELLS = ["lstm", "lstm_proj", "gru", "rnn_tanh", "rnn_relu"]
+DEEP = {"num_layers": 2, "bidirectional": True}
+CASES = [
+    Case(cell, states=states, batch_first=states, layout=layout, dtype=dtype, **options)
+    for cell in CELLS
+    for states, layout, dtype, options in (
+        (False, "padded", torch.float64, {}),
+        (True, "padded", torch.float32, DEEP),
+        (False, "strided", torch.float64, {**DEEP, "bias": False}),
+        (True, "unbatched", torch.float64, {}),
+    )
+]
+
+
+def call_of(case, requires_grad=True):
+    """The arguments of the operation `layer` for the first layer of a case."""
+    module, (x, hx) = case.module(fastcells.nn), case.data()
+    call, *_ = module._parts(x, hx)
+    directions = call.parameters[0]
+    flat = [w for p in directions for w in p]
+    states = [s[: len(directions)].detach().clone().requires_grad_(requires_grad) for s in call.states or ()]
+    x = call.batch.x.detach().clone().requires_grad_(requires_grad)
+    return call.cell.key, x, states, flat, call.batch.batch_sizes, len(directions)
+
+
+OP_CASES = [
+    Case(cell, layout=layout, states=states, bidirectional=states)
+    for cell in ("lstm", "lstm_proj", "gru", "rnn_tanh")
+    for layout, states in (("padded", False), ("padded", True), ("packed", True))
+]
+
+
+@pytest.mark.parametrize("case", OP_CASES, ids=str)
+def test_opcheck(case):
+    call = call_of(case)
+    torch.library.opcheck(torch.ops.fastcells.layer.default, call)
+    with torch.no_grad():
+        count = 1 + len(registered(call[0]).states)
+        y, *results = torch.ops.fastcells.layer(*call, True)
+    cotangents = [torch.randn_like(y), None, *(torch.randn_like(s) for s in results[1 : count - 1])]
+    arguments = *call, [y, *results[count - 1 :]], cotangents, [True, bool(call[2]), True]
+    torch.library.opcheck(torch.ops.fastcells.layer_backward.default, arguments)
+
+
+def test_operation_checks_its_arguments():
+    """Kernels go by raw addresses."""
+    key, x, states, flat, sizes, count = call_of(Case("lstm"), requires_grad=False)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="weight_ih must be of shape"):
+            torch.ops.fastcells.layer(key, x[..., :2], states, flat, sizes, count)
+        with pytest.raises(LookupError, match="no cell nowhere:cell"):
+            torch.ops.fastcells.layer("nowhere:cell", x, states, flat, sizes, count)
+        y, h, c, *kept = torch.ops.fastcells.layer(key, x, states, flat, sizes, count, True)
+        for wrong in ([y, kept[0][:1], *kept[1:]], [y], [y.float(), *kept]):
+            with pytest.raises(ValueError, match="kept"):
+                torch.ops.fastcells.layer_backward(
+                    key, x, states, flat, sizes, count, wrong, [y, h, c], [True, False, True]
+                )
+        with pytest.raises(ValueError, match=re.escape("cotangents[0]")):
+            torch.ops.fastcells.layer_backward(
+                key, x, states, flat, sizes, count, [y, *kept], [y[1:], h, c], [True, False, True]
+            )
+
+
+def test_every_cell_has_a_key_of_its_own():
+    assert registered(cells.lstm.key) is cells.lstm
+
+    def declare():
+        @fastcells.cell(gates="h")
+        def leaky(x, u, s):
+            return s.h + x.h + u.h
+
+        return leaky
+
+    first, second = declare(), declare()
+    assert first.key != second.key
+    assert registered(first.key) is first
+
+
+# torch.compile
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def operations(monkeypatch):
+    """The calls of the registered operation."""
+    calls = []
+    original = fastcells.cpu.layer.forward
+
+    def counted(cell, *args, **options):
+        calls.append(cell.name)
+        return original(cell, *args, **options)
+
+    monkeypatch.setattr(fastcells.cpu.layer, "forward", counted)
+    return calls
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_compiled(case, operations):
+    """One graph, forward and backward, with the results of the eager layer: the same kernels compute them."""
+    module, (x, hx) = case.module(fastcells.nn), case.data()
+    expected = record(module, x, hx)
+    operations.clear()
+    got = record(Compiled(module, backend="aot_eager"), x, hx)
+    assert len(operations) == case.num_layers
+    got = {name.replace("module.", ""): t for name, t in got.items()}
+    if case.dtype == torch.float64:
+        check(got, expected)
+    else:
+        compare(module, case.module(torch.nn), x, hx)
+        for name, t in expected.items():
+            assert relative_error(got[name], t) < 1e-6, name
+
+
+class Compiled(torch.nn.RNNBase):
+    """A module compiled with fullgraph=True, as `record` takes it."""
+
+    def __init__(self, module, **options):
+        torch.nn.Module.__init__(self)
+        self.module = module
+        self.run = torch.compile(module, fullgraph=True, **options)
+
+    def forward(self, input, hx=None):
+        return self.run(input, hx)
+
+
+class Model(torch.nn.Module):
+    """A layer with dense ones around it, and a single step."""
+
+    def __init__(self, nn, kind="GRU", **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.layer, self.cell = (
+            torch.nn.Linear(4, 3),
+            getattr(nn, kind)(3, 5, **options),
+            nn.LSTMCell(5, 2),
+        )
+
+    def forward(self, x):
+        return self.cell(self.layer(self.before(x).relu())[0].sum(0))[0] * 2
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_by_inductor(training):
+    x = torch.randn(6, 3, 4)
+    ours, theirs = Model(fastcells.nn), Model(torch.nn)
+    with torch.set_grad_enabled(training):
+        got, expected = torch.compile(ours, fullgraph=True)(x), theirs(x)
+    assert relative_error(got, expected) < 1e-5
+    if training:
+        for result in (got, expected):
+            result.sum().backward()
+        for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            assert relative_error(a.grad, b.grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_compiled_once_for_all_sizes(kind):
+    module = Model(fastcells.nn, kind)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for steps, batch in ((5, 3), (9, 2), (2, 7)):
+            x = torch.randn(steps, batch, 4)
+            got, expected = (
+                torch.autograd.grad(m(x).square().sum(), list(module.parameters())) for m in (compiled, module)
+            )
+            for a, b in zip(got, expected, strict=True):
+                assert relative_error(a, b) < 1e-5
+
+
+def test_six_layers_are_six_calls():
+    """Torch's own layer would be taken apart, step by step: minutes."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    module = fastcells.nn.LSTM(8, 16, num_layers=6)
+    torch.compile(module, backend=backend, fullgraph=True)(torch.randn(100, 4, 8))
+    assert [str(n.target) for n in graphs[0].graph.nodes].count("fastcells.layer.default") == 6
+
+
+def test_torchs_own_layers_are_compiled_as_ever():
+    """The graph breaks there. What we say to the tracer is about our layers only."""
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(torch.nn.GRU(3, 4), backend="eager", fullgraph=True)(torch.randn(5, 2, 3))
+
+
+def test_parametrized_layer_compiled():
+    module, x = fastcells.nn.GRU(4, 5, dtype=torch.float64), torch.randn(6, 3, 4, dtype=torch.float64)
+    torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    assert relative_error(torch.compile(module, backend="eager", fullgraph=True)(x)[0], module(x)[0]) < 1e-9
+
+
+def test_mistakes_are_told_when_compiled():
+    compiled = torch.compile(fastcells.nn.GRU(4, 5), backend="eager")
+    with pytest.raises(RuntimeError, match=r"input_size|input.size"):
+        compiled(torch.randn(6, 3, 7))
+
+
+# Modes that look at operations
+
+
+def test_fake_tensors_and_modes():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Looking(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    module, x = fastcells.nn.LSTM(4, 5), torch.randn(6, 3, 4)
+    with Looking():
+        y, _ = module(x)
+    assert torch.equal(y, module(x)[0])
+    assert any("fastcells.layer" in name for name in seen)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = fastcells.nn.LSTM(4, 5, bidirectional=True)
+        y, (h, _) = fake(mode.from_tensor(x))
+    assert (tuple(y.shape), tuple(h.shape)) == ((6, 3, 10), (2, 3, 5))
+    with torch.device("cpu"):
+        assert torch.equal(module(x)[0], module(x)[0])
+
+
+# Half precision and autocast: float32 inside, one rounding
+
+
+def rounded(theirs, x, hx, dtype):
+    """Outputs and gradients of torch's layer with these values, in float64."""
+    return record(copy.deepcopy(theirs).double(), cast(x, torch.float64), cast(hx, torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["padded", "shuffled"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_half(cell, layout, dtype, operations):
+    case = Case(cell, layout=layout, states=True, **DEEP)
+    ours, theirs = (case.module(nn).to(dtype) for nn in (fastcells.nn, torch.nn))
+    x, hx = case.data()
+    x, hx = cast(x, dtype), cast(hx, dtype)
+    got, truth = record(ours, x, hx), rounded(theirs, x, hx, dtype)
+    assert len(operations) == 2
+    for name, t in truth.items():
+        assert got[name].dtype == dtype, name
+        assert relative_error(got[name], t) < 2 * torch.finfo(dtype).eps, name
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_autocast(kind, autocast, given, operations):
+    """The format that torch gives, where it runs at all (its LSTM refuses float32 input); float32 inside."""
+    torch.manual_seed(0)
+    ours, theirs = (getattr(nn, kind)(4, 6, num_layers=2) for nn in (fastcells.nn, torch.nn))
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(5, 3, 4, dtype=given)
+    with torch.autocast("cpu", autocast):
+        y, h = ours(x)
+        y.float().square().sum().backward()
+        try:
+            expected = theirs(x)[0].dtype
+        except RuntimeError:
+            expected = torch.promote_types(given, autocast)
+        compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)(x)
+    states = h if isinstance(h, tuple) else (h,)
+    assert {y.dtype, *(s.dtype for s in states)} == {expected}
+    assert compiled[0].dtype == expected
+    assert torch.equal(compiled[0], y)
+    assert set(operations) == {ours._cell().name}
+    truth = copy.deepcopy(theirs).double()
+    result = truth(x.double())[0]
+    assert relative_error(y, result) < 2 * torch.finfo(expected).eps
+    result.square().sum().backward()
+    for (name, a), b in zip(ours.named_parameters(), truth.parameters(), strict=True):
+        assert a.grad.dtype == torch.float32
+        assert relative_error(a.grad, b.grad) < 4 * torch.finfo(expected).eps, name
+
+
+def test_functional_under_autocast():
+    module, x = fastcells.nn.GRU(4, 6), torch.randn(5, 3, 4, requires_grad=True)
+    p = [(module.weight_ih_l0, module.weight_hh_l0, module.bias_ih_l0, module.bias_hh_l0, None)]
+    expected = fastcells.functional.layer(cells.gru, x, None, p)[0]
+    (grad,) = torch.autograd.grad(expected.sum(), x)
+    with torch.autocast("cpu"):
+        y = fastcells.functional.layer(cells.gru, x, None, p)[0]
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], grad)
+    assert torch.equal(y, expected)
+    for module_call in (lambda: module(x)[0],):
+        y = module_call()
+        with torch.autocast("cpu"):  # backward alone
+            assert torch.equal(torch.autograd.grad(y.sum(), x)[0], grad)
+
+
+def test_the_call_is_flat():
+    """What compiled and exported programs hold."""
+    schema = str(torch.ops.fastcells.layer.default._schema)
+    assert schema.startswith("fastcells::layer(str cell, Tensor x, Tensor[] states, Tensor?[] parameters")
+    assert ops.LIBRARY.ns == "fastcells"
+    assert isinstance(PackedSequence, type)
+    assert outputs
