@@ -294,6 +294,19 @@ def test_autocast(kind, autocast, given, operations):
         assert relative_error(a.grad, b.grad) < 4 * torch.finfo(expected).eps, name
 
 
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_cell_under_autocast(kind):
+    torch.manual_seed(0)
+    ours, theirs = (getattr(nn, kind)(4, 6) for nn in (fastcells.nn, torch.nn))
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(40, 4)
+    with torch.autocast("cpu"):
+        got, expected = (r if isinstance(r, tuple) else (r,) for r in (ours(x), theirs(x)))
+    for a, b, truth in zip(got, expected, (r if isinstance(r := theirs(x), tuple) else (r,)), strict=True):
+        assert a.dtype == b.dtype
+        assert relative_error(a, truth) < torch.finfo(a.dtype).eps
+
+
 def test_functional_under_autocast():
     module, x = fastcells.nn.GRU(4, 6), torch.randn(5, 3, 4, requires_grad=True)
     p = [(module.weight_ih_l0, module.weight_hh_l0, module.bias_ih_l0, module.bias_hh_l0, None)]
