@@ -378,6 +378,10 @@ class OverTime(DropIn):
         plain = self._with_cell_states if return_cell_states else super().forward
         if lengths is None and reset is None and reset_to is None and not reverse:
             return plain(input, hx)
+        if torch.compiler.is_dynamo_compiling():  # how many stretches there are is in the data
+            options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "reverse": reverse}
+            call = partial(self.forward, **options, return_cell_states=return_cell_states)
+            return _between_graphs(call, input, hx)
         input, hx, finish = self._ragged(input, hx, lengths, reset, reset_to, reverse)
         return finish(plain(input, hx))
 
@@ -533,7 +537,7 @@ class LayerModule(OverTime, original.RNNBase):
 
 @torch._disable_dynamo
 def _between_graphs(run: Callable, input: Any, hx: Any) -> Any:
-    """Torch's own layers, as torch.compile leaves them."""
+    """What torch.compile leaves as it is: its graph breaks here."""
     return run(input, hx)
 
 
