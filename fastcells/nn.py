@@ -270,7 +270,8 @@ class DropIn(torch.nn.Module):
         parameters: Any = tree_map(lambda w: None if w is None else w.float(), call.parameters)
         wide = Call(call.cell, batch, None if states is None else tuple(s.float() for s in states), parameters)
         with torch.autocast("cpu", enabled=False):
-            return tree_map(lambda t: t.to(call.dtype), DropIn._run(self, input, wide, layer, return_cell_states))
+            results = DropIn._run(self, input, wide, layer, return_cell_states)
+        return tree_map(lambda t: t if t is None else t.to(call.dtype), results)
 
     # What layers and cells each say for themselves:
 

@@ -72,7 +72,7 @@ class Call:
         programs = build(self.cell, self.parameters[0][4] is not None, feed)
         total = self.x.shape[0] if self.batch_sizes is not None else self.x.shape[0] * self.x.shape[1]
         for _ in self.parameters:
-            yield self.x.new_empty(total, programs.slots * self.hidden)
+            yield self.x.new_empty(total, programs.width(self.hidden))
         for _ in range(len(self.parameters) * (len(programs.states) - 1)):
             yield self.x.new_empty(total, self.hidden)
 
@@ -277,6 +277,8 @@ class _Gradient(Function):
         *_, kept, _ = ctx.split(range(len(tensors)))
         asked = [i for i, need in enumerate(ctx.needs_input_grad[6:]) if need and i not in kept]
         given = [k for k, s in enumerate(second) if s is not None]
+        if not given or not asked:
+            return (None,) * len(ctx.needs_input_grad)
 
         def first(*values: Tensor) -> tuple[Tensor, ...]:
             changed = dict(zip(asked, values, strict=True))

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from fastcells.nn import NotTaken, Recurrent
 
 TOLERANCE = 1e-9  # float64, relative to the largest magnitude of the true tensor
-SLACK = 2.0  # float32: at most so many times torch.nn's own float32 error ...
+SLACK = 4.0  # float32: at most so many times torch.nn's own error, a matter of luck where sums cancel ...
 FLOOR = (
     4 * torch.finfo(torch.float32).eps
 )  # ... plus 4 ulps of the largest magnitude, as torch's error may be 0 by luck

@@ -519,7 +519,7 @@ f64 = {"dtype": torch.float64}
         ({"parameters": []}, ValueError, "parameters must be those of 1 or 2 directions, got 0"),
         ({"x": torch.ones(3, 4, **f64), "batch_sizes": torch.tensor([1, 2])}, ValueError, "never increasing"),
         ({"x": torch.ones(3, 4, **f64), "batch_sizes": torch.tensor([2, 1]).int()}, ValueError, "int64"),
-        ({"x": torch.ones(3, 2, 4, dtype=torch.float16)}, RuntimeError, "dtype torch.float16"),
+        ({"x": torch.ones(3, 2, 4, dtype=torch.float16)}, RuntimeError, "x must be of dtype float32 or float64"),
     ],
 )
 def test_arguments_are_checked_before_any_kernel_runs(changes, error, words):

@@ -65,7 +65,6 @@ def test_explain_names_the_engine_and_its_schedule():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: (fastcells.nn.GRU(4, 5).half(), torch.randn(3, 2, 4).half()), "torch.float16"),
         (lambda: (fastcells.nn.GRU(4, 5).to("meta"), torch.randn(3, 2, 4, device="meta")), "meta"),
         (lambda: (torch.nn.GRU(4, 5), torch.randn(3, 2, 4)), "convert"),
         (lambda: (fastcells.nn.GRU(4, 5), torch.randn(3, 2, 7)), "input_size = 4"),
