@@ -192,8 +192,7 @@ def _run(
         count = len(cell.states)
         return (y, tuple(more[:count]), tuple(more[count:])) if return_cell_states else (y, tuple(more))
     sequences = cpu.Sequences(x, batch_sizes)
-    _, _, _, whole = split(cell, len(parameters), states is not None, tensors)
-    y, finals, saved = cpu.forward(cell, x, states, whole, sequences, training=return_cell_states, inputs=inputs)
+    y, finals, saved = cpu.forward(cell, x, states, parameters, sequences, training=return_cell_states, inputs=inputs)
     return (y, finals, _others(cell, y, saved)) if return_cell_states else (y, finals)
 
 

@@ -279,6 +279,10 @@ class DropIn(torch.nn.Module):
         """Whether equal calls without gradients do the same, with the parameters as they are."""
         return True
 
+    def _as_held(self) -> bool:
+        """Whether the cell uses the parameters as the module holds them, nothing made from them."""
+        return True
+
     def _cell(self) -> Cell:
         raise NotImplementedError
 
@@ -764,7 +768,10 @@ class Recurrent(OverTime):
 
     def _steady(self) -> bool:
         random = self.weight_dropout or self.recurrent_dropout or any(self.zoneout)
-        return not random and self.cell.recurrent_weight is None and self._shapes[0][0][1] is not None
+        return not random and self._as_held()
+
+    def _as_held(self) -> bool:
+        return self.cell.recurrent_weight is None and self._shapes[0][0][1] is not None
 
     def _used(self, parameters: Parameters) -> Parameters:
         """The parameters of a direction as the cell uses them."""

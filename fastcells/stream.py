@@ -11,6 +11,7 @@ from torch import Tensor
 from .cpu import layer as cpu
 from .cpu.geometry import LINE
 from .cpu.script import driver
+from .functional import flat
 
 if TYPE_CHECKING:
     from .nn import OverTime
@@ -34,6 +35,8 @@ class Stream:
         assert isinstance(weight, Tensor)
         x = torch.zeros(1, batch_size, layer.input_size, dtype=weight.dtype, device=weight.device)
         call = layer._read(x, None)  # raises for what the engine does not take
+        if not layer._as_held():
+            raise ValueError(f"cell {call.cell.name} cannot be streamed: its weights are made anew at every call")
         self._sizes = batch_size, layer.input_size
         self._input, self._dtype = x[0], weight.dtype
         self._states: list[list[Tensor]] = []
@@ -52,14 +55,14 @@ class Stream:
         hidden = parameters[0].shape[0] // len(cell.gates)
         width = hidden if parameters[4] is None else parameters[4].shape[0]
         states = [x.new_zeros(1, x.shape[1], width if j == 0 else hidden) for j in range(len(cell.states))]
-        parameters = tuple(t.detach() if isinstance(t, Tensor) else t for t in parameters)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # a step is too little to share
         try:
             forward, tensors = cpu.prepared(cell, x, tuple(states), [parameters], cpu.Sequences(x, None))
         finally:
             torch.set_num_threads(threads)
-        if not forward.whole or len(tensors) < 1 + len(states):
+        # What is made from the state or the weights once, before the first step, would be stale at the second.
+        if not forward.whole or len(tensors) != 1 + len(states) + len(flat([parameters])):
             raise ValueError(f"cell {cell.name} cannot be streamed: its states need more than a kernel")
         y = x.new_empty(forward.y)
         series = [x.new_empty(forward.series) for _ in range(forward.many)]
@@ -81,19 +84,19 @@ class Stream:
             if x.shape != self._sizes or x.dtype != self._input_numpy.dtype:
                 self._refuse(x.shape, x.dtype)
             self._input_numpy[...] = x
-            self._first[self._x_at] = self._input_at
-            for frame in self._frames:
-                self._run(frame, 0, 1)
-            return self._output_numpy
-        if not isinstance(x, Tensor):
+            output: Any = self._output_numpy
+            address = self._input_at
+        elif isinstance(x, Tensor):
+            if x.shape != self._sizes or x.dtype is not self._dtype or not x.is_cpu:
+                self._refuse(tuple(x.shape), f"{x.dtype} on {x.device}")
+            x = x.contiguous()
+            address, output = x.data_ptr(), self._output
+        else:
             raise TypeError(f"x must be a Tensor or a NumPy array, got {type(x).__name__}")
-        if x.shape != self._sizes or x.dtype is not self._dtype or not x.is_cpu:
-            self._refuse(tuple(x.shape), f"{x.dtype} on {x.device}")
-        x = x.contiguous()
-        self._first[self._x_at] = x.data_ptr()
+        self._first[self._x_at] = address
         for frame in self._frames:
             self._run(frame, 0, 1)
-        return self._output
+        return output
 
     def _refuse(self, shape: Any, kind: Any) -> None:
         raise ValueError(f"x must be of shape {self._sizes} and {self._dtype} on the CPU, got shape {shape}, {kind}")

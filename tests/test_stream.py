@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fastcells
-from fastcells import cells, replay
+from fastcells import cell, cells, replay, variants
+from fastcells.expression import tanh
 
 KINDS = ["LSTM", "GRU", "RNN"]
 
@@ -207,3 +208,15 @@ def test_wrong_use_of_a_stream():
         stream([0.0] * 5)
     with pytest.raises(ValueError, match="state must be of shapes"):
         stream.state = torch.zeros(1, 1, 7)
+
+
+@cell(gates="h")
+def halved(x, u, s):
+    return tanh(x.h + u.h(0.5 * s.h))
+
+
+@pytest.mark.parametrize("given", [halved, variants.antisymmetric_rnn(), cells.indrnn], ids=lambda c: c.name)
+def test_what_is_made_from_states_or_weights_is_not_streamed(given):
+    """It would be made once, and stale at the second step."""
+    with pytest.raises(ValueError, match="cannot be streamed"):
+        fastcells.nn.Recurrent(given, 5, 7).stream()
