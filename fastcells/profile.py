@@ -124,7 +124,7 @@ class Watch:
 @contextmanager
 def watching(watch: Watch) -> Iterator[None]:
     """The engine's functions are wrapped within the block."""
-    before = cpu._parameter_gradients, engine.Runner.launch
+    launch = engine.Runner.launch
 
     def without(self: engine.Runner, script: Any, times: Any, views: Any, products: Any, *args: Any, **kw: Any) -> None:
         leave_out = watch.leave_out
@@ -133,14 +133,13 @@ def watching(watch: Watch) -> Iterator[None]:
                 [engine.Product(0) if leave_out(s.rows.buffer) else p for p, s in zip(row, of.segments, strict=True)]
                 for row, of in zip(products, self.program.stages, strict=True)
             ]
-        before[1](self, script, times, views, products, *args, **kw)
+        launch(self, script, times, views, products, *args, **kw)
 
-    cpu._parameter_gradients = watch.wrap(cpu._parameter_gradients, lambda *_: WEIGHT_GRADIENTS)
     engine.Runner.launch = without  # type: ignore[method-assign]
     try:
         yield
     finally:
-        cpu._parameter_gradients, engine.Runner.launch = before  # type: ignore[method-assign]
+        engine.Runner.launch = launch  # type: ignore[method-assign]
         script.observer = None
         cpu.forget()
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import fastcells
 from fastcells import cell, cells, functional, unrolled
+from fastcells.cpu import gradients, layer
 from fastcells.cpu.host import host
 from fastcells.expression import (
     cos,
@@ -536,3 +537,39 @@ def test_numbers_below_the_normal_range_are_flushed_in_kernels_alone():
     if host().triple.startswith("x86_64"):
         assert not y.any()
     assert (x[0, 0] * 0.5).tolist() == [tiny / 128] * 4
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("c", "options"),
+    [
+        (cells.lstm, {"directions": 2}),
+        (cells.lstm, {"given": False, "project": 5}),
+        (cells.gru, {"lengths": [9, 7, 7, 2, 1], "directions": 2}),
+        (regularised, {"directions": 2}),
+    ],
+    ids=["lstm", "projected", "packed", "own"],
+)
+def test_gradients_of_weights_a_stretch_at_a_time(monkeypatch, c, options, threads):
+    """As for large ones: turned, some rows at a time, in stretches that begin and end within time steps."""
+    monkeypatch.setattr(gradients, "NEAR_BYTES", 0)
+    monkeypatch.setattr(gradients, "STRETCH", 7)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    layer.forget()
+    try:
+        agree(*problem(c, 9, 5, 4, 13, **options))
+    finally:
+        torch.set_num_threads(before)
+        layer.forget()
+
+
+def test_gradients_of_weights_where_input_comes_in_batches(monkeypatch):
+    """Rows of all time steps are then at two distances: copied, some whole steps at a time."""
+    monkeypatch.setattr(gradients, "NEAR_BYTES", 0)
+    monkeypatch.setattr(gradients, "STRETCH", 7)
+    layer.forget()
+    (c, x, *rest), leaves, names = problem(cells.lstm, 9, 3, 4, 13)
+    batches = x.detach().transpose(0, 1).contiguous().requires_grad_()
+    agree((c, batches.transpose(0, 1), *rest), [batches, *leaves[1:]], names)
+    layer.forget()

@@ -256,11 +256,28 @@ class Runner:
 @lru_cache
 def _pack(dtype: torch.dtype) -> store.Kernel:
     def make():
-        from .loops import make_pack
+        from .copies import make_pack
 
         return make_pack(DTYPES[dtype], host().lanes(dtype.itemsize))
 
     return store.kernel(f"pack_{DTYPES[dtype]}", [], make)
+
+
+@lru_cache
+def _turn(dtype: torch.dtype) -> store.Kernel:
+    def make():
+        from .copies import make_turn
+
+        return make_turn(DTYPES[dtype], host().lanes(dtype.itemsize))
+
+    return store.kernel(f"turn_{DTYPES[dtype]}", [], make)
+
+
+def turned(script: Script, dtype: torch.dtype, source: Buffer, target: Buffer, **options: Any) -> None:
+    """target = source.T. target: rows of whole vectors, what is past their end is lost."""
+    rows, columns = source.shape
+    words: list[Address] = [target.at, target.strides[0], source.at, source.strides[0], rows, columns]
+    script.launch(_turn(dtype), words, **options)
 
 
 # ---- plain linear algebra, of the same tiles ----
@@ -289,14 +306,15 @@ def plain(dtype: torch.dtype) -> tuple[Runner, Runner]:
 
 
 def add(script: Script, dtype: torch.dtype, out: Buffer, a: Buffer | None, b: Buffer | None = None, **options) -> None:
-    """out = a + b over [rows, units]; None stands for zeros."""
+    """out = a + b over [rows, units] or [steps, rows, units]; None stands for zeros."""
     _, run = plain(dtype)
-    rows, units = out.shape
+    steps, rows, units = out.by_time().shape
 
     def view(t: Buffer | None) -> View:
-        return View(zeros(units * run.item)) if t is None else View(t.at, 0, t.strides[0])
+        return View(zeros(units * run.item)) if t is None else View(t.at, *t.by_time().strides[:2])
 
-    run.launch(script, Times(1, rows), {"a": view(a), "b": view(b), "out": view(out)}, [[]], [units], **options)
+    views = {"a": view(a), "b": view(b), "out": view(out)}
+    run.launch(script, Times(steps, rows), views, [[]], [units], **options)
 
 
 def product(

@@ -150,3 +150,6 @@ def scratch_row_bytes(program: Program, shape: Shape, stage: int, vector_bytes: 
 
 # The frame of a packing kernel; then the offset in bytes of each gate.
 PACK = ("panel", "source", "units", "depth", "unit_stride", "depth_stride", "block", "gates")
+
+# The frame of a turning kernel: addresses, bytes from row to row, and the sizes of the source.
+TURN = ("target", "target_row", "source", "source_row", "rows", "columns")

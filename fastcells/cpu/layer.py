@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,297 +13,18 @@ from torch import Tensor
 
 from ..cell import Cell
 from ..expression import Node, apply, leaf
-from ..plan import Plan, Shape, plan
-from ..program import Programs, Weights, build, runs
+from ..plan import Plan
 from . import team
-from .engine import Buffer, Product, Runner, Times, View, add, product
-from .script import Address, At, Script, ones, zeros
+from .direction import Direction, Operands, Ready, Sequences, fixed, planned, ready, rows_of_initial, usable, view
+from .engine import Buffer, View, add, product
+from .gradients import OverTime, shifted
+from .script import Script, zeros
+
+__all__ = ["Saved", "Sequences", "Wanted", "backward", "forget", "forward", "planned", "prepared", "ready"]
 
 Parameters = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, tuple[Tensor, ...]]
 
-APART_FLOPS = 20_000_000  # of a product, worth a team of its own
 FEW_ROWS = 16  # that read weights where they are: packing them first would cost more
-LARGE_PRODUCT = 1 << 26  # multiplications, from which torch packs both operands to its advantage
-
-
-class Ready:
-    """A cell with its programs and their runners for one number format."""
-
-    def __init__(self, cell: Cell, project: bool, dtype: torch.dtype, feed: bool, each: bool) -> None:
-        self.cell, self.dtype, self.item = cell, dtype, dtype.itemsize
-        self.programs: Programs = build(cell, project, feed, each)
-        self.forward = Runner(self.programs.forward, dtype)
-        self.backward = Runner(self.programs.backward, dtype)
-        self.gates = {g: k for k, g in enumerate(cell.gates)}  # the order of the weights' rows
-        g = self.programs.gradients
-        # Blocks of adjacent slots, one product each: (gates, first slot, slot of the operand or name of the state).
-        self.recurrent = [
-            (run, g.u[run[0]], operand)
-            for operand in dict.fromkeys(g.operands.values())
-            for run in runs([u for u, o in g.operands.items() if o == operand], g.u)
-        ]
-        self.used_slots = max([*g.x.values(), *g.u.values()]) + 1
-
-
-@lru_cache(maxsize=256)
-def ready(cell: Cell, project: bool, dtype: torch.dtype, feed: bool = False, each: bool = False) -> Ready:
-    """The same object for the same cell; nothing is compiled before a kernel first runs. feed, each: see `build`."""
-    return Ready(cell, project, dtype, feed, each)
-
-
-class Sequences:
-    """How time steps and sequences are laid out: padded [T, N], or packed [total] with the number of rows of each step.
-
-    steps: T; rows: N, of the fullest step; total: rows of all steps; counts: of each step, None if padded.
-    """
-
-    def __init__(self, x: Tensor, batch_sizes: Tensor | None) -> None:
-        self.counts = None if batch_sizes is None else batch_sizes.contiguous()
-        if batch_sizes is None:
-            self.steps, self.rows = x.shape[0], x.shape[1]
-            self.total = self.steps * self.rows
-        else:
-            self.steps, self.rows, self.total = batch_sizes.shape[0], int(batch_sizes[0]), x.shape[0]
-
-    def _packed(self) -> Tensor:
-        assert self.counts is not None, "padded sequences have no table of counts"
-        return self.counts
-
-    @cached_property
-    def offsets(self) -> Tensor:
-        """Row at which each step begins (packed)."""
-        counts = self._packed()
-        return counts.cumsum(0) - counts
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        """Of the sequences, longest first (packed)."""
-        ascending = self._packed().flip(0)
-        return self.steps - torch.searchsorted(ascending, torch.arange(self.rows), right=True)
-
-    def times(self, descending: bool) -> Times:
-        """Steps from the first to the last, or from the last to the first."""
-        if self.counts is None:
-            return Times(self.steps, self.rows, self.steps - 1, -1) if descending else Times(self.steps, self.rows)
-        if descending:
-            return Times(self.steps, self.rows, positions=self.offsets.flip(0), counts=self.counts.flip(0))
-        return Times(self.steps, self.rows, positions=self.offsets, counts=self.counts)
-
-    def edge(self, t: Tensor, last: bool) -> Tensor:
-        """[N, ...]: rows of `t` ([T, N, ...] or [total, ...]) at the last or first step of every sequence."""
-        if self.counts is None:
-            time = t if t.dim() == 3 else t.view(self.steps, self.rows, t.shape[1])
-            return time.select(0, self.steps - 1 if last else 0)
-        return t[self.offsets[self.lengths - 1] + torch.arange(self.rows)] if last else t[: self.rows]
-
-    def previous(self, reverse: bool) -> tuple[Tensor, Tensor]:
-        """(row of the step before, row of the sequence) for every packed row; the former is -1 at a first step."""
-        counts = self._packed()
-        row = torch.arange(self.total) - self.offsets.repeat_interleave(counts)
-        step = torch.arange(self.steps).repeat_interleave(counts)
-        if reverse:
-            other = (step + 1).clamp(max=self.steps - 1)
-            exists = (step + 1 < self.steps) & (row < counts[other])
-        else:
-            other = (step - 1).clamp(min=0)
-            exists = step > 0
-        return torch.where(exists, self.offsets[other] + row, -1), row
-
-    def shares(self, threads: int) -> array | None:
-        """Rows at which threads' shares begin, so that each has as many time steps to do; None for even shares."""
-        if self.counts is None or threads == 1:
-            return None
-        done = self.lengths.cumsum(0)
-        goals = torch.arange(1, threads) * (self.total / threads)
-        ends = torch.searchsorted(done, goals).add(1).clamp(max=self.rows).tolist()
-        return array("q", [0, *ends, self.rows])
-
-
-def view(t: Buffer, sequences: Sequences, initial: Buffer | int = 0) -> View:
-    """[T, N, width] or [total, width]; initial: [N, width], or the address of one zero row."""
-    if len(t.shape) == 3:
-        step, row = t.strides[:2]
-    else:
-        step = row = t.strides[0]
-        if sequences.counts is None:
-            step *= sequences.rows
-    return View(t.at, step, row, *_rows(initial))
-
-
-def fixed(t: Buffer, initial: Buffer | int = 0) -> View:
-    """[N, width], the same at all steps; initial: as for `view`."""
-    return View(t.at, 0, t.strides[0], *_rows(initial))
-
-
-def _rows(initial: Buffer | int) -> tuple[Address, int]:
-    """Address, and bytes from row to row, of [N, width] or of one zero row given by its address."""
-    return (initial, 0) if isinstance(initial, int) else (initial.at, initial.strides[0])
-
-
-def usable(t: Tensor) -> Tensor:
-    """The tensor itself if the numbers of a row are adjacent, else a copy."""
-    return t if t.dim() == 0 or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-class Operands:
-    """The tensors of a call by number, the first of them 1: those that are given, then those that it makes."""
-
-    def __init__(self, item: int) -> None:
-        self.item, self.count = item, 1
-
-    def given(self, t: Tensor | None) -> Any:
-        """A tensor of the caller's as a Buffer; None, and a number skipped, where there is none."""
-        at = At(self._next())
-        return None if t is None else Buffer(at, tuple(t.shape), tuple([s * self.item for s in t.stride()]), self.item)
-
-    def made(self, shape: Sequence[int]) -> Any:
-        """A tensor that the call makes."""
-        return Buffer.new(At(self._next()), shape, self.item)
-
-    def _next(self) -> int:
-        self.count += 1
-        return self.count - 1
-
-
-class Direction:
-    """One direction of a layer: its weights as the programs want them."""
-
-    def __init__(self, r: Ready, parameters: Sequence[Any], inputs: Sequence[Any], index: int) -> None:
-        self.r, self.index = r, index
-        self.reverse = bool(index)
-        self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr, *own = parameters
-        self.hidden = self.w_ih.shape[0] // len(r.gates)
-        self.depth = self.hidden if self.w_hr is None else self.w_hr.shape[0]
-        self.own = dict(zip(r.cell.own, own, strict=True))
-        self.fed = {name: t[index] for name, t in zip(r.cell.fed, inputs, strict=True)}
-        self.inputs = self.w_ih.shape[1]
-
-    def share(self, schedule: Plan, total: int) -> None:
-        """Choose the threads of the products around the time loop: where that runs on one thread, another that waits
-        for it slows it down, so that only large products are worth it."""
-        flops = 2 * total * len(self.r.gates) * self.hidden * self.inputs
-        shared = schedule.threads > 1 or schedule.side_by_side or flops > APART_FLOPS
-        self.team = team.size() if shared else 1
-
-    def own_views(self, sequences: Sequences) -> dict[str, View]:
-        """Of the cell's own tensors, and of its extra inputs."""
-        steps = self.r.cell.step_inputs
-        return {
-            **{"own." + n: View(t.at) for n, t in self.own.items()},
-            **{"own." + n: view(t, sequences) if n in steps else fixed(t) for n, t in self.fed.items()},
-        }
-
-    def blocks(self, gates: Sequence[str], slots: dict[str, int] | None = None) -> list[tuple[int, int, int]]:
-        """Gates grouped so that within a group rows of the weights follow each other, and slots too if given:
-        (first of the gates, first block of rows, number of gates)."""
-        found: list[tuple[int, int, int]] = []
-        for k, gate in enumerate(gates):
-            if found:
-                first, row, count = found[-1]
-                follows = slots is None or slots[gate] == slots[gates[first]] + count
-                if self.r.gates[gate] == row + count and follows:
-                    found[-1] = first, row, count + 1
-                    continue
-            found.append((k, self.r.gates[gate], 1))
-        return found
-
-    def rows_of(self, script: Script, weight: Buffer, gates: Sequence[str]) -> Buffer:
-        """The gates' rows of a weight or bias in their order, without a copy where they follow each other."""
-        h, blocks = self.hidden, self.blocks(gates)
-        if len(blocks) == 1:
-            return weight.narrow(0, blocks[0][1] * h, len(gates) * h)
-        shape = (len(gates) * h, *weight.shape[1:])
-        copy = Buffer.new(script.take(shape[0] * (shape[1] if len(shape) > 1 else 1) * weight.item), shape, weight.item)
-        matrix = (lambda t: t) if len(shape) > 1 else (lambda t: Buffer(t.at, (1, *t.shape), (0, *t.strides), t.item))
-        for k, row, count in blocks:
-            add(
-                script, self.r.dtype, matrix(copy.narrow(0, k * h, count * h)),
-                matrix(weight.narrow(0, row * h, count * h)), wait=False,
-            )  # fmt: skip
-        return copy
-
-    def biases(self, script: Script) -> tuple[Address, Address]:
-        """Addresses of what the input projections, and the recurrent products with a bias of their own, start from."""
-        p, h = self.r.programs, self.hidden
-        if self.b_ih is None or self.b_hh is None:
-            zero = zeros(max(len(p.start_gates), len(p.bias_gates)) * h * self.w_ih.item)
-            return zero, zero
-        item = self.w_ih.item
-        start = script.take(len(p.start_gates) * h * item)
-        for shared in (True, False):
-            gates = [g for g in p.start_gates if (g in p.shared) == shared]
-            for k, row, count in self.blocks(gates, {g: n for n, g in enumerate(p.start_gates)}):
-                at = p.start_gates.index(gates[k]) * h
-                out = Buffer.new(start + at * item, (1, count * h), item)
-                a, b = (Buffer(t.at + row * h * item, out.shape, out.strides, item) for t in (self.b_ih, self.b_hh))
-                add(script, self.r.dtype, out, a, b if shared else None, wait=False)
-        return start, self.rows_of(script, self.b_hh, p.bias_gates).at if p.bias_gates else 0
-
-    def products(
-        self, script: Script, run: Runner, schedule: Plan, first: int, unused: Container[str] = ()
-    ) -> list[list[Product]]:
-        """The weights of every segment of every stage; nothing is packed for those `unused`.
-
-        unused: "x" where the input is projected ahead; "before" where the only step is every sequence's first.
-        """
-        found = []
-        for k, stage in enumerate(run.program.stages):
-            row = []
-            for segment in stage.segments:
-                if segment.rows.buffer in unused:
-                    row.append(Product(0))
-                elif segment.rows.when in unused:
-                    row.append(Product(self.depth_of(segment.weights)))
-                else:
-                    row.append(self.weights(script, run, k, segment.weights, self.units(stage.size), schedule, first))
-            found.append(row)
-        return found
-
-    def depth_of(self, weights: Weights) -> int:
-        if weights.matrix == "hr":
-            return self.depth if weights.transposed else self.hidden
-        if weights.transposed:
-            return len(weights.gates) * self.hidden
-        return self.inputs if weights.matrix == "ih" else self.depth
-
-    def weights(
-        self, script: Script, run: Runner, stage: int, weights: Weights, units: int, schedule: Plan, first: int
-    ) -> Product:
-        depth = self.depth_of(weights)
-        matrix = {"ih": self.w_ih, "hh": self.w_hh, "hr": self.w_hr}[weights.matrix]
-        if weights.transposed and weights.matrix != "hr":
-            matrix = self.rows_of(script, matrix, weights.gates)
-        if schedule.in_place and run.readable(weights.transposed, units):
-            return run.in_place(matrix, weights.transposed, self.hidden, depth)
-        one = weights.transposed or weights.matrix == "hr"
-        offsets = [0] if one else [self.r.gates[g] * self.hidden for g in weights.gates]
-        threads = schedule.threads
-        return run.panel(script, matrix, stage, weights.transposed, offsets, units, depth, threads, first)
-
-    def units(self, size: str) -> int:
-        return self.depth if size == "P" else self.hidden
-
-
-def planned(cell: Cell, weights: Sequence[Any], sequences: Sequences, directions: int = 1) -> Plan:
-    """The schedule that a direction with these weights (weight_ih, weight_hh) takes now."""
-    w_ih, w_hh = weights[:2]
-    gates = len(cell.gates)
-    rows, inputs = w_ih.shape
-    return plan(
-        Shape(
-            sequences.steps,
-            sequences.rows,
-            sequences.total,
-            inputs,
-            rows // gates,
-            0 if w_hh is None else w_hh.shape[1],
-            gates,
-            w_ih.element_size(),
-            team.size(),
-            directions,
-            build(cell, False).ahead,
-        )
-    )
 
 
 @dataclass
@@ -521,6 +240,13 @@ class _Backward(Call):
         grads = [operands.made(self.grad) for _ in directions] if self.grad else kept
         self.projected = (total, width) if directions[0].w_hr is not None else None
         projected = [operands.made(self.projected) if self.projected else operands.given(None) for _ in directions]
+        # Packed sequences: the states that entered each recurrent product, row by row.
+        wide = {p.states[0]: width}
+        self.previous = {
+            o: (total, wide.get(o, hidden)) for _, _, o in r.recurrent if isinstance(o, str) and wanted.weights
+        }
+        packed = sequences.counts is not None
+        previous = [{n: operands.made(s) if packed else None for n, s in self.previous.items()} for _ in directions]
         nothing = zeros(max(width, hidden) * item)
         others = len(p.states) - 1
         launches, totals, self.owned = [], [], []
@@ -562,7 +288,7 @@ class _Backward(Call):
                     add(self.script, dtype, carry, final, wait=False)
                     views["carry." + name] = fixed(carry)
                 else:
-                    views["carry." + name] = View(nothing, 0, 0, *_rows(nothing if final is None else final))
+                    views["carry." + name] = View(nothing, 0, 0, *rows_of_initial(nothing if final is None else final))
             if projected[k] is not None:
                 views["projected"] = view(projected[k], sequences)
             unused = ("before",) if sequences.steps == 1 else ()
@@ -595,8 +321,17 @@ class _Backward(Call):
             if wanted.weights:
                 known = {p.states[0]: y_.flattened().columns(k * width, width)}
                 known |= {name: series[k * others + j] for j, name in enumerate(p.states[1:])}
-                before = {n: (known[n], given[j][k] if given else None) for j, n in enumerate(p.states) if n in known}
-                self._weights(d, sequences, x_, before, grads[k], kept[k], projected[k], dparameters[k])
+                entered = {n: given[j][k] if given else None for j, n in enumerate(p.states)}
+                before: dict[str, list[tuple[int, Buffer]]] = {}
+                for name, out in previous[k].items():
+                    if sequences.counts is not None:
+                        before[name] = [(0, self._previous(d, sequences, known[name], entered[name], out))]
+                    else:
+                        before[name] = shifted(d, rows, known[name], entered[name])
+                products = OverTime(self.script, d, grads[k])
+                products.weights(x_, before, kept[k], *dparameters[k][:4])
+                if projected[k] is not None:
+                    OverTime(self.script, d, projected[k]).projection(kept[k], dparameters[k][4])
                 self._own(d, totals[k], dparameters[k][5:])
 
     def _own(self, d: Direction, totals: dict[str, Any], out: Sequence[Any]) -> None:
@@ -676,115 +411,20 @@ class _Backward(Call):
 
         self.then(initial)
 
-    def _weights(
-        self,
-        d: Direction,
-        sequences: Sequences,
-        x: Buffer,
-        before: dict[str, tuple[Buffer, Buffer | None]],
-        grad: Buffer,
-        slots: Buffer,
-        projected: Any,
-        out: Sequence[Any],
-    ) -> None:
-        """The gradients of a direction's parameters: products over all time steps and sequences.
+    def _previous(self, d: Direction, sequences: Sequences, state: Buffer, initial: Buffer | None, out: Any) -> Buffer:
+        """What a state was before every step of packed sequences, gathered into `out`, [total, width]."""
+        at, column, target = state.at.operand - 1, state.at.offset // state.item, out.at.operand - 1  # type: ignore[union-attr]
+        entered, k, width = None if initial is None else initial.at.operand - 1, d.index, state.shape[1]  # type: ignore[union-attr]
 
-        before: of every state, its series, [total, width], and the initial rows, if any.
-        """
-        p, h = d.r.programs, d.hidden
-        dw_ih, dw_hh, db_ih, db_hh, dw_hr = out[:5]
-        rows, total = sequences.rows, sequences.total
-        flat = x.flattened()
-        if (
-            sequences.counts is not None
-            or flat is None
-            or total * dw_ih.shape[0] * (d.inputs + d.depth) > LARGE_PRODUCT
-        ):
-            self._weights_by_torch(d, sequences, x, before, grad, slots, projected, out[:5])
-            return
-        slot_x, slot_u = p.gradients.x, p.gradients.u
-        self._unused_rows(d, dw_ih, slot_x)
-        for k, row, count in d.blocks(p.start_gates, slot_x):
-            columns = grad.columns(slot_x[p.start_gates[k]] * h, count * h)
-            self._outer(d, columns, flat, dw_ih.narrow(0, row * h, count * h))
-        if dw_hh is not None:
-            self._unused_rows(d, dw_hh, slot_u)
-        for run, _, operand in d.r.recurrent:
-            for k, row, count in d.blocks(run, slot_u):
-                columns = grad.columns(slot_u[run[k]] * h, count * h)
-                target = dw_hh.narrow(0, row * h, count * h)
-                if isinstance(operand, int):
-                    self._outer(d, columns, slots.columns(operand * h, h), target)
-                    continue
-                series, initial = before[operand]
-                now, then = (0, rows) if d.reverse else (rows, 0)
-                later = total - rows
-                if later:
-                    self._outer(d, columns.narrow(0, now, later), series.narrow(0, then, later), target)
-                if initial is not None:
-                    first = columns.narrow(0, later if d.reverse else 0, rows)
-                    self._outer(d, first, initial, target, more=later > 0)
-                elif not later:
-                    add(self.script, d.r.dtype, target, None)
-        if dw_hr is not None:
-            self._outer(d, projected, slots.columns(p.gradients.projected * h, h), dw_hr)
-        if db_ih is not None:
-            width = d.r.used_slots * h
-            sums = Buffer.new(self.script.take(width * grad.item), (1, width), grad.item)
-            unit = Buffer(ones(total, d.r.dtype), (total, 1), (grad.item, grad.item), grad.item)
-            self._outer(d, unit, grad.columns(0, width), sums)
-            for whole, slot in ((db_ih, slot_x), (db_hh, slot_u)):
-                target = Buffer(whole.at, (1, *whole.shape), (0, *whole.strides), whole.item)
-                gates = [g for g in d.r.gates if g in slot]
-                for k, row, count in d.blocks(gates, slot):
-                    add(
-                        self.script,
-                        d.r.dtype,
-                        target.columns(row * h, count * h),
-                        sums.columns(slot[gates[k]] * h, count * h),
-                    )
-                for row in [n for g, n in d.r.gates.items() if g not in slot]:
-                    add(self.script, d.r.dtype, target.columns(row * h, h), None)
+        def gather(tensors):
+            index, row = sequences.previous(d.reverse)
+            series = tensors[at].view(sequences.total, -1)[:, column : column + width]
+            torch.index_select(series, 0, index.clamp(min=0), out=tensors[target])
+            first = index < 0
+            tensors[target][first] = 0 if entered is None else tensors[entered][k][row[first]]
 
-    def _unused_rows(self, d: Direction, weight: Buffer, slots: dict[str, int]) -> None:
-        """Zeros for the gates that make no use of a weight."""
-        for gate, row in d.r.gates.items():
-            if gate not in slots:
-                add(self.script, d.r.dtype, weight.narrow(0, row * d.hidden, d.hidden), None)
-
-    def _outer(self, d: Direction, a: Buffer, b: Buffer, out: Buffer, more: bool = False) -> None:
-        """out = a.T @ b, or `more` of it."""
-        start = None if more else zeros(b.shape[1] * b.item)
-        options: dict[str, Any] = {
-            "transposed": True,
-            "pack": False,
-            "threads": d.team,
-            "label": "weight gradients",
-        }
-        product(self.script, d.r.dtype, a.turned().by_time(), b, out.by_time(), start, **options)
-
-    def _weights_by_torch(self, d, sequences, x, before, grad, slots, projected, out) -> None:
-        """The same by torch's products, which are as fast where they are large."""
-        number = [None if t is None else t.at.operand - 1 for t in (x, grad, slots, projected, *out)]
-        item, k = d.r.item, d.index
-        wanted = {operand for _, _, operand in d.r.recurrent}
-        # (tensor, first column, columns, tensor of the initial rows)
-        places = {
-            name: (t.at.operand - 1, t.at.offset // item, t.shape[1], None if i is None else i.at.operand - 1)
-            for name, (t, i) in before.items()
-            if name in wanted
-        }
-
-        def weights(tensors):
-            found: list[Any] = [None if n is None else tensors[n] for n in number]
-            x, grad, slots, projected, *out = found
-            previous = {}
-            for name, (at, column, width, initial) in places.items():
-                series = tensors[at].view(sequences.total, -1)[:, column : column + width]
-                previous[name] = _previous(series, d, sequences, None if initial is None else tensors[initial][k])
-            _parameter_gradients(d, x, previous, grad, slots, projected, out)
-
-        self.then(weights)
+        self.then(gather)
+        return out
 
 
 _calls: OrderedDict[tuple, Call] = OrderedDict()
@@ -917,7 +557,9 @@ def backward(
     totals = [made(s) for s in call.totals * directions]
     grads = [] if call.grad is None else [made(call.grad) for _ in range(directions)]
     projected = [made(call.projected) for _ in range(directions)]
-    call.run([*tensors, dx, *dstates, *dinputs, *[t for q in dparameters for t in q], *totals, *grads, *projected])
+    previous = [made(s) for s in call.previous.values()] * directions
+    made_here = [*totals, *grads, *projected, *previous]
+    call.run([*tensors, dx, *dstates, *dinputs, *[t for q in dparameters for t in q], *made_here])
     return dx, dstates[: len(cell.states)], dparameters, dinputs
 
 
@@ -973,85 +615,3 @@ def _all_states(
         fed = {n: t[k] for n, t in zip(r.cell.fed, inputs, strict=True)}
         derived.append(derive(r, [s[k] for s in states], own, fed))
     return [usable(t) for t in (*states, *map(torch.stack, zip(*derived, strict=True)))]
-
-
-def _over_time(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a.T @ b, a large product over all steps and sequences.
-
-    Where b has few columns, torch's product is one long sum for each element, so it is taken in parts.
-    """
-    if b.shape[1] >= 16 or a.shape[0] < 64:
-        torch.mm(a.t(), b, out=out)
-        return
-    length = max(32, a.shape[0] // 64)
-    parts = a.shape[0] // length
-    cut = parts * length
-    whole = torch.bmm(a[:cut].unflatten(0, (parts, length)).transpose(1, 2), b[:cut].unflatten(0, (parts, length)))
-    torch.addmm(whole.sum(0), a[cut:].t(), b[cut:], out=out)
-
-
-def _previous(flat: Tensor, d: Direction, sequences: Sequences, initial: Tensor | None) -> list[tuple[slice, Tensor]]:
-    """The states that entered the recurrent products: (rows of the time steps, [rows, width]) in parts.
-
-    flat: [total, width], the states of all steps.
-    """
-    if sequences.steps == 1 and initial is None:
-        return []
-    rows = sequences.rows
-    if sequences.counts is not None:
-        index, row = sequences.previous(d.reverse)
-        values = flat[index]
-        first = index < 0
-        values[first] = 0 if initial is None else initial[row[first]]
-        return [(slice(None), values)]
-    parts = [(slice(None, -rows), flat[rows:]) if d.reverse else (slice(rows, None), flat[:-rows])]
-    if initial is not None:
-        parts.append((slice(-rows, None) if d.reverse else slice(rows), initial))
-    return [(at, values) for at, values in parts if values.shape[0]]
-
-
-def _parameter_gradients(
-    d: Direction,
-    x: Tensor,
-    previous: dict[str, list[tuple[slice, Tensor]]],
-    grad: Tensor,
-    slots: Tensor,
-    projected: Tensor,
-    out: Sequence[Tensor],
-) -> None:
-    """In the order of the parameters, into `out`: large products over all steps and sequences."""
-    p, h = d.r.programs, d.hidden
-    dw_ih, dw_hh, db_ih, db_hh, dw_hr = out
-    every = slice(None)
-
-    def fill(target: Tensor, gates: Sequence[str], slot: dict[str, int], operand: list[tuple[slice, Tensor]]) -> None:
-        for k, row, count in d.blocks(gates, slot):
-            rows = target[row * h : (row + count) * h]
-            columns = grad[:, slot[gates[k]] * h : (slot[gates[k]] + count) * h]
-            if not operand:
-                rows.zero_()
-                continue
-            (at, values), *more = operand
-            _over_time(columns[at], values, rows)
-            for at, values in more:
-                rows.addmm_(columns[at].t(), values)
-
-    for target, slot in ((dw_ih, p.gradients.x), (dw_hh, p.gradients.u)):
-        for gate, row in d.r.gates.items():
-            if gate not in slot and target is not None:
-                target[row * h : (row + 1) * h] = 0
-    fill(dw_ih, p.start_gates, p.gradients.x, [(every, x.reshape(-1, x.shape[-1]))])
-    for run, _, operand in d.r.recurrent:
-        if isinstance(operand, str):
-            fill(dw_hh, run, p.gradients.u, previous[operand])
-        else:
-            fill(dw_hh, run, p.gradients.u, [(every, slots[:, operand * h : (operand + 1) * h])])
-    if dw_hr is not None:
-        assert p.gradients.projected is not None
-        torch.mm(projected.t(), slots[:, p.gradients.projected * h : (p.gradients.projected + 1) * h], out=dw_hr)
-    if db_ih is not None:
-        sums = grad[:, : d.r.used_slots * h].sum(0)
-        for target, slot in ((db_ih, p.gradients.x), (db_hh, p.gradients.u)):
-            for gate, row in d.r.gates.items():
-                at = slot.get(gate)
-                target[row * h : (row + 1) * h] = 0 if at is None else sums[at * h : (at + 1) * h]

@@ -19,7 +19,6 @@ from .geometry import (
     LAUNCH,
     MAX_ROWS,
     MAX_WIDTHS,
-    PACK,
     SCRIPT,
     STAGE_WORDS,
     WORD,
@@ -27,7 +26,7 @@ from .geometry import (
     scratch_row_bytes,
     tile_shape,
 )
-from .simd import FORMATS, I64, Vector, i64
+from .simd import FORMATS, I64, i64
 from .tile import make_tile
 
 STEPS, ROWS, SHARES, THREADS = WORD["steps"], WORD["rows"], WORD["shares"], WORD["threads"]
@@ -207,8 +206,9 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
     units_at, skip_at, depth_at, dot_at = (STAGE_WORDS.index(n) for n in ("units", "skip", "depth", "dot"))
 
     @njit(inline="always")
-    def sweep(frame, stage, unit, unit_end, row, row_end, single, is_first, is_last, now, before, after, scratch):
-        """One stage at one step for some units and rows."""
+    def sweep(frame, stage, unit, unit_end, row, row_end, back, single, is_first, is_last, now, before, after, scratch):
+        """One stage at one step for some units and rows. back: from the last units to the first, as every other step
+        does: the weights that were read last are still in the cache."""
         words = stage_word[stage]
         full = 1 if by_row[stage] else peek(frame, words + units_at) // lanes
         start = peek(frame, words + skip_at) if is_first else 0
@@ -216,37 +216,42 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
         dot = peek(frame, words + dot_at) == 1
         if dot:
             depth_block = depth
-        while unit < unit_end:
-            width = partial_width[stage] - 1 if dot else 0 if single else 1
-            left = least(full, unit_end) - unit
-            if left <= 0:
-                width = partial_width[stage]
-            else:
-                while widths[stage, width] > left:
-                    width += 1
-            base = (stage * MAX_WIDTHS + width) * MAX_ROWS
-            begin = start
-            while True:
-                end = least(begin + depth_block, depth)
-                ends = end >= depth
-                n = row
-                while n < row_end:
-                    rows = 1 if dot else row_end - n
-                    if rows >= 2 * max_rows[stage]:
-                        rows = max_rows[stage]
-                    elif rows > max_rows[stage]:
-                        rows = (rows + 1) >> 1  # even: 4 rows are 2 + 2, not 3 + 1
-                    variant = base + DOT if dot else base if single else base + rows
-                    sums = scratch + (n - row) * row_scratch[stage]
-                    tile(
-                        frame, variant, n, unit, now, before, after, is_first, is_last,
-                        begin, end, begin == start, ends, sums,
-                    )  # fmt: skip
-                    n += rows
-                if ends:
-                    break
-                begin = end
-            unit += advance[stage, width]
+        piece = widths[stage, 0] if single else widths[stage, 1]
+        pieces = (unit_end - unit + piece - 1) // piece
+        for p in range(pieces):
+            at = unit + (pieces - 1 - p if back else p) * piece
+            stop = least(at + piece, unit_end)
+            while at < stop:
+                width = partial_width[stage] - 1 if dot else 0 if single else 1
+                left = least(full, stop) - at
+                if left <= 0:
+                    width = partial_width[stage]
+                else:
+                    while widths[stage, width] > left:
+                        width += 1
+                base = (stage * MAX_WIDTHS + width) * MAX_ROWS
+                begin = start
+                while True:
+                    end = least(begin + depth_block, depth)
+                    ends = end >= depth
+                    n = row
+                    while n < row_end:
+                        rows = 1 if dot else row_end - n
+                        if rows >= 2 * max_rows[stage]:
+                            rows = max_rows[stage]
+                        elif rows > max_rows[stage]:
+                            rows = (rows + 1) >> 1  # even: 4 rows are 2 + 2, not 3 + 1
+                        variant = base + DOT if dot else base if single else base + rows
+                        sums = scratch + (n - row) * row_scratch[stage]
+                        tile(
+                            frame, variant, n, at, now, before, after, is_first, is_last,
+                            begin, end, begin == start, ends, sums,
+                        )  # fmt: skip
+                        n += rows
+                    if ends:
+                        break
+                    begin = end
+                at += advance[stage, width]
 
     @njit(inline="always")
     def position(frame, step):
@@ -299,7 +304,7 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
                         if not is_last:
                             group_end = least(group_end, continuing)
                         sweep(
-                            frame, stage, unit, units, n, group_end, active == 1,
+                            frame, stage, unit, units, n, group_end, step & 1, active == 1,
                             is_first, is_last, now, before, after, scratch,
                         )  # fmt: skip
                         n = group_end
@@ -310,120 +315,5 @@ def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) ->
                 if step + 1 < steps:
                     carried = least(active, count(frame, step + 1))
             block = block_end
-
-    return member
-
-
-# ---- packing weights into panels ----
-def make_pack(dtype: str, lanes: int) -> Callable:
-    """The kernel that copies a weight matrix (or blocks of it) into panels.
-
-    A panel holds, for each block of vectors of units: [depth, vectors in the block, gates, lanes], so that a tile reads
-    it front to back. Lanes past the last unit are zero. The blocks' widths are those that `sweep` takes.
-    """
-    fmt = FORMATS[dtype]
-    size = fmt.bytes
-    panel_at, source_at, units_at, depth_at, unit_stride_at, depth_stride_at, block_at, gates_at = range(len(PACK))
-    offsets = len(PACK)
-
-    @intrinsic
-    def copy(typingctx, target, source, count):
-        """Copy `count` (0 to lanes) adjacent numbers; the rest of the vector is zero."""
-
-        def emit(context, b, signature, args):
-            v = Vector(b, fmt, lanes)
-            whole = b.icmp_signed("==", args[2], i64(lanes))
-            with b.if_else(whole) as (then, otherwise):
-                with then:
-                    v.store(v.load(args[1]), args[0])
-                with otherwise:
-                    v.store(v.load(args[1], v.first_lanes(args[2])), args[0])
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64), emit
-
-    @intrinsic
-    def gather(typingctx, target, source, stride, count):
-        """Copy `count` (0 to lanes) numbers `stride` bytes apart; the rest of the vector is zero."""
-
-        def emit(context, b, signature, args):
-            v = Vector(b, fmt, lanes)
-            target, source, stride, count = args
-            v.store(v.const(0.0), target)
-            for k in range(lanes):
-                with b.if_then(b.icmp_signed("<", i64(k), count)):
-                    number = b.load(v.pointer(b.add(source, b.mul(stride, i64(k))), fmt.scalar))
-                    b.store(number, v.pointer(b.add(target, i64(k * size)), fmt.scalar))
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64, types.int64), emit
-
-    @intrinsic
-    def transpose(typingctx, target, target_stride, source, source_stride):
-        """Copy a square of `lanes` rows, turned."""
-
-        def emit(context, b, signature, args):
-            v = Vector(b, fmt, lanes)
-            target, target_stride, source, source_stride = args
-            rows = [v.load(b.add(source, b.mul(source_stride, i64(k)))) for k in range(lanes)]
-            distance = lanes // 2
-            while distance:  # swap the off-diagonal squares, ever smaller ones
-                for i in (k for k in range(lanes) if not k & distance):
-                    upper, lower = rows[i], rows[i + distance]
-                    low = [j if not j & distance else lanes + j - distance for j in range(lanes)]
-                    high = [j + distance if not j & distance else lanes + j for j in range(lanes)]
-                    rows[i], rows[i + distance] = v.shuffle(upper, lower, low), v.shuffle(upper, lower, high)
-                distance //= 2
-            for k, row in enumerate(rows):
-                v.store(row, b.add(target, b.mul(target_stride, i64(k))))
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64, types.int64), emit
-
-    @njit(inline="always")
-    def piece(frame, unit, width, begin, stop):
-        """Some k of one block of vectors of units."""
-        panel, source = peek(frame, panel_at), peek(frame, source_at)
-        units, depth, gates = peek(frame, units_at), peek(frame, depth_at), peek(frame, gates_at)
-        unit_stride, depth_stride = peek(frame, unit_stride_at), peek(frame, depth_stride_at)
-        line = width * gates * lanes * size
-        for w in range(width):
-            first = (unit + w) * lanes
-            number = least(lanes, units - first)
-            for g in range(gates):
-                origin = source + peek(frame, offsets + g) + first * unit_stride
-                target = panel + unit * depth * gates * lanes * size + (w * gates + g) * lanes * size
-                k = begin
-                while k < stop:
-                    into, out_of = target + k * line, origin + k * depth_stride
-                    if unit_stride == size:
-                        copy(into, out_of, number)
-                        k += 1
-                    elif number == lanes and k + lanes <= stop and depth_stride == size:
-                        transpose(into, line, out_of, unit_stride)
-                        k += lanes
-                    else:
-                        gather(into, out_of, unit_stride, number)
-                        k += 1
-
-    def member(frame, thread, team):
-        units, depth = peek(frame, units_at), peek(frame, depth_at)
-        block, full = peek(frame, block_at), units // lanes
-        begin, end = depth * thread // team, depth * (thread + 1) // team
-        along = peek(frame, depth_stride_at) == size  # rows of the source are read from end to end
-        length = end - begin if along else 64 // size
-        while begin < end:  # else a line of cache of every row at a time
-            stop = least(begin + length, end)
-            unit = 0
-            while unit * lanes < units:
-                width = block
-                while width > 1 and width > full - unit:
-                    width //= 2
-                k = begin
-                while k < stop:
-                    piece(frame, unit, width, k, least(k + 64, stop))
-                    k += 64
-                unit += width
-            begin = stop
 
     return member

@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 
 from ..expression import OPERATIONS, Node, is_reduction, is_uniform, topological
 from ..program import Outputs, Pass, Place, Program
-from .geometry import BUFFER_WORDS, LATENCY_CHAINS, SEGMENT_WORDS, WORD, Layout, Shape, Variant, variants
+from .geometry import BUFFER_WORDS, LATENCY_CHAINS, LINE, SEGMENT_WORDS, WORD, Layout, Shape, Variant, variants
 from .simd import FORMATS, I1, I64, Vector, i64
 
 TILE_ARGUMENTS = (
@@ -84,7 +84,7 @@ def make_tile(program: Program, dtype: str, shapes: list[Shape]) -> Callable:
 UNROLL = 2  # steps of the depth in one turn of the inner loop: loads and multiply-adds alone almost fill the pipeline
 
 
-TOGETHER = 4  # vectors whose epilogues are interleaved
+TOGETHER = 4  # vectors, at most, whose epilogues are interleaved
 
 
 class _Tile:
@@ -162,6 +162,7 @@ class _Tile:
             self.row_addresses(segment.rows)
         for p in [*self.stage.loads.values(), *(p for _, p, _ in self.stage.outputs)]:
             self.row_addresses(p)
+        self.look_ahead()
         accumulators = dict.fromkeys(self.columns, self.v.const(0.0))
         offset = i64(0)
         for j, segment in enumerate(self.stage.segments):
@@ -181,6 +182,18 @@ class _Tile:
         self.epilogue(accumulators)
         b.branch(done)
         b.position_at_end(done)
+
+    def look_ahead(self) -> None:
+        """Ask for what the epilogue loads of this step, while there are products to wait for: nobody has used it
+        lately, and it lies in as many pieces as there are rows and slots."""
+        places = [*(p for _, start in self.stage.accumulators for p in start), *self.stage.loads.values()]
+        places = [p for p in dict.fromkeys(places) if p.when == "now" and not p.uniform]
+        if self.kind == "rows" and self.stage.segments and places:
+            with self.b.if_then(self.true(self.arg["last"])):
+                for place in places:
+                    for m in range(self.rows):
+                        for byte in range(0, self.width * self.vector_bytes, LINE):
+                            self.v.prefetch(self.b.add(self.at(place, m, 0), i64(byte)))
 
     def partial_sum(self, key):
         return self.b.add(self.arg["scratch"], i64(self.columns.index(key) * self.vector_bytes))
@@ -349,8 +362,9 @@ class _Tile:
 
     def epilogue(self, accumulators: dict) -> None:
         columns = [(m, w) for m in range(self.rows) for w in range(self.width)]
-        for k in range(0, len(columns), TOGETHER):
-            self.finish(columns[k : k + TOGETHER], accumulators)
+        groups = -(-len(columns) // TOGETHER)
+        for k in range(groups):
+            self.finish(columns[len(columns) * k // groups : len(columns) * (k + 1) // groups], accumulators)
 
     def finish(self, columns: list[tuple[int, int]], accumulators: dict) -> None:
         """The epilogue of some vectors, one operation of all of them after the other: a processor looks only so far

@@ -1,0 +1,300 @@
+"""One direction of a layer as the engine sees it: programs, steps and sequences, the tensors of a call, its weights."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Container, Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cell import Cell
+from ..plan import Plan, Shape, plan
+from ..program import Programs, Weights, build, runs
+from . import team
+from .engine import Buffer, Product, Runner, Times, View, add
+from .script import Address, At, Script, zeros
+
+APART_FLOPS = 20_000_000  # of a product, worth a team of its own
+
+
+class Ready:
+    """A cell with its programs and their runners for one number format."""
+
+    def __init__(self, cell: Cell, project: bool, dtype: torch.dtype, feed: bool, each: bool) -> None:
+        self.cell, self.dtype, self.item = cell, dtype, dtype.itemsize
+        self.programs: Programs = build(cell, project, feed, each)
+        self.forward = Runner(self.programs.forward, dtype)
+        self.backward = Runner(self.programs.backward, dtype)
+        self.gates = {g: k for k, g in enumerate(cell.gates)}  # the order of the weights' rows
+        g = self.programs.gradients
+        # Blocks of adjacent slots, one product each: (gates, first slot, slot of the operand or name of the state).
+        self.recurrent = [
+            (run, g.u[run[0]], operand)
+            for operand in dict.fromkeys(g.operands.values())
+            for run in runs([u for u, o in g.operands.items() if o == operand], g.u)
+        ]
+        self.used_slots = max([*g.x.values(), *g.u.values()]) + 1
+
+
+@lru_cache(maxsize=256)
+def ready(cell: Cell, project: bool, dtype: torch.dtype, feed: bool = False, each: bool = False) -> Ready:
+    """The same object for the same cell; nothing is compiled before a kernel first runs. feed, each: see `build`."""
+    return Ready(cell, project, dtype, feed, each)
+
+
+class Sequences:
+    """How time steps and sequences are laid out: padded [T, N], or packed [total] with the number of rows of each step.
+
+    steps: T; rows: N, of the fullest step; total: rows of all steps; counts: of each step, None if padded.
+    """
+
+    def __init__(self, x: Tensor, batch_sizes: Tensor | None) -> None:
+        self.counts = None if batch_sizes is None else batch_sizes.contiguous()
+        if batch_sizes is None:
+            self.steps, self.rows = x.shape[0], x.shape[1]
+            self.total = self.steps * self.rows
+        else:
+            self.steps, self.rows, self.total = batch_sizes.shape[0], int(batch_sizes[0]), x.shape[0]
+
+    def _packed(self) -> Tensor:
+        assert self.counts is not None, "padded sequences have no table of counts"
+        return self.counts
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """Row at which each step begins (packed)."""
+        counts = self._packed()
+        return counts.cumsum(0) - counts
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Of the sequences, longest first (packed)."""
+        ascending = self._packed().flip(0)
+        return self.steps - torch.searchsorted(ascending, torch.arange(self.rows), right=True)
+
+    def times(self, descending: bool) -> Times:
+        """Steps from the first to the last, or from the last to the first."""
+        if self.counts is None:
+            return Times(self.steps, self.rows, self.steps - 1, -1) if descending else Times(self.steps, self.rows)
+        if descending:
+            return Times(self.steps, self.rows, positions=self.offsets.flip(0), counts=self.counts.flip(0))
+        return Times(self.steps, self.rows, positions=self.offsets, counts=self.counts)
+
+    def edge(self, t: Tensor, last: bool) -> Tensor:
+        """[N, ...]: rows of `t` ([T, N, ...] or [total, ...]) at the last or first step of every sequence."""
+        if self.counts is None:
+            time = t if t.dim() == 3 else t.view(self.steps, self.rows, t.shape[1])
+            return time.select(0, self.steps - 1 if last else 0)
+        return t[self.offsets[self.lengths - 1] + torch.arange(self.rows)] if last else t[: self.rows]
+
+    def previous(self, reverse: bool) -> tuple[Tensor, Tensor]:
+        """(row of the step before, row of the sequence) for every packed row; the former is -1 at a first step."""
+        counts = self._packed()
+        row = torch.arange(self.total) - self.offsets.repeat_interleave(counts)
+        step = torch.arange(self.steps).repeat_interleave(counts)
+        if reverse:
+            other = (step + 1).clamp(max=self.steps - 1)
+            exists = (step + 1 < self.steps) & (row < counts[other])
+        else:
+            other = (step - 1).clamp(min=0)
+            exists = step > 0
+        return torch.where(exists, self.offsets[other] + row, -1), row
+
+    def shares(self, threads: int) -> array | None:
+        """Rows at which threads' shares begin, so that each has as many time steps to do; None for even shares."""
+        if self.counts is None or threads == 1:
+            return None
+        done = self.lengths.cumsum(0)
+        goals = torch.arange(1, threads) * (self.total / threads)
+        ends = torch.searchsorted(done, goals).add(1).clamp(max=self.rows).tolist()
+        return array("q", [0, *ends, self.rows])
+
+
+def view(t: Buffer, sequences: Sequences, initial: Buffer | int = 0) -> View:
+    """[T, N, width] or [total, width]; initial: [N, width], or the address of one zero row."""
+    if len(t.shape) == 3:
+        step, row = t.strides[:2]
+    else:
+        step = row = t.strides[0]
+        if sequences.counts is None:
+            step *= sequences.rows
+    return View(t.at, step, row, *rows_of_initial(initial))
+
+
+def fixed(t: Buffer, initial: Buffer | int = 0) -> View:
+    """[N, width], the same at all steps; initial: as for `view`."""
+    return View(t.at, 0, t.strides[0], *rows_of_initial(initial))
+
+
+def rows_of_initial(initial: Buffer | int) -> tuple[Address, int]:
+    """Address, and bytes from row to row, of [N, width] or of one zero row given by its address."""
+    return (initial, 0) if isinstance(initial, int) else (initial.at, initial.strides[0])
+
+
+def usable(t: Tensor) -> Tensor:
+    """The tensor itself if the numbers of a row are adjacent, else a copy."""
+    return t if t.dim() == 0 or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+class Operands:
+    """The tensors of a call by number, the first of them 1: those that are given, then those that it makes."""
+
+    def __init__(self, item: int) -> None:
+        self.item, self.count = item, 1
+
+    def given(self, t: Tensor | None) -> Any:
+        """A tensor of the caller's as a Buffer; None, and a number skipped, where there is none."""
+        at = At(self._next())
+        return None if t is None else Buffer(at, tuple(t.shape), tuple([s * self.item for s in t.stride()]), self.item)
+
+    def made(self, shape: Sequence[int]) -> Any:
+        """A tensor that the call makes."""
+        return Buffer.new(At(self._next()), shape, self.item)
+
+    def _next(self) -> int:
+        self.count += 1
+        return self.count - 1
+
+
+class Direction:
+    """One direction of a layer: its weights as the programs want them."""
+
+    def __init__(self, r: Ready, parameters: Sequence[Any], inputs: Sequence[Any], index: int) -> None:
+        self.r, self.index = r, index
+        self.reverse = bool(index)
+        self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr, *own = parameters
+        self.hidden = self.w_ih.shape[0] // len(r.gates)
+        self.depth = self.hidden if self.w_hr is None else self.w_hr.shape[0]
+        self.own = dict(zip(r.cell.own, own, strict=True))
+        self.fed = {name: t[index] for name, t in zip(r.cell.fed, inputs, strict=True)}
+        self.inputs = self.w_ih.shape[1]
+
+    def share(self, schedule: Plan, total: int) -> None:
+        """Choose the threads of the products around the time loop: where that runs on one thread, another that waits
+        for it slows it down, so that only large products are worth it."""
+        flops = 2 * total * len(self.r.gates) * self.hidden * self.inputs
+        shared = schedule.threads > 1 or schedule.side_by_side or flops > APART_FLOPS
+        self.team = team.size() if shared else 1
+
+    def own_views(self, sequences: Sequences) -> dict[str, View]:
+        """Of the cell's own tensors, and of its extra inputs."""
+        steps = self.r.cell.step_inputs
+        return {
+            **{"own." + n: View(t.at) for n, t in self.own.items()},
+            **{"own." + n: view(t, sequences) if n in steps else fixed(t) for n, t in self.fed.items()},
+        }
+
+    def blocks(self, gates: Sequence[str], slots: dict[str, int] | None = None) -> list[tuple[int, int, int]]:
+        """Gates grouped so that within a group rows of the weights follow each other, and slots too if given:
+        (first of the gates, first block of rows, number of gates)."""
+        found: list[tuple[int, int, int]] = []
+        for k, gate in enumerate(gates):
+            if found:
+                first, row, count = found[-1]
+                follows = slots is None or slots[gate] == slots[gates[first]] + count
+                if self.r.gates[gate] == row + count and follows:
+                    found[-1] = first, row, count + 1
+                    continue
+            found.append((k, self.r.gates[gate], 1))
+        return found
+
+    def rows_of(self, script: Script, weight: Buffer, gates: Sequence[str]) -> Buffer:
+        """The gates' rows of a weight or bias in their order, without a copy where they follow each other."""
+        h, blocks = self.hidden, self.blocks(gates)
+        if len(blocks) == 1:
+            return weight.narrow(0, blocks[0][1] * h, len(gates) * h)
+        shape = (len(gates) * h, *weight.shape[1:])
+        copy = Buffer.new(script.take(shape[0] * (shape[1] if len(shape) > 1 else 1) * weight.item), shape, weight.item)
+        matrix = (lambda t: t) if len(shape) > 1 else (lambda t: Buffer(t.at, (1, *t.shape), (0, *t.strides), t.item))
+        for k, row, count in blocks:
+            add(
+                script, self.r.dtype, matrix(copy.narrow(0, k * h, count * h)),
+                matrix(weight.narrow(0, row * h, count * h)), wait=False,
+            )  # fmt: skip
+        return copy
+
+    def biases(self, script: Script) -> tuple[Address, Address]:
+        """Addresses of what the input projections, and the recurrent products with a bias of their own, start from."""
+        p, h = self.r.programs, self.hidden
+        if self.b_ih is None or self.b_hh is None:
+            zero = zeros(max(len(p.start_gates), len(p.bias_gates)) * h * self.w_ih.item)
+            return zero, zero
+        item = self.w_ih.item
+        start = script.take(len(p.start_gates) * h * item)
+        for shared in (True, False):
+            gates = [g for g in p.start_gates if (g in p.shared) == shared]
+            for k, row, count in self.blocks(gates, {g: n for n, g in enumerate(p.start_gates)}):
+                at = p.start_gates.index(gates[k]) * h
+                out = Buffer.new(start + at * item, (1, count * h), item)
+                a, b = (Buffer(t.at + row * h * item, out.shape, out.strides, item) for t in (self.b_ih, self.b_hh))
+                add(script, self.r.dtype, out, a, b if shared else None, wait=False)
+        return start, self.rows_of(script, self.b_hh, p.bias_gates).at if p.bias_gates else 0
+
+    def products(
+        self, script: Script, run: Runner, schedule: Plan, first: int, unused: Container[str] = ()
+    ) -> list[list[Product]]:
+        """The weights of every segment of every stage; nothing is packed for those `unused`.
+
+        unused: "x" where the input is projected ahead; "before" where the only step is every sequence's first.
+        """
+        found = []
+        for k, stage in enumerate(run.program.stages):
+            row = []
+            for segment in stage.segments:
+                if segment.rows.buffer in unused:
+                    row.append(Product(0))
+                elif segment.rows.when in unused:
+                    row.append(Product(self.depth_of(segment.weights)))
+                else:
+                    row.append(self.weights(script, run, k, segment.weights, self.units(stage.size), schedule, first))
+            found.append(row)
+        return found
+
+    def depth_of(self, weights: Weights) -> int:
+        if weights.matrix == "hr":
+            return self.depth if weights.transposed else self.hidden
+        if weights.transposed:
+            return len(weights.gates) * self.hidden
+        return self.inputs if weights.matrix == "ih" else self.depth
+
+    def weights(
+        self, script: Script, run: Runner, stage: int, weights: Weights, units: int, schedule: Plan, first: int
+    ) -> Product:
+        depth = self.depth_of(weights)
+        matrix = {"ih": self.w_ih, "hh": self.w_hh, "hr": self.w_hr}[weights.matrix]
+        if weights.transposed and weights.matrix != "hr":
+            matrix = self.rows_of(script, matrix, weights.gates)
+        if schedule.in_place and run.readable(weights.transposed, units):
+            return run.in_place(matrix, weights.transposed, self.hidden, depth)
+        one = weights.transposed or weights.matrix == "hr"
+        offsets = [0] if one else [self.r.gates[g] * self.hidden for g in weights.gates]
+        threads = schedule.threads
+        return run.panel(script, matrix, stage, weights.transposed, offsets, units, depth, threads, first)
+
+    def units(self, size: str) -> int:
+        return self.depth if size == "P" else self.hidden
+
+
+def planned(cell: Cell, weights: Sequence[Any], sequences: Sequences, directions: int = 1) -> Plan:
+    """The schedule that a direction with these weights (weight_ih, weight_hh) takes now."""
+    w_ih, w_hh = weights[:2]
+    gates = len(cell.gates)
+    rows, inputs = w_ih.shape
+    return plan(
+        Shape(
+            sequences.steps,
+            sequences.rows,
+            sequences.total,
+            inputs,
+            rows // gates,
+            0 if w_hh is None else w_hh.shape[1],
+            gates,
+            w_ih.element_size(),
+            team.size(),
+            directions,
+            build(cell, False).ahead,
+        )
+    )

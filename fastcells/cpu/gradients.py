@@ -1,0 +1,158 @@
+"""Gradients of weights: products over all time steps and sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .direction import Direction
+from .engine import Buffer, add, product, turned
+from .host import host
+from .script import Script, ones, zeros
+
+LABEL = "weight gradients"
+STRETCH = 256  # rows of all steps taken at a time, which stay in the second-level cache
+NEAR_BYTES = 1 << 19  # of gradients, which are there as they are
+
+
+def shifted(d: Direction, rows: int, series: Buffer, initial: Buffer | None) -> list[tuple[int, Buffer]]:
+    """A state before every step, in parts: (the row of all steps at which a part begins, [rows, width]).
+
+    series: [total, width], after every step; initial: [N, width], before the first; rows: N.
+    """
+    later = series.shape[0] - rows
+    parts = [(0 if d.reverse else rows, series.narrow(0, rows if d.reverse else 0, later))] if later else []
+    if initial is not None:
+        parts.append((later if d.reverse else 0, initial))
+    return parts
+
+
+class OverTime:
+    """Products of `grad`.T, which is gradients [total, width], with what was there at the same rows.
+
+    Rows of a large `grad` lie far apart, at distances that share few sets of a cache: it is turned, some rows at a
+    time, and all products of these rows follow.
+    """
+
+    def __init__(self, script: Script, d: Direction, grad: Buffer) -> None:
+        self.script, self.d, self.grad = script, d, grad
+        # (first column, columns, first row, [rows, width] or [steps, rows, width], target)
+        self.terms: list[tuple[int, int, int, Buffer, Buffer]] = []
+
+    def weights(
+        self,
+        x: Buffer,
+        before: dict[str, list[tuple[int, Buffer]]],
+        slots: Buffer,
+        dw_ih: Buffer,
+        dw_hh: Any,
+        db_ih: Any,
+        db_hh: Any,
+    ) -> None:
+        """Of the input and recurrent weights and of the biases. before: of each state in recurrent products, `shifted`;
+        slots: what forward kept."""
+        d, p = self.d, self.d.r.programs
+        slot_x, slot_u = p.gradients.x, p.gradients.u
+        flat = x.flattened()
+        self._blocks(dw_ih, p.start_gates, slot_x, [(0, x if flat is None else flat)])
+        for run, _, operand in d.r.recurrent:
+            if isinstance(operand, int):
+                self._blocks(dw_hh, run, slot_u, [(0, slots.columns(operand * d.hidden, d.hidden))])
+            else:
+                self._blocks(dw_hh, run, slot_u, before[operand])
+        sums = None
+        if db_ih is not None:
+            width = d.r.used_slots * d.hidden
+            sums = Buffer.new(self.script.take(width * self.grad.item), (1, width), self.grad.item)
+        self._run(sums)
+        for target, slot in ((dw_ih, slot_x), (dw_hh, slot_u)):
+            for gate, row in d.r.gates.items():
+                if gate not in slot and target is not None:
+                    add(self.script, d.r.dtype, target.narrow(0, row * d.hidden, d.hidden), None)
+        if sums is not None:
+            self._biases(sums, ((db_ih, slot_x), (db_hh, slot_u)))
+
+    def projection(self, slots: Buffer, dw_hr: Buffer) -> None:
+        """Of the projection's weights; `grad` is that of its result."""
+        slot, hidden = self.d.r.programs.gradients.projected, self.d.hidden
+        assert slot is not None
+        self.terms.append((0, self.grad.shape[1], 0, slots.columns(slot * hidden, hidden), dw_hr))
+        self._run()
+
+    def _blocks(
+        self, target: Buffer, gates: Sequence[str], slot: dict[str, int], parts: Sequence[tuple[int, Buffer]]
+    ) -> None:
+        h = self.d.hidden
+        for k, row, count in self.d.blocks(gates, slot):
+            rows = target.narrow(0, row * h, count * h)
+            self.terms += [(slot[gates[k]] * h, count * h, first, other, rows) for first, other in parts]
+            if not parts:
+                add(self.script, self.d.r.dtype, rows, None)
+
+    def _run(self, sums: Buffer | None = None) -> None:
+        """Compute all terms; sums: what becomes the sum of the first columns over all rows, [1, columns]."""
+        script, dtype, item = self.script, self.d.r.dtype, self.grad.item
+        options: dict[str, Any] = {"threads": self.d.team, "label": LABEL}
+        total, used = self.grad.shape[0], max(begin + count for begin, count, *_ in self.terms)
+        length = total
+        if turn := total * self.grad.strides[0] > NEAR_BYTES:
+            # Whole time steps, if an operand's rows are apart by two distances.
+            whole = max([other.shape[1] for *_, other, _ in self.terms if len(other.shape) == 3], default=1)
+            length = max(1, STRETCH // whole) * whole
+            lanes = host().lanes(item)
+            row = (-(-min(length, total) // lanes) + 1) * lanes  # whole vectors, at a distance that is no power of two
+            copy = Buffer.new(script.take(used * row * item), (used, row), item)
+        begun: set[Buffer] = set()
+
+        def start(target: Buffer) -> Any:
+            more = target in begun
+            begun.add(target)
+            return None if more else zeros(target.shape[1] * item)
+
+        for begin in range(0, total, length):
+            end = min(begin + length, total)
+            stretch = self.grad.narrow(0, begin, end - begin)
+            if turn:
+                turned(script, dtype, stretch.columns(0, used), copy, **options)
+            rows = copy.narrow(1, 0, end - begin) if turn else stretch.turned()
+            for column, count, first, other, target in self.terms:
+                low, high = max(begin, first), min(end, first + self._rows(other))
+                if low < high:
+                    x = rows.narrow(0, column, count).narrow(1, low - begin, high - low)
+                    weight = self._narrowed(other, low - first, high - first)
+                    product(
+                        script, dtype, x.by_time(), weight, target.by_time(), start(target), transposed=True,
+                        pack=False, **options,
+                    )  # fmt: skip
+            if sums is not None:
+                unit = Buffer.new(ones(end - begin, dtype), (1, end - begin), item)
+                product(
+                    script, dtype, unit.by_time(), stretch.columns(0, sums.shape[1]), sums.by_time(), start(sums),
+                    transposed=True, pack=False, **options,
+                )  # fmt: skip
+
+    @staticmethod
+    def _rows(other: Buffer) -> int:
+        return other.shape[0] if len(other.shape) == 2 else other.shape[0] * other.shape[1]
+
+    def _narrowed(self, other: Buffer, begin: int, end: int) -> Buffer:
+        """Rows of a term's operand, copied if they are whole time steps."""
+        if len(other.shape) == 2:
+            return other.narrow(0, begin, end - begin)
+        n, width = other.shape[1:]
+        steps = other.narrow(0, begin // n, (end - begin) // n)
+        copy = Buffer.new(self.script.take((end - begin) * width * other.item), (end - begin, width), other.item)
+        add(self.script, self.d.r.dtype, copy.by_time(steps.shape[:2]), steps, threads=self.d.team, label=LABEL)
+        return copy
+
+    def _biases(self, sums: Buffer, targets: Sequence[tuple[Buffer, dict[str, int]]]) -> None:
+        """Gradients of biases out of the sums over all rows."""
+        d, h = self.d, self.d.hidden
+        for whole, slot in targets:
+            target = Buffer(whole.at, (1, *whole.shape), (0, *whole.strides), whole.item)
+            gates = [g for g in d.r.gates if g in slot]
+            for k, row, count in d.blocks(gates, slot):
+                part = sums.columns(slot[gates[k]] * h, count * h)
+                add(self.script, d.r.dtype, target.columns(row * h, count * h), part)
+            for row in [n for g, n in d.r.gates.items() if g not in slot]:
+                add(self.script, d.r.dtype, target.columns(row * h, h), None)
