@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from . import unrolled
 from .cell import Cell
 from .cpu import layer as cpu
 from .cpu.engine import DTYPES
+from .guards import alike, same_memory
 from .program import build
 from .ragged import Lengths, Ragged, backward_in_time
 
@@ -188,7 +189,8 @@ def _run(
 ) -> tuple[Any, ...]:
     tensors = [x, *(states or ()), *inputs, *flat(parameters)]
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
-        y, *more = _Layer.apply(cell, batch_sizes, len(parameters), states is not None, return_cell_states, *tensors)
+        call = Invocation(cell, batch_sizes, len(parameters), states is not None, return_cell_states)
+        y, *more = call(tensors)
         count = len(cell.states)
         return (y, tuple(more[:count]), tuple(more[count:])) if return_cell_states else (y, tuple(more))
     sequences = cpu.Sequences(x, batch_sizes)
@@ -293,80 +295,137 @@ def split(cell: Cell, directions: int, given: bool, tensors: Sequence) -> tuple:
     return x, tuple(states) if given else None, tuple(inputs), parameters
 
 
+class Known(NamedTuple):
+    """A backward call of tensors that `same` says are laid out as before."""
+
+    same: Callable[..., bool]
+    call: cpu.Backward
+
+
+class Invocation:
+    """A differentiable call of a layer but for its tensors: x, states, extra inputs, parameters of each direction.
+
+    again: the forward call, where this is made again and again with tensors that have been found to be laid out alike;
+    then backward calls, too, are made ready once for each kind of cotangents.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        batch_sizes: Tensor | None,
+        directions: int,
+        given: bool,
+        return_cell_states: bool = False,
+        again: cpu.Forward | None = None,
+    ) -> None:
+        self.cell, self.batch_sizes, self.directions, self.given = cell, batch_sizes, directions, given
+        self.return_cell_states, self.again = return_cell_states, again
+        self._known: dict[tuple, Known] = {}
+
+    def __call__(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """y, the final states, and the other states of every step if they are wanted."""
+        return _Layer.apply(self, *tensors)
+
+    def split(self, tensors: Sequence) -> tuple:
+        return split(self.cell, self.directions, self.given, tensors)
+
+    def forward(self, ctx: Any, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        if self.again is None:
+            x, states, inputs, parameters = self.split(tensors)
+            ctx.sequences, ctx.feed = cpu.Sequences(x, self.batch_sizes), any([t.requires_grad for t in inputs])
+            arguments = self.cell, x, states, parameters, ctx.sequences, True, inputs, ctx.feed
+            forward, whole = cpu.prepared(*arguments)
+        else:
+            forward, whole = self.again, list(tensors)
+        y, finals, saved = forward.start(whole)
+        ctx.call, ctx.plan, ctx.inputs = self, saved.plan, len(tensors)
+        ctx.save_for_backward(*tensors, y, *saved.slots, *saved.series)
+        return y, *finals, *(_others(self.cell, y, saved) if self.return_cell_states else ())
+
+    def backward(self, ctx: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():  # create_graph: the derivative must itself be differentiable
+            return self._differentiable(ctx, tensors[: ctx.inputs], needs, cotangents, tensors[ctx.inputs :])
+        keeps = _keeps_graph()
+        key: tuple = ()
+        if self.again is not None:
+            cotangents = tuple([cpu.usable(t) for t in cotangents])
+            kinds = [None if t is None else (t.shape, t.stride()) for t in cotangents]
+            key = keeps, needs, cpu.threads(), *kinds
+            known = self._known.get(key)
+            if known is not None and known.same(*[t for t in tensors if t is not None]):
+                return self._needed(known.call.finish([*tensors, *cotangents]), needs)
+        call, given = self._prepared(ctx, tensors, needs, cotangents, not keeps)
+        found = call.finish(given)
+        if self.again is not None and call.whole and all(map(same_memory, given, [*tensors, *cotangents])):
+            if len(self._known) >= KINDS:
+                self._known.clear()
+            self._known[key] = Known(alike([t for t in tensors if t is not None]), call)
+        return self._needed(found, needs)
+
+    def _prepared(self, ctx, tensors, needs, cotangents, overwrite) -> tuple[cpu.Backward, list[Tensor | None]]:
+        y, *rest = tensors[ctx.inputs :]
+        x, states, fed, parameters = self.split(tensors[: ctx.inputs])
+        if self.again is not None:
+            ctx.sequences, ctx.feed = cpu.Sequences(x, self.batch_sizes), False
+        count = len(states or ())
+        wanted = cpu.Wanted(needs[0], any(needs[1 : 1 + count]), any(needs[1 + count + len(fed) :]))
+        saved = cpu.Saved(rest[: self.directions], rest[self.directions :], ctx.plan)
+        (dy, *dfinals), dothers = cotangents[: 1 + len(self.cell.states)], cotangents[1 + len(self.cell.states) :]
+        arguments = self.cell, x, states, y, parameters, ctx.sequences, saved, dy, dfinals, wanted, overwrite, fed
+        return cpu.prepared_backward(*arguments, ctx.feed, dothers)
+
+    def _needed(self, found: cpu.Gradients, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+        """In the order of the tensors."""
+        states = found.states if self.given else ()
+        every = [found.x, *states, *found.inputs, *[g for p in found.parameters for g in p]]
+        return [g if need else None for g, need in zip(every, needs, strict=True)]
+
+    def _differentiable(self, ctx, inputs, needs, cotangents, kept) -> Sequence[Tensor | None]:
+        """The gradients as functions of inputs and cotangents: by the registered operation or, with cotangents of every
+        step's states, by autograd through the cell's torch form."""
+        x, states, fed, parameters = self.split(inputs)
+        if len(cotangents) == 1 + len(self.cell.states):
+            call = self.cell.key, x, list(states or ()), fed, flat(parameters), self.batch_sizes, self.directions
+            feed = any([t.requires_grad for t in fed])
+            return registered_gradients(call, feed, kept, cotangents, needs)
+        with torch.enable_grad():
+            y, finals, others = unrolled.layer(self.cell, x, states, parameters, self.batch_sizes, fed, True)
+            outputs = [(o, d) for o, d in zip((y, *finals, *others), cotangents, strict=False) if d is not None]
+            asked = [t for t, need in zip(inputs, needs, strict=True) if need]
+            grads = iter(
+                torch.autograd.grad(
+                    [o for o, _ in outputs], asked, [d for _, d in outputs], create_graph=True, allow_unused=True
+                )
+            )
+        return [next(grads) if need else None for need in needs]
+
+
+KINDS = 8  # of cotangents that one call is made ready for
+
+
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, cell, batch_sizes, directions, given, return_cell_states, *tensors):
-        x, states, inputs, parameters = split(cell, directions, given, tensors)
-        sequences = cpu.Sequences(x, batch_sizes)
-        ctx.feed = any([t.requires_grad for t in inputs])
-        y, finals, saved = cpu.forward(cell, x, states, parameters, sequences, True, inputs, ctx.feed)
+    def forward(ctx, call: Invocation, *tensors):
         ctx.set_materialize_grads(False)
-        ctx.cell, ctx.sequences, ctx.batch_sizes, ctx.plan = cell, sequences, batch_sizes, saved.plan
-        ctx.directions, ctx.given, ctx.inputs = directions, given, len(tensors)
-        ctx.save_for_backward(*tensors, y, *saved.slots, *saved.series)
-        return y, *finals, *(_others(cell, y, saved) if return_cell_states else ())
+        return call.forward(ctx, tensors)
 
     @staticmethod
-    def backward(ctx, dy, *dstates):
+    def backward(ctx, *cotangents):
         if torch.autograd._profiler_enabled():
-            with record_function(f"fastcells::{ctx.cell.name}_backward"):
-                return _backward(ctx, dy, *dstates)
-        return _backward(ctx, dy, *dstates)
+            with record_function(f"fastcells::{ctx.call.cell.name}_backward"):
+                return _backward(ctx, cotangents)
+        return _backward(ctx, cotangents)
 
 
-def _backward(ctx, dy, *dstates):
+def _backward(ctx, cotangents):
     if torch.is_autocast_enabled("cpu"):  # products are to stay in the format of the tensors
         with torch.autocast("cpu", enabled=False):
-            return _backward(ctx, dy, *dstates)
-    tensors = ctx.saved_tensors
-    inputs, (y, *rest) = tensors[: ctx.inputs], tensors[ctx.inputs :]
-    needs = ctx.needs_input_grad[5:]
-    if torch.is_grad_enabled():  # create_graph: the derivative must itself be differentiable
-        return None, None, None, None, None, *_differentiable(ctx, inputs, needs, dy, dstates, [y, *rest])
-    x, states, fed, parameters = split(ctx.cell, ctx.directions, ctx.given, inputs)
-    count = len(states or ())
-    wanted = cpu.Wanted(needs[0], any(needs[1 : 1 + count]), any(needs[1 + count + len(fed) :]))
-    dx, d0, dparameters, dinputs = cpu.backward(
-        ctx.cell,
-        x,
-        states,
-        y,
-        parameters,
-        ctx.sequences,
-        cpu.Saved(rest[: ctx.directions], rest[ctx.directions :], ctx.plan),
-        dy,
-        dstates[: len(ctx.cell.states)],
-        wanted,
-        overwrite=not _keeps_graph(),
-        inputs=fed,
-        feed=ctx.feed,
-        dothers=dstates[len(ctx.cell.states) :],
-    )
-    found = [dx, *(d0 if ctx.given else ()), *dinputs, *(g for p in dparameters for g in p)]
-    return None, None, None, None, None, *(g if need else None for g, need in zip(found, needs, strict=True))
+            return _backward(ctx, cotangents)
+    return None, *ctx.call.backward(ctx, cotangents)
 
 
 def _keeps_graph() -> bool:
     """Whether this graph may be asked again (retain_graph=True), so that what was saved must survive."""
     asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if asked is None else asked()
-
-
-def _differentiable(ctx, inputs, needs, dy, dstates, kept) -> list[Tensor | None]:
-    """The gradients as functions of inputs and cotangents: by the registered operation or, with cotangents of every
-    step's states, by autograd through the cell's torch form."""
-    if len(dstates) == len(ctx.cell.states):
-        x, states, fed, parameters = split(ctx.cell, ctx.directions, ctx.given, inputs)
-        call = ctx.cell.key, x, list(states or ()), fed, flat(parameters), ctx.batch_sizes, ctx.directions
-        return registered_gradients(call, ctx.feed, kept, [dy, *dstates], needs)
-    with torch.enable_grad():
-        x, states, fed, parameters = split(ctx.cell, ctx.directions, ctx.given, inputs)
-        y, finals, others = unrolled.layer(ctx.cell, x, states, parameters, ctx.batch_sizes, fed, True)
-        outputs = [(o, d) for o, d in zip((y, *finals, *others), (dy, *dstates), strict=False) if d is not None]
-        asked = [t for t, need in zip(inputs, needs, strict=True) if need]
-        grads = iter(
-            torch.autograd.grad(
-                [o for o, _ in outputs], asked, [d for _, d in outputs], create_graph=True, allow_unused=True
-            )
-        )
-    return [next(grads) if need else None for need in needs]

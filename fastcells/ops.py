@@ -139,7 +139,7 @@ def _layer_backward(
     sequences = cpu.Sequences(x, batch_sizes)
     plan = cpu.planned(call.cell, call.parameters[0], sequences, directions)
     saved = cpu.Saved(kept[1 : 1 + directions], kept[1 + directions :], plan)
-    dx, dstates, dparameters, dinputs = cpu.backward(
+    found = cpu.backward(
         call.cell,
         x,
         call.states,
@@ -154,8 +154,8 @@ def _layer_backward(
         inputs=inputs,
         feed=feed,
     )
-    given = [g for g, p in zip([g for p in dparameters for g in p], parameters, strict=True) if p is not None]
-    return _chosen(wanted, [dx], dstates if call.states else [], dinputs, given)
+    given = [g for g, p in zip([g for p in found.parameters for g in p], parameters, strict=True) if p is not None]
+    return _chosen(wanted, [found.x], found.states if call.states else [], found.inputs, given)
 
 
 def _check_like(name: str, given: Sequence[Tensor | None], expected: Sequence[Tensor], optional: bool = False) -> None:

@@ -1,7 +1,9 @@
 """Single steps: a call like the one before, and streams."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -55,7 +57,8 @@ def test_equal_calls_with_other_numbers(kind, options, given, steps):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     pointers = [t.data_ptr() for result in seen for t in result]
     assert len(set(pointers)) == len(pointers), "every result is memory of its own"
-    assert (type(replay._replays[ours]) is replay.Replay) == (ours.num_layers == 1) if ours in replay._replays else True
+    if (known := replay._replays.get(ours)) is not None:
+        assert (type(known[False]) is replay.Replay) == (ours.num_layers == 1)
 
 
 @pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
@@ -81,7 +84,7 @@ def test_whatever_changes_between_calls_is_seen():
     def settle():
         for _ in range(3):
             agree(x, hx)
-        assert type(replay._replays[ours]) is replay.Replay
+        assert type(replay._replays[ours][False]) is replay.Replay
 
     def both(change):
         for module in (ours, theirs):
@@ -121,6 +124,117 @@ def test_whatever_changes_between_calls_is_seen():
     (grad,) = torch.autograd.grad(y.sum(), x)
     (truth,) = torch.autograd.grad(theirs(x, hx)[0].sum(), x)
     torch.testing.assert_close(grad, truth, rtol=0, atol=1e-12)
+
+
+def trained(module, x, hx, chosen, cotangent=torch.ones_like, **options):
+    """Gradients of some of the results with respect to input, states and parameters."""
+    x = x.detach().requires_grad_()
+    states = [s.detach().requires_grad_() for s in ([] if hx is None else listed(hx))]
+    given = None if hx is None else tuple(states) if isinstance(hx, tuple) else states[0]
+    result = module(x, given)
+    results = everything(result) if isinstance(module, torch.nn.RNNBase) else listed(result)
+    results = [results[k] for k in chosen]
+    leaves = [x, *states, *module.parameters()]
+    return torch.autograd.grad(results, leaves, list(map(cotangent, results)), allow_unused=True, **options)
+
+
+def expanded(t):
+    return torch.tensor(0.5, dtype=t.dtype).expand(t.shape)
+
+
+def apart(t):
+    return torch.ones(*t.shape, 2, dtype=t.dtype)[..., 0]
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"batch_first": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_calls_in_training(kind, options):
+    """Whatever differs between them: the results that are used, their cotangents, whether the graph is kept."""
+    ours, theirs = layers(kind, **options)
+    last = 1 + (kind == "LSTM")
+    kinds = [((0,), torch.ones_like), ((0, last), torch.ones_like), ((last,), torch.ones_like), ((0,), expanded)]
+    kinds += [(tuple(range(last + 1)), apart), ((0,), torch.ones_like)]
+    for chosen, cotangent in kinds:
+        for keep in (False, False, True, False):
+            x, hx = torch.randn(3, 3, 5, dtype=torch.float64), initial(kind, 3, 1 + ours.bidirectional)
+            pairs = zip(*(trained(m, x, hx, chosen, cotangent, retain_graph=keep) for m in (ours, theirs)), strict=True)
+            for a, b in pairs:
+                a, b = (torch.zeros(1) if t is None else t for t in (a, b))
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-12, check_dtype=False)
+    assert type(replay._replays[ours][True]) is replay.Replay
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "LSTM"])
+@pytest.mark.parametrize("shape", [(5,), (3, 5)])
+def test_equal_calls_in_training_of_cells_and_without_a_batch(kind, shape):
+    ours, theirs = layers(kind)
+    hidden = {"LSTM": (1, 7), "LSTMCell": (*shape[:-1], 7), "GRUCell": (*shape[:-1], 7)}[kind]
+    shape = (4, 5) if kind == "LSTM" else shape
+    for _ in range(5):
+        states = [torch.randn(hidden, dtype=torch.float64) for _ in range(1 + (kind != "GRUCell"))]
+        x, hx = torch.randn(shape, dtype=torch.float64), tuple(states) if len(states) > 1 else states[0]
+        for a, b in zip(trained(ours, x, hx, (0,)), trained(theirs, x, hx, (0,)), strict=True):
+            a, b = (torch.zeros(1) if t is None else t for t in (a, b))
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12, check_dtype=False)
+    assert type(replay._replays[ours][True]) is replay.Replay
+
+
+def test_a_graph_is_asked_twice_after_equal_calls():
+    """What was saved is still there, although the call was made ready for graphs that are asked once."""
+    ours, theirs = layers("LSTM")
+    x = torch.randn(3, 2, 5, dtype=torch.float64)
+    for _ in range(4):
+        trained(ours, x, None, (0,))
+    found = []
+    for module in (ours, theirs):
+        y, _ = module(x)
+        first = torch.autograd.grad(y.sum(), list(module.parameters()), retain_graph=True)
+        found.append([*first, *torch.autograd.grad(y.square().sum(), list(module.parameters()))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_what_wants_gradients_may_change_between_calls():
+    ours, theirs = layers("GRU")
+    x = torch.randn(3, 2, 5, dtype=torch.float64)
+    for frozen in (False, False, False, True, True, True, False):
+        ours.weight_hh_l0.requires_grad_(not frozen)
+        ours.zero_grad()
+        theirs.zero_grad()
+        for module in (ours, theirs):
+            module(x)[0].square().sum().backward()
+        assert (ours.weight_hh_l0.grad is None) == frozen
+        torch.testing.assert_close(ours.weight_ih_l0.grad, theirs.weight_ih_l0.grad, rtol=0, atol=1e-12)
+
+
+def test_saved_tensors_may_come_back_as_others():
+    """Hooks on saved tensors give what is laid out otherwise, after calls where they did not."""
+    ours, theirs = layers("LSTM")
+    x = torch.randn(3, 2, 5, dtype=torch.float64)
+    truth = trained(theirs, x, None, (0,))
+    for _ in range(3):
+        trained(ours, x, None, (0,))
+
+    def unpack(t):
+        return t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        for _ in range(3):
+            for a, b in zip(trained(ours, x, None, (0,)), truth, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_layer_that_was_called_is_let_go():
+    ours, _ = layers("LSTM")
+    x = torch.randn(3, 2, 5, dtype=torch.float64)
+    for _ in range(3):
+        trained(ours, x, None, (0,))
+        with torch.no_grad():
+            ours(x)
+    gone = weakref.ref(ours)
+    del ours, _
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_layer_that_was_called_copies_and_pickles():

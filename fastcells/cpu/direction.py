@@ -134,9 +134,9 @@ def rows_of_initial(initial: Buffer | int) -> tuple[Address, int]:
     return (initial, 0) if isinstance(initial, int) else (initial.at, initial.strides[0])
 
 
-def usable(t: Tensor) -> Tensor:
-    """The tensor itself if the numbers of a row are adjacent, else a copy."""
-    return t if t.dim() == 0 or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+def usable(t: Any) -> Any:
+    """The tensor itself (or None) if the numbers of a row are adjacent, else a copy."""
+    return t if t is None or t.dim() == 0 or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 class Operands:

@@ -6,6 +6,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +64,18 @@ class Call:
                 part.run(addresses)
 
 
-class _Forward(Call):
+def maker(shape: Sequence[int] | None, dtype: torch.dtype) -> Callable[[], Any]:
+    """A function that makes a tensor of that shape, or None for no shape. Sizes one by one are quicker."""
+    if shape is None:
+        return _nothing
+    return partial(torch.empty, *shape, dtype=dtype) if len(shape) else partial(torch.empty, (), dtype=dtype)
+
+
+def _nothing() -> None:
+    return None
+
+
+class Forward(Call):
     """The forward call for tensors laid out like these."""
 
     def __init__(
@@ -176,6 +189,29 @@ class _Forward(Call):
                     tensors[final].select(0, k).copy_(edge[:, column : column + size])
 
                 self.then(copy)
+        shapes = [self.y, *self.finals, *[self.slots] * (count if training else 0), *[self.series] * count * self.many]
+        self.make = [maker(s, dtype) for s in shapes]
+        self._end = 1 + len(self.finals), 1 + len(self.finals) + (count if training else 0)
+
+    def start(
+        self, tensors: Sequence[Tensor | None], make: Sequence[Callable[[], Tensor]] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
+        """(y, final states, what backward needs) of the tensors in the order of `prepared`. make: what makes the
+        results instead of `self.make`, with memory as large."""
+        made = [m() for m in make or self.make]
+        self.run([*tensors, *made])
+        finals, slots = self._end
+        return made[0], tuple(made[1:finals]), Saved(made[finals:slots], made[slots:], self.plan)
+
+
+class Gradients(NamedTuple):
+    """Of x, of the states (if wanted), of the inputs (if forward was told so), and a list for each direction of the
+    parameters, the cell's own at the end."""
+
+    x: Tensor | None
+    states: list[Tensor | None]
+    inputs: list[Tensor | None]
+    parameters: list[list[Tensor | None]]
 
 
 class Wanted(NamedTuple):
@@ -186,7 +222,7 @@ class Wanted(NamedTuple):
     weights: bool
 
 
-class _Backward(Call):
+class Backward(Call):
     """The backward call for tensors laid out like these."""
 
     def __init__(
@@ -334,6 +370,20 @@ class _Backward(Call):
                     OverTime(self.script, d, projected[k]).projection(kept[k], dparameters[k][4])
                 self._own(d, totals[k], dparameters[k][5:])
 
+        shapes: list[Sequence[Any]] = [[self.dx], self.dstates, self.dinputs, *self.dparameters]
+        self._groups = [[maker(s, dtype) for s in group] for group in shapes]
+        more = [*self.totals * count, *[self.grad] * (0 if overwrite else count), *[self.projected] * count]
+        more += list(self.previous.values()) * (count if packed else 0)
+        self._more = [maker(s, dtype) for s in more]
+        self._states = len(cell.states)
+
+    def finish(self, tensors: Sequence[Tensor | None]) -> Gradients:
+        """The gradients, of tensors in the order of `prepared_backward`."""
+        groups = [[make() for make in group] for group in self._groups]
+        self.run([*tensors, *chain.from_iterable(groups), *[make() for make in self._more]])
+        (dx,), dstates, dinputs, *dparameters = groups
+        return Gradients(dx, dstates[: self._states], dinputs, dparameters)
+
     def _own(self, d: Direction, totals: dict[str, Any], out: Sequence[Any]) -> None:
         """The gradients of the cell's own tensors: sums over the sequences, and over the units of a scalar."""
         pairs = [(totals[n].at.operand - 1, t.at.operand - 1) for n, t in zip(d.own, out, strict=True)]
@@ -446,6 +496,10 @@ def _prepared(key: tuple | None, make: Callable[[], Call]) -> Any:
     return call
 
 
+threads = team.size
+"""Threads that a call prepared now is for."""
+
+
 def forget() -> None:
     """Drop all prepared calls."""
     with _lock:
@@ -454,7 +508,7 @@ def forget() -> None:
 
 def _flat(parameters: Sequence[Parameters]) -> list[list[Tensor | None]]:
     """The tensors of each direction in one list, the cell's own at the end."""
-    return [[t if t is None else usable(t) for t in (*q[:5], *(q[5] if len(q) > 5 else ()))] for q in parameters]
+    return [[usable(t) for t in (*q[:5], *(q[5] if len(q) > 5 else ()))] for q in parameters]
 
 
 def _laid_out(tensors: Sequence[Tensor | None]) -> tuple:
@@ -470,7 +524,7 @@ def prepared(
     training: bool = False,
     inputs: Sequence[Tensor] = (),
     feed: bool = False,
-) -> tuple[_Forward, list[Tensor | None]]:
+) -> tuple[Forward, list[Tensor | None]]:
     """The forward call, and the tensors that it is given: x, the states, inputs, and parameters."""
     r = ready(cell, parameters[0][4] is not None, x.dtype, feed)
     x, weights, inputs = usable(x), _flat(parameters), [usable(t) for t in inputs]
@@ -479,7 +533,7 @@ def prepared(
     key = None
     if sequences.counts is None:
         key = r, len(parameters), training, team.size(), given is None, *_laid_out(tensors)
-    return _prepared(key, lambda: _Forward(r, x, given, weights, inputs, sequences, training)), tensors
+    return _prepared(key, lambda: Forward(r, x, given, weights, inputs, sequences, training)), tensors
 
 
 def forward(
@@ -496,17 +550,11 @@ def forward(
 
     feed: backward will be asked for gradients of the inputs.
     """
-    dtype, directions = x.dtype, len(parameters)
     call, tensors = prepared(cell, x, states, parameters, sequences, training, inputs, feed)
-    y = torch.empty(call.y, dtype=dtype)
-    finals = [torch.empty(s, dtype=dtype) for s in call.finals]
-    slots = [torch.empty(call.slots, dtype=dtype) for _ in range(directions if training else 0)]
-    series = [torch.empty(call.series, dtype=dtype) for _ in range(directions * call.many)]
-    call.run([*tensors, y, *finals, *slots, *series])
-    return y, tuple(finals), Saved(slots, series, call.plan)
+    return call.start(tensors)
 
 
-def backward(
+def prepared_backward(
     cell: Cell,
     x: Tensor,
     states: tuple[Tensor, ...] | None,
@@ -521,46 +569,40 @@ def backward(
     inputs: Sequence[Tensor] = (),
     feed: bool = False,
     dothers: Sequence[Tensor | None] = (),
-) -> tuple[Tensor | None, list[Tensor | None], list[list[Tensor | None]], list[Tensor | None]]:
-    """Gradients of x, the states (if wanted), a list for each direction of the parameters (the cell's own at the end),
-    and the inputs (if forward was told so).
+) -> tuple[Backward, list[Tensor | None]]:
+    """The backward call, and the tensors that it is given: those of forward, what that left, and the cotangents.
 
-    overwrite: what forward saved is not needed again. dothers: cotangents of the other states at every step, laid out
-    as y.
+    overwrite: what forward saved is not needed again. feed: gradients of the inputs are wanted, and forward was told
+    so. dothers: cotangents of the other states at every step, laid out as y.
     """
-    dtype, directions = x.dtype, len(parameters)
+    directions = len(parameters)
     each = any([t is not None for t in dothers])
-    dothers = [None if t is None else usable(t) for t in dothers] if each else []
-    r = ready(cell, parameters[0][4] is not None, dtype, feed, each)
+    dothers = [usable(t) for t in dothers] if each else []
+    r = ready(cell, parameters[0][4] is not None, x.dtype, feed, each)
     x, weights, inputs = usable(x), _flat(parameters), [usable(t) for t in inputs]
     given = _all_states(r, states, weights, inputs, sequences.rows)
-    y = y.contiguous()  # as it was made; a saved-tensor hook may have returned another
-    dy = None if dy is None else usable(dy)
-    dfinals = [None if t is None else usable(t) for t in dfinals]
+    # As they were made; a saved-tensor hook may have returned others.
+    y = y.contiguous()
+    saved = Saved([t.contiguous() for t in saved.slots], [t.contiguous() for t in saved.series], saved.plan)
+    dy, dfinals = usable(dy), [usable(t) for t in dfinals]
     tensors = [x, *(given or ()), *inputs, *[t for q in weights for t in q]]
     tensors += [y, *saved.slots, *saved.series, dy, *dfinals, *dothers]
     key = None
     if sequences.counts is None:
         key = r, directions, saved.plan, team.size(), given is None, wanted, overwrite, *_laid_out(tensors)
-    call: _Backward = _prepared(
+    call = _prepared(
         key,
-        lambda: _Backward(
+        lambda: Backward(
             r, saved.plan, x, given, y, weights, inputs, sequences, saved, dy, dfinals, dothers, wanted, overwrite, feed
         ),
     )
+    return call, tensors
 
-    def made(shape: tuple[int, ...] | None) -> Tensor | None:
-        return None if shape is None else torch.empty(shape, dtype=dtype)
 
-    dx, dstates, dinputs = made(call.dx), [made(s) for s in call.dstates], [made(s) for s in call.dinputs]
-    dparameters = [[made(s) for s in q] for q in call.dparameters]
-    totals = [made(s) for s in call.totals * directions]
-    grads = [] if call.grad is None else [made(call.grad) for _ in range(directions)]
-    projected = [made(call.projected) for _ in range(directions)]
-    previous = [made(s) for s in call.previous.values()] * directions
-    made_here = [*totals, *grads, *projected, *previous]
-    call.run([*tensors, dx, *dstates, *dinputs, *[t for q in dparameters for t in q], *made_here])
-    return dx, dstates[: len(cell.states)], dparameters, dinputs
+def backward(*args: Any, **options: Any) -> Gradients:
+    """Run the call that `prepared_backward` makes of the same arguments."""
+    call, tensors = prepared_backward(*args, **options)
+    return call.finish(tensors)
 
 
 def derive(r: Ready, states: Sequence[Tensor], own: dict[str, Tensor], fed: dict[str, Tensor]) -> list[Tensor]:
