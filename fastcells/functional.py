@@ -35,7 +35,7 @@ def observer() -> str | None:
     """What looks on at this call, so that it has to be the registered operation (`fastcells.ops`), or None."""
     if torch.compiler.is_compiling():
         return "torch.compile or torch.export is tracing"
-    if torch.jit.is_tracing():
+    if torch._C._is_tracing():
         return "torch.jit.trace is recording"
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return "a torch dispatch or function mode is active"

@@ -36,7 +36,7 @@ class Replay:
         self.whole = same and forward.whole and all(self.names)
         self.same = guards.alike([input, *_listed(hx), *(t for t in used if t is not None)])
         self.absent = [1 + len(states or ()) + k for k, t in enumerate(used) if t is None]
-        self.states, self.threads, self.forward = type(hx), cpu.threads(), forward
+        self.states, self.threads, self.script, self.end = type(hx), cpu.threads(), forward.script, 1 + len(cell.states)
         self.invocation = None
         if training:
             self.invocation = Invocation(cell, None, len(parameters), states is not None, again=forward)
@@ -59,11 +59,17 @@ class Replay:
         if self.views:
             given[0] = module._batch(input).x
             given[1 : len(self.views)] = [t.view(v) for t, v in zip(given[1:], self.views[1:], strict=False)]
-        for k in self.absent:
-            given.insert(k, None)
         if self.invocation is None:
-            y, finals, _ = self.forward.start(given, self.make)
+            made = [make() for make in self.make]
+            addresses = [*map(Tensor.data_ptr, given)]
+            for k in self.absent:
+                addresses.insert(k, 0)
+            addresses += map(Tensor.data_ptr, made)
+            self.script.run(addresses)
+            y, finals = made[0], tuple(made[1 : self.end])
         else:
+            for k in self.absent:
+                given.insert(k, None)
             y, *results = self.invocation(given)
             finals = tuple(results)
             if len(self.batch.leading) != 2:

@@ -26,6 +26,7 @@ __all__ = ["Saved", "Sequences", "Wanted", "backward", "forget", "forward", "pla
 
 Parameters = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, tuple[Tensor, ...]]
 
+SMALL = 1 << 10  # numbers in a tensor, up to which one is kept to make others like it
 FEW_ROWS = 16  # that read weights where they are: packing them first would cost more
 
 
@@ -65,10 +66,13 @@ class Call:
 
 
 def maker(shape: Sequence[int] | None, dtype: torch.dtype) -> Callable[[], Any]:
-    """A function that makes a tensor of that shape, or None for no shape. Sizes one by one are quicker."""
+    """A function that makes a tensor of that shape, or None for no shape: for a small one, from another like it, which
+    is the quickest way."""
     if shape is None:
         return _nothing
-    return partial(torch.empty, *shape, dtype=dtype) if len(shape) else partial(torch.empty, (), dtype=dtype)
+    if torch.Size(shape).numel() <= SMALL:
+        return partial(torch.empty_like, torch.empty(tuple(shape), dtype=dtype))
+    return partial(torch.empty, *shape, dtype=dtype)
 
 
 def _nothing() -> None:
@@ -193,12 +197,9 @@ class Forward(Call):
         self.make = [maker(s, dtype) for s in shapes]
         self._end = 1 + len(self.finals), 1 + len(self.finals) + (count if training else 0)
 
-    def start(
-        self, tensors: Sequence[Tensor | None], make: Sequence[Callable[[], Tensor]] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
-        """(y, final states, what backward needs) of the tensors in the order of `prepared`. make: what makes the
-        results instead of `self.make`, with memory as large."""
-        made = [m() for m in make or self.make]
+    def start(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
+        """(y, final states, what backward needs) of the tensors in the order of `prepared`."""
+        made = [make() for make in self.make]
         self.run([*tensors, *made])
         finals, slots = self._end
         return made[0], tuple(made[1:finals]), Saved(made[finals:slots], made[slots:], self.plan)
