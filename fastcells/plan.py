@@ -9,6 +9,7 @@ from typing import NamedTuple
 PANEL_BYTES = 32 * 1024  # of weights that a tile may go through at a time: about a first-level cache
 SINGLE_ROW_DEPTH = 256  # of a single row's products
 FUSED_BYTES = 1 << 19  # of weights that fused time steps may read: half of a common second-level cache
+NEAR_BYTES = 1 << 21  # of recurrent weights, of which such a cache still holds a part from step to step
 STEP_ROWS = 32  # of a single step, up to which packing the weights does not pay
 FEW_ROWS = 8  # of several steps together, up to which it does not either
 ROW_BLOCK = 96  # rows that go through all time steps together
@@ -76,6 +77,7 @@ def plan(shape: Shape) -> Plan:
         )
 
     in_place = not shape.apart and shape.total <= (STEP_ROWS if shape.steps == 1 else FEW_ROWS)
+    recurrent_bytes = shape.gates * shape.hidden * shape.depth * shape.item
     weight_bytes = shape.gates * shape.hidden * (shape.depth + shape.inputs) * shape.item
     if shape.apart:
         project_ahead, why = True, "the cell takes sums of it over the units"
@@ -85,8 +87,10 @@ def plan(shape: Shape) -> Plan:
         project_ahead, why = False, "its weights are not packed"
     elif shape.rows < 16:
         project_ahead, why = True, f"{shape.rows} row(s) a step do not pay for reading the input weights each time"
+    elif recurrent_bytes > NEAR_BYTES:
+        project_ahead, why = False, "the recurrent weights alone are more than a cache keeps from step to step"
     elif weight_bytes > FUSED_BYTES:
-        project_ahead, why = True, f"{weight_bytes:,} bytes of weights are more than a time step should go through"
+        project_ahead, why = True, f"without them, more of the {recurrent_bytes:,} bytes of recurrent weights stay near"
     else:
         project_ahead, why = False, "its result never leaves the registers"
     if project_ahead:

@@ -81,7 +81,8 @@ def make_tile(program: Program, dtype: str, shapes: list[Shape]) -> Callable:
     return intrinsic(scope["tile"])
 
 
-UNROLL = 2  # steps of the depth in one turn of the inner loop: loads and multiply-adds alone almost fill the pipeline
+UNROLL = 2  # steps of the depth in one turn of the inner loop of full tiles, whose loads and multiply-adds alone almost
+# fill the pipeline; the others are used less than they take to compile
 
 
 TOGETHER = 4  # vectors, at most, whose epilogues are interleaved
@@ -100,6 +101,7 @@ class _Tile:
         self.partial = shape.widths[variant.width] == 0
         self.width = shape.widths[variant.width] or 1
         self.block = min(self.width, shape.block)  # of the panels
+        self.full = variant.rows == shape.rows and self.width == shape.block and not self.partial
         self.bytes = self.v.fmt.bytes
         self.vector_bytes = shape.lanes * self.bytes
         self.count = len(self.stage.accumulators)
@@ -253,7 +255,7 @@ class _Tile:
         address = b.add(self.segment_word(j, "weights"), b.mul(self.arg["unit"], vector))
         panels = [b.add(address, b.mul(vector, i64(p * self.block))) for p in range(self.width // self.block)]
         step = self.segment_word(j, "k") if segment.strided else i64(self.bytes)
-        stride = interleave if self.kind == "single" else UNROLL
+        stride = interleave if self.kind == "single" else UNROLL if self.full else 1
         begin, sums = self.loop(segment, sums, keys, panels, line, step, begin, end, stride)
         rest = sums[:1]
         if stride > 1:
