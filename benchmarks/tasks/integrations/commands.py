@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int | None:
         return missing
     table = show.markdown(map(row, comparisons), HEADINGS, words=2)
     console.print(table, markup=False)
-    console.print(f"all: {(perf_counter() - began) / 60:.1f} minutes")
+    console.print(f"in all: {(perf_counter() - began) / 60:.1f} minutes")
     if arguments.table:
         show.write_table(table, arguments.table, "integrations")
         console.print(f"table: {arguments.table}")
