@@ -8,11 +8,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from benchmarks import commands as suite
+from benchmarks import extras
 from benchmarks.tasks import commands as tasks
-
-#: Packages that may be missing, and the extra that installs them.
-EXTRAS = dict.fromkeys(("torch", "numpy", "numba", "matplotlib", "rich"), "bench")
-EXTRAS |= dict.fromkeys(("sklearn", "statsmodels", "pandas"), "tasks")
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         status = arguments.run(arguments)
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRAS:
+        said = extras.hint(error)
+        if said is None:
             raise
-        sys.exit(f"{package} is not installed: pip install .[{EXTRAS[package]}]")
+        sys.exit(said)
     except KeyboardInterrupt:
         sys.exit(130)
     if status:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
+from . import subclass
 from .nn import DROP_IN, DropIn, Recurrent
 
 BACK = {ours: theirs for theirs, ours in DROP_IN.items()}
@@ -17,7 +19,8 @@ BACK = {ours: theirs for theirs, ours in DROP_IN.items()}
 class Conversion:
     """What became of the recurrent layers and cells of a model, by module name ("" is the model itself).
 
-    swapped: the class that each switched module now has. left: why each of the others was left as it is.
+    swapped: the class that each switched module now has, or under which of the user's own classes. left: why each of
+    the others was left as it is.
     """
 
     swapped: dict[str, str] = field(default_factory=dict)
@@ -37,8 +40,10 @@ def convert(model: torch.nn.Module) -> Conversion:
     """Make every torch.nn recurrent layer and cell of `model` the fastcells one of the same name, in place.
 
     Only the class of each module changes: parameters, hooks, optimizer state and references to the module stay valid,
-    and a module that is used in several places is switched once. Left as they are, with a reason in the report: user
-    subclasses, modules whose `forward` was replaced, and modules compiled by TorchScript. `revert` is the way back.
+    `state_dict` is the same, and a module that is used in several places is switched once. A subclass of the user's
+    keeps all that it defines; what it inherits, or calls by `super().forward(...)`, becomes fastcells'. Left as they
+    are, with a reason in the report: subclasses that never call it or replace what it relies on, modules whose
+    `forward` was replaced on the instance, and modules compiled by TorchScript. `revert` is the way back.
 
     Raises TypeError if `model` is not a torch.nn.Module.
     """
@@ -58,14 +63,24 @@ def _switch(model: torch.nn.Module, classes: Mapping[type, type]) -> Conversion:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     report = Conversion()
     for name, module in model.named_modules():
-        reason = _obstacle(module, classes)
         kind = _kind(module)
+        reason = _obstacle(module, kind, classes)
         if reason is not None:
             report.left[name] = reason
-        elif kind in classes:
-            module.__class__ = classes[kind] if kind is type(module) else _rebased(type(module), classes[kind])
-            report.swapped[name] = _qualified(classes[kind])
+        elif (target := _target(kind, classes)) is not None:
+            module.__class__ = target if kind is type(module) else _rebased(type(module), target)
+            report.swapped[name] = _described(target)
     return report
+
+
+def _target(kind: Any, classes: Mapping[type, type]) -> type | None:
+    """The class that a module of class `kind` gets, if nothing stands in the way; None if it is no recurrent one."""
+    if kind in classes:
+        return classes[kind]
+    if classes is BACK:
+        parts = subclass.parts(kind)
+        return parts[0] if parts else None
+    return next((subclass.over(kind, ours) for theirs, ours in classes.items() if issubclass(kind, theirs)), None)
 
 
 def _kind(module: torch.nn.Module) -> type:
@@ -79,26 +94,31 @@ def _rebased(generated: type, base: type) -> type:
     return type(generated.__name__, (base,), own)
 
 
-def _obstacle(module: torch.nn.Module, classes: Mapping[type, type]) -> str | None:
+def _obstacle(module: torch.nn.Module, kind: type, classes: Mapping[type, type]) -> str | None:
     """Why a recurrent module stays as it is, or None: it can be switched, or is none of our business."""
-    kind = _kind(module)
     if isinstance(module, torch.jit.ScriptModule):
         recurrent = getattr(module, "original_name", None) in {c.__name__ for c in classes}
         return "compiled by TorchScript: its code no longer comes from its class" if recurrent else None
     if isinstance(module, Recurrent):
-        return f"already {_qualified(kind)}" if classes is DROP_IN else "torch.nn has no layer of any cell"
+        return f"already {_described(kind)}" if classes is DROP_IN else "torch.nn has no layer of any cell"
     if not isinstance(module, tuple(DROP_IN)):
         return None
-    if kind in classes.values():
-        return f"already {_qualified(kind)}"
-    if kind not in classes:
-        family = "fastcells" if issubclass(kind, DropIn) else "torch.nn"
-        return f"{_qualified(kind)} is a subclass of a {family} class, which may count on what that one does"
+    ours = issubclass(kind, DropIn)
+    if ours and kind not in BACK and not subclass.parts(kind):
+        return f"{_described(kind)} is a subclass of a fastcells class, which may count on what that one does"
+    if ours is (classes is DROP_IN):
+        return f"already {_described(kind)}"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    return None
+    if ours or kind in DROP_IN:
+        return None
+    base = next(base for theirs, base in DROP_IN.items() if issubclass(kind, theirs))
+    reason = subclass.obstacle(module, kind, base)
+    return reason and f"{_described(kind)} is a subclass of {_described(base.__bases__[1])}, and {reason}"
 
 
-def _qualified(kind: type) -> str:
+def _described(kind: type) -> str:
+    if parts := subclass.parts(kind):
+        return f"{_described(parts[1])} under {_described(parts[0])}"
     module = "torch.nn" if kind in DROP_IN else kind.__module__
     return f"{module}.{kind.__qualname__}"

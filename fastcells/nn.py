@@ -380,13 +380,15 @@ class OverTime(DropIn):
         Raises TypeError, ValueError for lengths, reset or reset_to of another kind, shape or range; ValueError for
         reverse with bidirectional layers, and for return_cell_states of a cell that has but a hidden state.
         """
-        plain = self._with_cell_states if return_cell_states else super().forward
-        if lengths is None and reset is None and reset_to is None and not reverse:
-            return plain(input, hx)
-        if torch.compiler.is_dynamo_compiling():  # how many stretches there are is in the data
+        whole = lengths is None and reset is None and reset_to is None and not reverse
+        if torch.compiler.is_dynamo_compiling() and (not whole or isinstance(input, PackedSequence)):
+            # How many steps and stretches there are is in the data.
             options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "reverse": reverse}
-            call = partial(self.forward, **options, return_cell_states=return_cell_states)
+            call = partial(OverTime.forward, self, **options, return_cell_states=return_cell_states)
             return _between_graphs(call, input, hx)
+        plain = self._with_cell_states if return_cell_states else super().forward
+        if whole:
+            return plain(input, hx)
         input, hx, finish = self._ragged(input, hx, lengths, reset, reset_to, reverse)
         return finish(plain(input, hx))
 

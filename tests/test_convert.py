@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import Case, check, compare, outputs, record
 from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastcells import nn
 from fastcells.convert import Conversion, convert, revert
@@ -17,6 +18,65 @@ CELLS = ["RNNCell", "LSTMCell", "GRUCell"]
 
 class Custom(torch.nn.LSTM):
     pass
+
+
+class Packing(torch.nn.RNNBase):
+    """An argument more, as libraries add it: what torch.nn's forward says is reached by way of super."""
+
+    def forward(self, x, hx=None, lengths=None):
+        if lengths is None:
+            return super().forward(x, hx=hx)
+        packed, state = super().forward(pack_padded_sequence(x, lengths), hx=hx)
+        return pad_packed_sequence(packed)[0], state
+
+
+class PackingLSTM(Packing, torch.nn.LSTM):
+    def halved(self, x):
+        return self(x)[0] / 2
+
+
+class PackingGRU(Packing, torch.nn.GRU):
+    pass
+
+
+class OwnCell(torch.nn.LSTMCell):
+    """Keeps its state."""
+
+    def forward(self, x):
+        self.state = super().forward(x, getattr(self, "state", None))
+        return self.state[0]
+
+
+class OwnLoop(torch.nn.GRU):
+    def forward(self, x):
+        return x.cumsum(0)
+
+
+class ByName(torch.nn.GRU):
+    def forward(self, x):
+        return torch.nn.GRU.forward(self, x.flip(0))
+
+
+class OwnWeights(torch.nn.LSTM):
+    def forward(self, x):
+        self._flat_weights = [w * 2 for w in self._flat_weights]
+        return super().forward(x)
+
+
+class OwnCheck(torch.nn.LSTM):
+    def check_forward_args(self, *_):
+        pass
+
+
+class OwnRun(torch.nn.LSTM):
+    def _run(self):
+        pass
+
+
+class OwnAttribute(torch.nn.LSTM):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.stream = "a name that fastcells' layers have"
 
 
 class CustomOurs(nn.LSTM):
@@ -104,16 +164,75 @@ def test_optimizer_hooks_and_references_stay():
     check(*ends)
 
 
-def test_subclasses_are_left():
-    model = torch.nn.ModuleDict({"torchs": Custom(3, 4), "ours": CustomOurs(3, 4), "plain": torch.nn.LSTM(3, 4)})
+@pytest.mark.parametrize("kind", [Custom, PackingLSTM, PackingGRU], ids=lambda kind: kind.__name__)
+def test_subclasses_keep_what_is_theirs(kind):
+    torch.manual_seed(0)
+    ours = torch.nn.ModuleDict({"layer": kind(3, 6).double()})
+    theirs = copy.deepcopy(ours)
+    base = "GRU" if issubclass(kind, torch.nn.GRU) else "LSTM"
+    report = convert(ours)
+    assert report.swapped == {"layer": f"fastcells.nn.{base} under test_convert.{kind.__name__}"}
+    assert isinstance(ours["layer"], kind)
+    assert isinstance(ours["layer"], getattr(nn, base))
+    assert repr(ours) == repr(theirs)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    copies = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), pickle.loads(pickle.dumps(ours, 0))]
+    for model in (ours, *copies):
+        assert type(model["layer"]) is type(ours["layer"])
+        assert model["layer"]._route(x) is None
+        model.load_state_dict(theirs.state_dict(), strict=True)
+        for options in [{}, {"lengths": torch.tensor([5, 3])}] if issubclass(kind, Packing) else [{}]:
+            results = []
+            for layer in (model["layer"], theirs["layer"]):
+                layer.zero_grad()
+                y, _ = layer(x, **options)
+                y.square().sum().backward()
+                results.append({"y": y.detach(), **{name: p.grad for name, p in layer.named_parameters()}})
+            check(*results)
+    assert convert(ours).left == {"layer": f"already fastcells.nn.{base} under test_convert.{kind.__name__}"}
+    assert revert(ours).swapped == {"layer": f"test_convert.{kind.__name__}"}
+    assert type(ours["layer"]) is kind
+    assert revert(ours).left == {"layer": f"already test_convert.{kind.__name__}"}
+
+
+def test_a_subclass_is_compiled_as_one_graph():
+    model, x = PackingLSTM(3, 6), torch.randn(5, 2, 3)
+    convert(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x)[0], model(x)[0])
+
+
+def test_a_subclass_of_a_cell():
+    ours, x = OwnCell(3, 6), torch.randn(4, 2, 3)
+    theirs = copy.deepcopy(ours)
+    assert convert(ours).swapped == {"": "fastcells.nn.LSTMCell under test_convert.OwnCell"}
+    for x_t in x:
+        torch.testing.assert_close(ours(x_t), theirs(x_t))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (OwnLoop, "a subclass of torch.nn.GRU, and its forward does not call super().forward"),
+        (ByName, "its forward does not call super().forward"),
+        (OwnWeights, "its forward uses _flat_weights"),
+        (OwnCheck, "it has a check_forward_args of its own"),
+        (OwnRun, "it has a _run of its own"),
+        (OwnAttribute, "it has a stream of its own"),
+        (CustomOurs, "a subclass of a fastcells class"),
+    ],
+    ids=lambda given: given.__name__ if isinstance(given, type) else "",
+)
+def test_subclasses_that_are_left(kind, reason):
+    model = torch.nn.ModuleDict({"own": kind(3, 4), "plain": torch.nn.LSTM(3, 4)})
     report = convert(model)
     assert list(report.swapped) == ["plain"]
-    assert type(model["torchs"]) is Custom
-    assert "test_convert.Custom is a subclass of a torch.nn class" in report.left["torchs"]
-    assert "test_convert.CustomOurs is a subclass of a fastcells class" in report.left["ours"]
+    assert type(model["own"]) is kind
+    assert f"test_convert.{kind.__name__} is" in report.left["own"]
+    assert reason in report.left["own"]
     report = revert(model)
     assert list(report.swapped) == ["plain"]
-    assert set(report.left) == {"torchs", "ours"}
+    assert list(report.left) == ["own"]
 
 
 def test_replaced_forward_is_left():
@@ -187,12 +306,21 @@ def test_parametrized_after_conversion():
     assert revert(ours).swapped == {"": "torch.nn.GRU"}
 
 
-def test_parametrized_subclass_is_left():
-    model = Custom(3, 4)
-    parametrizations.weight_norm(model, "weight_hh_l0")
-    kind = type(model)
-    assert "subclass" in convert(model).left[""]
-    assert type(model) is kind
+def test_parametrized_subclasses():
+    model, left = PackingLSTM(3, 4), OwnLoop(3, 4)
+    for module in (model, left):
+        parametrizations.weight_norm(module, "weight_hh_l0")
+    x, lengths, kind = torch.randn(5, 2, 3), torch.tensor([5, 3]), type(left)
+    with torch.no_grad():  # else torch keeps what it made of the weights, and that cannot be copied
+        expected = model(x, lengths=lengths)[0]
+    assert convert(model).swapped == {"": "fastcells.nn.LSTM under test_convert.PackingLSTM"}
+    for module in (model, copy.deepcopy(model)):
+        assert isinstance(module, nn.LSTM)
+        torch.testing.assert_close(module(x, lengths=lengths)[0], expected)
+    assert revert(model).swapped == {"": "test_convert.PackingLSTM"}
+    assert not isinstance(model, nn.LSTM)
+    assert "subclass" in convert(left).left[""]
+    assert type(left) is kind
 
 
 def test_with_torch_nn_patched(monkeypatch):
@@ -230,7 +358,7 @@ def test_options_survive():
 
 
 def test_report_reads_well():
-    model = torch.nn.ModuleDict({"encoder": torch.nn.LSTM(3, 4), "decoder": Custom(3, 4)})
+    model = torch.nn.ModuleDict({"encoder": torch.nn.LSTM(3, 4), "decoder": OwnLoop(3, 4)})
     lines = str(convert(model)).splitlines()
     assert lines[:3] == ["swapped 1", "  encoder: fastcells.nn.LSTM", "left 1"]
     assert lines[3].startswith("  decoder: ")

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from helpers import Case, cast, check, compare, record, relative_error
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_map
 
 import fastcells
@@ -200,6 +201,31 @@ def test_torchs_own_layers_are_compiled_as_ever():
     """The graph breaks there. What we say to the tracer is about our layers only."""
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(torch.nn.GRU(3, 4), backend="eager", fullgraph=True)(torch.randn(5, 2, 3))
+
+
+class Packed(torch.nn.Module):
+    """Packs and unpacks by itself, as models of libraries do."""
+
+    def __init__(self, nn):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.GRU(3, 5)
+
+    def forward(self, x, lengths):
+        y, h = self.layer(pack_padded_sequence(x * 2, lengths))
+        return pad_packed_sequence(y)[0].square().sum() + h.sum()
+
+
+def test_packed_sequences_run_between_the_graphs(operations):
+    x, lengths = torch.randn(5, 3, 3), torch.tensor([5, 3, 1])
+    ours, theirs = Packed(fastcells.nn), Packed(torch.nn)
+    got, expected = torch.compile(ours, backend="eager")(x, lengths), theirs(x, lengths)
+    assert operations == ["gru"]
+    assert relative_error(got, expected) < 1e-5
+    for result in (got, expected):
+        result.backward()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert relative_error(a.grad, b.grad) < 1e-4, name
 
 
 def test_parametrized_layer_compiled():

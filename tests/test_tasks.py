@@ -16,7 +16,7 @@ pytest.importorskip("statsmodels", reason="the tasks need pip install .[tasks]")
 
 from benchmarks import tasks
 from benchmarks.__main__ import main
-from benchmarks.tasks import lab, layers, parallel, series, show
+from benchmarks.tasks import integrations, lab, layers, parallel, series, show
 from benchmarks.tasks.chargen import Chargen
 from benchmarks.tasks.classify import Classify, utterances
 from benchmarks.tasks.compare import Compare, counted, formula
@@ -456,15 +456,19 @@ def test_all_writes_one_table(quick, tmp_path, monkeypatch, capsys):
 
 def test_table_goes_between_its_marks(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"before\n{show.BEGIN}old\n{show.END}\nafter\n")
+    other = "".join(show.marks("other"))
+    begin, end = show.marks("lab")
+    path.write_text(f"{other}before\n{begin}old\n{end}\nafter\n")
     for _ in range(2):
         show.write_table("| new |\n", path)
-    assert path.read_text() == f"before\n{show.BEGIN}\n| new |\n\n{show.END}\nafter\n"
+    assert path.read_text() == f"{other}before\n{begin}\n| new |\n\n{end}\nafter\n"
 
 
 def test_without_a_name_the_tasks_are_listed(capsys):
     main(["tasks"])
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(tasks.TASKS) == list(SMALL)
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == [*tasks.TASKS, *integrations.LIBRARIES]
+    assert list(tasks.TASKS) == list(SMALL)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import tasks
+from benchmarks import extras, tasks
+from benchmarks.tasks import integrations
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,10 +27,12 @@ def add(commands: Any) -> None:
         "tasks",
         help="train small real models with torch.nn and with fastcells",
         description=tasks.__doc__,
-        epilog="tasks: " + "; ".join(f"{name}: {what}" for name, what in tasks.TASKS.items()),
+        epilog=f"tasks: {_listed(tasks.TASKS)}. Libraries' models, before and after fastcells.convert: "
+        f"{_listed(integrations.LIBRARIES)}.",
     )
-    listed = "one of those below, or all; without it: list the tasks"
-    parser.add_argument("name", metavar="NAME", nargs="?", choices=[*tasks.TASKS, "all"], help=listed)
+    listed = f"one of those below; all: of the tasks; {integrations.ALL}: of the libraries; without it: list them"
+    names = [*tasks.TASKS, "all", *integrations.LIBRARIES, integrations.ALL]
+    parser.add_argument("name", metavar="NAME", nargs="?", choices=names, help=listed)
     layers = (
         "only this one; may be repeated; beside others the reference trains one epoch (default: torch and fastcells)"
     )
@@ -47,6 +50,10 @@ def add(commands: Any) -> None:
     for name, what in OPTIONS.items():
         parser.add_argument(f"--{name}", help=what)
     parser.set_defaults(run=run, fail=parser.error)
+
+
+def _listed(names: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {what}" for name, what in names.items())
 
 
 #: Options that only some tasks have; each task says which, and what they may be.
@@ -75,9 +82,13 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 def run(arguments: argparse.Namespace) -> int | None:
     """Train what is asked for; exit status 1 where a task of `all` lacks a package."""
     if arguments.name is None:
-        for name, what in tasks.TASKS.items():
-            print(f"{name:12} {what}")
+        for name, what in (tasks.TASKS | integrations.LIBRARIES).items():
+            print(f"{name:20} {what}")
         return None
+    if arguments.name in (*integrations.LIBRARIES, integrations.ALL):
+        from benchmarks.tasks.integrations import commands
+
+        return commands.run(arguments)
 
     import torch
     from rich.console import Console
@@ -106,13 +117,14 @@ def run(arguments: argparse.Namespace) -> int | None:
         except ModuleNotFoundError as error:
             if not everything:
                 raise
-            print(f"{name}: {error.name} is not installed: pip install .[tasks]\n", file=sys.stderr)
+            print(f"{name}: {extras.hint(error) or error}\n", file=sys.stderr)
             missing = 1
+    table = show.markdown([row.cells() for row in rows])
     if everything:
-        console.print(show.markdown(rows))
+        console.print(table)
         console.print(f"all tasks: {(perf_counter() - began) / 60:.1f} minutes")
     if arguments.table:
-        show.write_table(show.markdown(rows), arguments.table)
+        show.write_table(table, arguments.table)
         console.print(f"table: {arguments.table}")
     return missing
 

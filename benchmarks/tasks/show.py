@@ -156,20 +156,23 @@ class Row:
 HEADINGS = ["task", "data", "metric: torch.nn / fastcells", "to beat", "torch.nn, s", "fastcells, s", "speed-up"]
 
 
-def markdown(rows: Iterable[Row]) -> str:
-    """The table of all tasks for a README."""
-    lines = [HEADINGS, ["---"] * 4 + ["--:"] * 3, *(row.cells() for row in rows)]
+def markdown(rows: Iterable[Sequence[str]], headings: Sequence[str] = HEADINGS, words: int = 4) -> str:
+    """A table for a README, by default that of all tasks; the columns after the first ``words`` have numbers."""
+    lines = [headings, ["---"] * words + ["--:"] * (len(headings) - words), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-BEGIN, END = "<!-- lab table -->\n", "<!-- end of lab table -->"
+def marks(name: str) -> tuple[str, str]:
+    """The lines of a file between which the table of this name belongs."""
+    return f"<!-- {name} table -->\n", f"<!-- end of {name} table -->"
 
 
-def write_table(text: str, path: Path) -> None:
-    """Write the table to a file of its own, or between the two marks where the file has them, such as a README."""
+def write_table(text: str, path: Path, name: str = "lab") -> None:
+    """Write the table to a file of its own, or between its two marks where the file has them, such as a README."""
+    first, last = marks(name)
     old = path.read_text(encoding="utf-8") if path.exists() else ""
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = old.partition(first)
+    _, end, after = rest.partition(last)
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}" if end else text, encoding="utf-8")
 
 
