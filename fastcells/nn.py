@@ -164,7 +164,8 @@ class DropIn(torch.nn.Module):
         dtype = batch.x.dtype
         if reason is None:
             if torch.is_autocast_enabled("cpu") and all([tensor.dtype in AUTOCAST for tensor in tensors]):
-                return call._replace(dtype=_autocast_dtype(cell, states or (batch.x,)))
+                by_onednn = isinstance(self, original.LSTM) and batch.batch_sizes is None
+                return call._replace(dtype=_autocast_dtype(cell, states or (batch.x,), by_onednn))
             if all([tensor.dtype is dtype for tensor in tensors]):
                 return call if dtype in DTYPES else call._replace(dtype=dtype)
         names = ["input", *(_initial(cell) if states else ())]
@@ -304,10 +305,17 @@ class DropIn(torch.nn.Module):
 AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # the formats that autocast takes part in
 
 
-def _autocast_dtype(cell: Cell, states: tuple[Tensor, ...]) -> torch.dtype:
+BFLOAT16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported() if torch.backends.mkldnn.is_available() else False
+"""Whether oneDNN computes in bfloat16 on this processor."""
+
+
+def _autocast_dtype(cell: Cell, states: tuple[Tensor, ...], by_onednn: bool) -> torch.dtype:
     """Of the results under autocast, as torch's operations give it: they round products, and take up the states in
-    their own format, where there are such terms."""
+    their own format, where there are such terms; oneDNN's LSTM rounds the states, too, on processors with bfloat16."""
     dtype = torch.get_autocast_dtype("cpu")
+    by_onednn = by_onednn and dtype is torch.bfloat16 and all([s.dtype is not torch.float16 for s in states])
+    if by_onednn and torch.backends.mkldnn.enabled and BFLOAT16:
+        return dtype
     return dtype if cell in ELMAN.values() else reduce(torch.promote_types, [s.dtype for s in states], dtype)
 
 
