@@ -13,7 +13,7 @@ from functools import partial
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
-from .expression import Node, Operators, leaf
+from .expression import Node, Operators, comparing, is_condition, leaf, number, topological
 
 
 class Recurrent(Operators):
@@ -127,7 +127,7 @@ class Cell:
         u = {g: Recurrent(partial(product, g), hidden) for g in self.gates}
         p = (Names(**own or {}),) if self.own or self.fed else ()
         result = self.function(Names(**x), Names(**u), Names(**states), *p)
-        result = result if isinstance(result, tuple) else (result,)
+        result = tuple(result) if isinstance(result, (tuple, list)) else (result,)
         if len(result) != len(self.states):
             raise TypeError(
                 f"cell {self.name}: expected {len(self.states)} returned state(s) ({', '.join(self.states)}), "
@@ -141,32 +141,42 @@ class Cell:
         try:
             return self._trace()
         except (TypeError, AttributeError) as error:
-            frame = next(
-                (f for f in reversed(inspect.trace()) if f.code_context and f.function == self.function.__name__), None
-            )
-            where = f"\n  {frame.filename}:{frame.lineno}: {frame.code_context[0].strip()}" if frame else ""  # type: ignore[index]
-            raise type(error)(f"cell {self.name}: {error}{where}") from error
+            raise type(error)(f"cell {self.name}: {error}\n  {self._place(inspect.trace())}") from error
+
+    def _place(self, trace: list[inspect.FrameInfo]) -> str:
+        """Where in the cell's function an error came up: file, line and, as far as there is a source, its text."""
+        code = getattr(inspect.unwrap(self.function), "__code__", None)
+        for frame in reversed(trace):
+            if frame.frame.f_code is code:
+                text = f": {frame.code_context[0].strip()}" if frame.code_context else ""
+                return f"{frame.filename}:{frame.lineno}{text}"
+        return f"{code.co_filename}:{code.co_firstlineno}" if code else "(no source)"
 
     def _trace(self) -> tuple[Node, ...]:
-        states = self.step(
-            {g: leaf("x", g) for g in self.gates},
-            lambda g, v: Node("product", (v,), ("hh", g)),
-            {s: leaf("s", s) for s in self.states},
-            {
-                n: leaf(kind, n)
-                for kind, names in (
-                    ("p", self.parameters),
-                    ("scalar", self.scalars),
-                    ("input", self.inputs),
-                    ("step_input", self.step_inputs),
-                )
-                for n in names
-            },
-        )
+        x = {g: leaf("x", g) for g in self.gates}
+        kinds = {"p": self.parameters, "scalar": self.scalars, "input": self.inputs, "step_input": self.step_inputs}
+        with comparing():
+            states = self.step(
+                x,
+                _traced_product,
+                {s: leaf("s", s) for s in self.states},
+                {n: leaf(kind, n) for kind, names in kinds.items() for n in names},
+            )
         for name, new in zip(self.states, states, strict=True):
             if not isinstance(new, Node):
-                raise TypeError(f"state {name} does not depend on the inputs: got {new!r}")
+                raise TypeError(f"state {name} must be made of the cell's values, got {new!r}")
+            if is_condition(new):
+                raise TypeError(f"state {name} must be a number, got a comparison. Write where(condition, 1.0, 0.0).")
+        if not any(n.op == "product" or n in x.values() for n in topological(states)):
+            raise TypeError(f"at least one of the gates {', '.join(self.gates)} must be used")
         return states
+
+
+def _traced_product(gate: str, vector: Any) -> Node:
+    operand = number(f"u.{gate}(v)", vector)
+    if operand.op == "constant":
+        raise TypeError(f"u.{gate}(v): v must be made of the cell's values, got {operand!r}")
+    return Node("product", (operand,), ("hh", gate))
 
 
 _REGISTERED: dict[str, Cell] = {}
