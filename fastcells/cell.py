@@ -9,11 +9,11 @@ import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
-from .expression import Node, Operators, comparing, is_condition, leaf, number, topological
+from .expression import Node, Operators, comparing, is_condition, is_reduction, leaf, number, topological
 
 
 class Recurrent(Operators):
@@ -174,9 +174,17 @@ class Cell:
 
 def _traced_product(gate: str, vector: Any) -> Node:
     operand = number(f"u.{gate}(v)", vector)
-    if operand.op == "constant":
-        raise TypeError(f"u.{gate}(v): v must be made of the cell's values, got {operand!r}")
+    if not _by_unit(operand):
+        raise TypeError(f"u.{gate}(v): v must have a number for each unit, got {operand!r}, the same for all")
     return Node("product", (operand,), ("hh", gate))
+
+
+@lru_cache(maxsize=1 << 10)
+def _by_unit(node: Node) -> bool:
+    """Whether the units have numbers of their own."""
+    if node.op in ("leaf", "product"):
+        return node.op == "product" or node.value[0] != "scalar"
+    return not is_reduction(node) and any(map(_by_unit, node.args))
 
 
 _REGISTERED: dict[str, Cell] = {}

@@ -286,6 +286,10 @@ def a_product_of_a_number(x, u, s):
     return x.a + u.a(0.5)
 
 
+def a_product_of_a_mean(x, u, s):
+    return x.a + u.a(2.0 * ex.mean(s.h))
+
+
 def an_odd_power(x, u, s):
     return (x.a + u.a) ** 1.5
 
@@ -304,7 +308,8 @@ def not_a_condition(x, u, s):
         (foreign, "h", TypeError, "tensors cannot be part of a cell"),
         (of_numpy, "h", TypeError, "tensors cannot be part of a cell"),
         (a_product_of_a_tensor, "h", TypeError, "tensors cannot be part of a cell"),
-        (a_product_of_a_number, "h", TypeError, r"u.a\(v\): v must be made of the cell's values, got 0.5"),
+        (a_product_of_a_number, "h", TypeError, r"u.a\(v\): v must have a number for each unit, got 0.5"),
+        (a_product_of_a_mean, "h", TypeError, r"v must have a number for each unit, got mul\(2.0, mean\(s.h\)\)"),
         (not_a_function, "h", TypeError, "cannot use torch's cumsum; it may use operators and sigmoid, tanh"),
         (several_in_one, "h", TypeError, "cannot use torch's cat.* Write a gate or state of its own for each part"),
         (over_the_units, "h", TypeError, r"cannot use torch's layer_norm.* Write fastcells.expression.norm\(v\)"),
