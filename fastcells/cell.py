@@ -7,10 +7,10 @@ import inspect
 import pickle
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
-from types import MappingProxyType, SimpleNamespace
+from types import FunctionType, MappingProxyType, SimpleNamespace
 from typing import Any
 
 from .expression import Node, Operators, comparing, is_condition, is_reduction, leaf, number, topological
@@ -39,6 +39,27 @@ class Names(SimpleNamespace):
         raise AttributeError(f"there is no {name!r}, only {', '.join(self.__dict__)}")
 
 
+Outside = tuple[str, Callable[[], Any], Any]
+"""A name, how to read what it stands for, and what that was."""
+
+
+def _outside(function: Callable, seen: frozenset = frozenset()) -> Iterator[Outside]:
+    """The numbers, flags and functions that a function reads by name, and what these functions read."""
+    if not isinstance(function, FunctionType) or function in seen:
+        return
+    code, names = function.__code__, function.__globals__
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    reads = [(name, partial(getattr, content, "cell_contents", None)) for name, content in cells]
+    reads += [(name, partial(names.get, name)) for name in code.co_names if name in names]
+    for name, read in reads:
+        value = read()
+        if isinstance(value, int | float):
+            yield name, read, value
+        elif isinstance(value, FunctionType) and not value.__module__.startswith(("fastcells.", "torch.", "numpy.")):
+            yield name, read, value
+            yield from _outside(value, seen | {function})
+
+
 class Cell:
     """A recurrent cell, callable as the function that it was declared from. Made by the decorator `cell`.
 
@@ -51,6 +72,7 @@ class Cell:
     initial: Mapping[str, float] = MappingProxyType({})  # first values of parameters and scalars that have one
     made_by: tuple[Callable, tuple] | None = None  # the function, and its arguments, of a cell with options
     recurrent_weight: Callable | None = None  # what nn.Recurrent makes of weight_hh before the cell uses it
+    outside: Sequence[Outside] = ()  # what the kernels hold of what the function reads from outside of it
 
     def __init__(
         self,
@@ -138,10 +160,26 @@ class Cell:
     def trace(self) -> tuple[Node, ...]:
         """The new states as expression graphs: over leaves ("x", gate), ("s", state), ("p", parameter),
         ("scalar", ...), ("input", ...), ("step_input", ...), and nodes "product"."""
+        self.unchanged()
         try:
-            return self._trace()
+            states = self._trace()
+            if not self.outside and self.made_by is None:
+                self.outside = tuple(_outside(inspect.unwrap(self.function)))
+            return states
         except (TypeError, AttributeError) as error:
             raise type(error)(f"cell {self.name}: {error}\n  {self._place(inspect.trace())}") from error
+
+    def unchanged(self) -> Cell:
+        """The cell itself. Raises RuntimeError where a number, flag or function that its function reads is another by
+        now than the one that kernels were derived from, which would be stale."""
+        for name, read, value in self.outside:
+            now = read()
+            if now is not value and (type(now) is not type(value) or now != value):
+                raise RuntimeError(
+                    f"cell {self.name}: {name} was {value!r} when its kernels were derived, and is {now!r} now. "
+                    f"Declare the cell anew, or make {name} one of its scalars or inputs."
+                )
+        return self
 
     def _place(self, trace: list[inspect.FrameInfo]) -> str:
         """Where in the cell's function an error came up: file, line and, as far as there is a source, its text."""

@@ -745,7 +745,7 @@ class Recurrent(OverTime):
         return f"{self.cell.name}, {original.RNNBase.extra_repr(self)}{dropped}"  # type: ignore[arg-type]
 
     def _cell(self) -> Cell:
-        return self.cell
+        return self.cell.unchanged()
 
     def _weight_shapes(self, gates: int) -> tuple:
         return self._shapes
@@ -768,7 +768,7 @@ class Recurrent(OverTime):
 
     def _steady(self) -> bool:
         random = self.weight_dropout or self.recurrent_dropout or any(self.zoneout)
-        return not random and self._as_held()
+        return not random and self._as_held() and not self.cell.outside
 
     def _as_held(self) -> bool:
         return self.cell.recurrent_weight is None and self._shapes[0][0][1] is not None

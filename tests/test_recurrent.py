@@ -1,6 +1,7 @@
 """`nn.Recurrent`, the layer of any cell: shipped cells against their own torch form, what the module promises."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from helpers import compare, loop, outputs, pairwise, same
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastcells
-from fastcells import Cell, activations, cell, cells, nn, variants
+from fastcells import Cell, activations, cell, cells, functional, nn, variants
 from fastcells.expression import sigmoid, tanh
 
 ON_THE_PAGE = [c for c in vars(cells).values() if isinstance(c, Cell)]
@@ -395,6 +396,68 @@ def test_an_edited_cell_is_never_served_stale():
     assert copy.deepcopy(first).cell is first.cell
     with pytest.raises(pickle.PicklingError, match=r"cell mine: .* by its name, but __main__\.mine is not"):
         pickle.dumps(first)
+
+
+def test_a_constant_that_changes_is_never_served_stale():
+    """A cell in a notebook reads numbers and functions of other notebook cells, of which one is run again, edited."""
+
+    def declare(text, scope):
+        exec(text, scope)
+        return scope
+
+    scope = declare(
+        "rate = 0.5\n"
+        "def squash(v): return tanh(v) * gain\n"
+        "gain = 2.0\n"
+        "@cell(gates='h')\n"
+        "def mine(x, u, s): return rate * s.h + squash(x.h + u.h)",
+        {"cell": cell, "tanh": tanh, "__name__": "__main__"},
+    )
+    layer = make(scope["mine"])
+    edits = {"rate": ("rate = 0.25", "rate was 0.5 .* is 0.25 now"), "gain": ("gain = 1.0", "gain was 2.0")}
+    edits["squash"] = ("def squash(v): return v", "squash was <function")
+    for name, (text, words) in edits.items():
+        before = scope[name]
+        declare(text, scope)
+        with pytest.raises(RuntimeError, match=f"cell mine: {words}.* Declare the cell anew, or make {name}"):
+            layer(*data(layer))
+        with pytest.raises(RuntimeError, match=words):
+            functional.layer(scope["mine"], torch.zeros(1, 1, 1), None, [])
+        scope[name] = before
+    assert layer._route(data(layer)[0]) is None
+
+
+def test_cells_of_one_line_have_constants_of_their_own():
+    one, two = (cell(gates="h")(lambda x, u, s, k=k: tanh(x.h + k * u.h)) for k in (1, 2))
+    assert one.trace() != two.trace()
+    assert one.key != two.key
+
+
+def test_a_file_that_is_edited_between_two_processes(tmp_path):
+    """Same name, same cache folder: the second process compiles the new equations."""
+    script = tmp_path / "script.py"
+    found = []
+    for factor in (1.0, 3.0):
+        script.write_text(
+            textwrap.dedent(f"""
+                import torch, fastcells
+
+                @fastcells.cell(gates="h")
+                def mine(x, u, s):
+                    return {factor} * (x.h + u.h)
+
+                layer = fastcells.nn.Recurrent(mine, 1, 1)
+                torch.nn.init.ones_(layer.weight_ih_l0), torch.nn.init.zeros_(layer.weight_hh_l0)
+                torch.nn.init.zeros_(layer.bias_ih_l0), torch.nn.init.zeros_(layer.bias_hh_l0)
+                with torch.no_grad():
+                    print(layer(torch.ones(1, 1, 1))[0].item())
+            """)
+        )
+        environment = {**os.environ, "FASTCELLS_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, env=environment)
+        found.append(float(done.stdout))
+    assert found == [1.0, 3.0]
+    assert len(list((tmp_path / "cache").glob("mine_forward*"))) == 2
 
 
 def test_a_cell_of_a_script_pickles_and_one_declared_anew_does_not(tmp_path):
