@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
-from .nn import DROP_IN, DropIn, Recurrent
+from .nn import DROP_IN, DropIn, OverTime, Recurrent
 
 BACK = {ours: theirs for theirs, ours in DROP_IN.items()}
 
@@ -89,6 +89,8 @@ def _obstacle(module: torch.nn.Module, classes: Mapping[type, type]) -> str | No
         return f"already {_qualified(kind)}" if classes is DROP_IN else "torch.nn has no layer of any cell"
     if not isinstance(module, tuple(DROP_IN)):
         return None
+    if classes is BACK and isinstance(module, OverTime) and module._random():
+        return "torch.nn has no recurrent_dropout, zoneout or weight_dropout"
     if kind in classes.values():
         return f"already {_qualified(kind)}"
     if kind not in classes:

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 import torch
-from helpers import compare, loop, outputs, pairwise, same
+from helpers import Loop, compare, loop, outputs, pairwise, same
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastcells
@@ -169,6 +169,57 @@ def test_regularisation_is_seeded_by_torch(rate):
         results.append(layer(x, hx))
     assert same(results[0], results[1])
     assert not same(results[0], results[2])
+
+
+TORCHS_KINDS = {
+    "LSTM": (cells.lstm, {"recurrent_dropout": 0.3, "zoneout": (0.1, 0.5), "weight_dropout": 0.5}),
+    "GRU": (cells.gru, ALL_RATES),
+    "RNN": (cells.rnn_tanh, {"weight_dropout": 0.5}),
+}
+
+
+@pytest.mark.parametrize("kind", TORCHS_KINDS)
+def test_torchs_layers_drop_as_the_layer_of_their_cell_does(kind, monkeypatch):
+    cell, rates = TORCHS_KINDS[kind]
+    general = make(cell, num_layers=2, bidirectional=True, **rates)
+    layer = getattr(nn, kind)(I, H, 2, bidirectional=True, dtype=torch.float64, **rates)
+    layer.load_state_dict(general.state_dict())
+    assert repr(layer) == repr(general).replace("Recurrent", kind).replace(f"{cell.name}, ", "")
+    x, hx = data(general)
+    results = []
+    for module in (general, layer, pickle.loads(pickle.dumps(layer)), torch.compile(layer, backend="eager")):
+        torch.manual_seed(5)
+        results.append(module(x, hx))
+    assert all(same(other, results[0]) for other in results[1:])
+    monkeypatch.setattr(nn.DropIn, "_read", Loop._read)  # the engine refuses: the cell's torch form drops the same
+    torch.manual_seed(5)
+    torch.testing.assert_close(layer(x, hx), results[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", TORCHS_KINDS)
+def test_torchs_layers_drop_nothing_in_eval(kind):
+    cell, rates = TORCHS_KINDS[kind]
+    layer, plain = (getattr(m, kind)(I, H, dtype=torch.float64, **r) for m, r in ((nn, rates), (torch.nn, {})))
+    plain.load_state_dict(layer.state_dict())
+    x, hx = data(make(cell))
+    for _ in range(3):  # the third call without gradients would be made like the one before
+        with torch.no_grad():
+            torch.testing.assert_close(layer.eval()(x, hx), plain(x, hx), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert not same(layer.train()(x, hx), layer(x, hx))
+
+
+@pytest.mark.parametrize("kind", TORCHS_KINDS)
+def test_convert_and_revert_keep_what_is_dropped(kind):
+    model = torch.nn.Sequential(getattr(nn, kind)(I, H, weight_dropout=0.5), getattr(torch.nn, kind)(I, H))
+    fastcells.convert(model)
+    assert fastcells.revert(model).left == {"0": "torch.nn has no recurrent_dropout, zoneout or weight_dropout"}
+    assert type(model[1]) is getattr(torch.nn, kind)
+    assert repr(model[1]) == f"{kind}({I}, {H})"
+    with pytest.raises(ValueError, match=r"recurrent_dropout must be a number in range \[0, 1\], got 1.5"):
+        getattr(nn, kind)(I, H, recurrent_dropout=1.5)
+    with pytest.raises(ValueError, match="must be 0 with a projection, got proj_size 3"):
+        nn.LSTM(I, H, proj_size=3, zoneout=0.1)
 
 
 @cell(gates="h")
