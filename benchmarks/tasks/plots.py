@@ -87,7 +87,7 @@ def whole_epochs(axes: Axes, count: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def losses(axes: Axes, runs: Sequence[Run], unit: str = "nats", log: bool = False) -> None:
+def losses(axes: Axes, runs: Sequence[Run], log: bool = False) -> None:
     """Loss by epoch of training and validation."""
     from benchmarks.tasks import lab
 
@@ -106,7 +106,7 @@ def losses(axes: Axes, runs: Sequence[Run], unit: str = "nats", log: bool = Fals
     if log:
         logarithmic(axes)
     apart = f": apart by at most {max(lab.loss_differences(*runs[:2])):.0e}" if len(runs) > 1 else ""
-    style(axes, "Loss" + apart, "epoch", f"mean loss ({unit})", {"handlelength": 3}, "validation")
+    style(axes, "Loss" + apart, "epoch", f"mean loss ({runs[0].task.loss_unit})", {"handlelength": 3}, "validation")
     whole_epochs(axes, len(runs[0].epochs))
 
 

@@ -61,7 +61,7 @@ def take(self, size):
 
 
 def cases():
-    """(cell, dtype, rows, inputs, hidden): the built-in cells in both formats, and in float64 one each with parameters of
+    """(cell, dtype, rows, inputs, hidden): the built-in cells in both formats, in float64 one each with parameters of
     its own, sums over the units, and extra inputs."""
     shapes = [(1, 1, 1), (1, 3, 5), (2, 9, 7), (3, 17, 12), (4, 33, 31), (5, 2, 40)]
     for dtype, shape, c in itertools.product((torch.float32, torch.float64), shapes, BUILT_IN):
