@@ -7,13 +7,13 @@ import inspect
 import pickle
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
-from types import MappingProxyType, SimpleNamespace
+from functools import lru_cache, partial
+from types import FunctionType, MappingProxyType, SimpleNamespace
 from typing import Any
 
-from .expression import Node, Operators, leaf
+from .expression import Node, Operators, comparing, is_condition, is_reduction, leaf, number, topological
 
 
 class Recurrent(Operators):
@@ -39,6 +39,27 @@ class Names(SimpleNamespace):
         raise AttributeError(f"there is no {name!r}, only {', '.join(self.__dict__)}")
 
 
+Outside = tuple[str, Callable[[], Any], Any]
+"""A name, how to read what it stands for, and what that was."""
+
+
+def _outside(function: Callable, seen: frozenset = frozenset()) -> Iterator[Outside]:
+    """The numbers, flags and functions that a function reads by name, and what these functions read."""
+    if not isinstance(function, FunctionType) or function in seen:
+        return
+    code, names = function.__code__, function.__globals__
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    reads = [(name, partial(getattr, content, "cell_contents", None)) for name, content in cells]
+    reads += [(name, partial(names.get, name)) for name in code.co_names if name in names]
+    for name, read in reads:
+        value = read()
+        if isinstance(value, int | float):
+            yield name, read, value
+        elif isinstance(value, FunctionType) and not value.__module__.startswith(("fastcells.", "torch.", "numpy.")):
+            yield name, read, value
+            yield from _outside(value, seen | {function})
+
+
 class Cell:
     """A recurrent cell, callable as the function that it was declared from. Made by the decorator `cell`.
 
@@ -51,6 +72,7 @@ class Cell:
     initial: Mapping[str, float] = MappingProxyType({})  # first values of parameters and scalars that have one
     made_by: tuple[Callable, tuple] | None = None  # the function, and its arguments, of a cell with options
     recurrent_weight: Callable | None = None  # what nn.Recurrent makes of weight_hh before the cell uses it
+    outside: Sequence[Outside] = ()  # what the kernels hold of what the function reads from outside of it
 
     def __init__(
         self,
@@ -127,7 +149,7 @@ class Cell:
         u = {g: Recurrent(partial(product, g), hidden) for g in self.gates}
         p = (Names(**own or {}),) if self.own or self.fed else ()
         result = self.function(Names(**x), Names(**u), Names(**states), *p)
-        result = result if isinstance(result, tuple) else (result,)
+        result = tuple(result) if isinstance(result, (tuple, list)) else (result,)
         if len(result) != len(self.states):
             raise TypeError(
                 f"cell {self.name}: expected {len(self.states)} returned state(s) ({', '.join(self.states)}), "
@@ -138,35 +160,69 @@ class Cell:
     def trace(self) -> tuple[Node, ...]:
         """The new states as expression graphs: over leaves ("x", gate), ("s", state), ("p", parameter),
         ("scalar", ...), ("input", ...), ("step_input", ...), and nodes "product"."""
+        self.unchanged()
         try:
-            return self._trace()
+            states = self._trace()
+            if not self.outside and self.made_by is None:
+                self.outside = tuple(_outside(inspect.unwrap(self.function)))
+            return states
         except (TypeError, AttributeError) as error:
-            frame = next(
-                (f for f in reversed(inspect.trace()) if f.code_context and f.function == self.function.__name__), None
-            )
-            where = f"\n  {frame.filename}:{frame.lineno}: {frame.code_context[0].strip()}" if frame else ""  # type: ignore[index]
-            raise type(error)(f"cell {self.name}: {error}{where}") from error
+            raise type(error)(f"cell {self.name}: {error}\n  {self._place(inspect.trace())}") from error
+
+    def unchanged(self) -> Cell:
+        """The cell itself. Raises RuntimeError where a number, flag or function that its function reads is another by
+        now than the one that kernels were derived from, which would be stale."""
+        for name, read, value in self.outside:
+            now = read()
+            if now is not value and (type(now) is not type(value) or now != value):
+                raise RuntimeError(
+                    f"cell {self.name}: {name} was {value!r} when its kernels were derived, and is {now!r} now. "
+                    f"Declare the cell anew, or make {name} one of its scalars or inputs."
+                )
+        return self
+
+    def _place(self, trace: list[inspect.FrameInfo]) -> str:
+        """Where in the cell's function an error came up: file, line and, as far as there is a source, its text."""
+        code = getattr(inspect.unwrap(self.function), "__code__", None)
+        for frame in reversed(trace):
+            if frame.frame.f_code is code:
+                text = f": {frame.code_context[0].strip()}" if frame.code_context else ""
+                return f"{frame.filename}:{frame.lineno}{text}"
+        return f"{code.co_filename}:{code.co_firstlineno}" if code else "(no source)"
 
     def _trace(self) -> tuple[Node, ...]:
-        states = self.step(
-            {g: leaf("x", g) for g in self.gates},
-            lambda g, v: Node("product", (v,), ("hh", g)),
-            {s: leaf("s", s) for s in self.states},
-            {
-                n: leaf(kind, n)
-                for kind, names in (
-                    ("p", self.parameters),
-                    ("scalar", self.scalars),
-                    ("input", self.inputs),
-                    ("step_input", self.step_inputs),
-                )
-                for n in names
-            },
-        )
+        x = {g: leaf("x", g) for g in self.gates}
+        kinds = {"p": self.parameters, "scalar": self.scalars, "input": self.inputs, "step_input": self.step_inputs}
+        with comparing():
+            states = self.step(
+                x,
+                _traced_product,
+                {s: leaf("s", s) for s in self.states},
+                {n: leaf(kind, n) for kind, names in kinds.items() for n in names},
+            )
         for name, new in zip(self.states, states, strict=True):
             if not isinstance(new, Node):
-                raise TypeError(f"state {name} does not depend on the inputs: got {new!r}")
+                raise TypeError(f"state {name} must be made of the cell's values, got {new!r}")
+            if is_condition(new):
+                raise TypeError(f"state {name} must be a number, got a comparison. Write where(condition, 1.0, 0.0).")
+        if not any(n.op == "product" or n in x.values() for n in topological(states)):
+            raise TypeError(f"at least one of the gates {', '.join(self.gates)} must be used")
         return states
+
+
+def _traced_product(gate: str, vector: Any) -> Node:
+    operand = number(f"u.{gate}(v)", vector)
+    if not _by_unit(operand):
+        raise TypeError(f"u.{gate}(v): v must have a number for each unit, got {operand!r}, the same for all")
+    return Node("product", (operand,), ("hh", gate))
+
+
+@lru_cache(maxsize=1 << 10)
+def _by_unit(node: Node) -> bool:
+    """Whether the units have numbers of their own."""
+    if node.op in ("leaf", "product"):
+        return node.op == "product" or node.value[0] != "scalar"
+    return not is_reduction(node) and any(map(_by_unit, node.args))
 
 
 _REGISTERED: dict[str, Cell] = {}

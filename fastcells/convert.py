@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import subclass
-from .nn import DROP_IN, DropIn, Recurrent
+from .nn import DROP_IN, DropIn, OverTime, Recurrent
 
 BACK = {ours: theirs for theirs, ours in DROP_IN.items()}
 
@@ -103,6 +103,8 @@ def _obstacle(module: torch.nn.Module, kind: type, classes: Mapping[type, type])
         return f"already {_described(kind)}" if classes is DROP_IN else "torch.nn has no layer of any cell"
     if not isinstance(module, tuple(DROP_IN)):
         return None
+    if classes is BACK and isinstance(module, OverTime) and module._random():
+        return "torch.nn has no recurrent_dropout, zoneout or weight_dropout"
     ours = issubclass(kind, DropIn)
     if ours and kind not in BACK and not subclass.parts(kind):
         return f"{_described(kind)} is a subclass of a fastcells class, which may count on what that one does"

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, ClassVar
@@ -47,13 +49,27 @@ class Operators:
     def __rtruediv__(self, other: Any) -> Any:
         return apply("div", other, self)
 
-    def __pow__(self, exponent: int) -> Any:
-        if not isinstance(exponent, int) or exponent < 1:
-            raise TypeError(f"**: a cell's values take positive whole exponents, got {exponent!r}")
-        result: Any = self
-        for _ in range(exponent - 1):
-            result = result * self
+    def __pow__(self, exponent: float) -> Any:
+        if isinstance(exponent, int | float) and exponent == 0.5:
+            return sqrt(self)
+        if not isinstance(exponent, int | float) or exponent != int(exponent) or exponent == 0:
+            raise TypeError(
+                f"**: a cell's values take whole exponents and 0.5, got {exponent!r}. Write exp({exponent!r} * log(v)) "
+                f"for another power of positive values."
+            )
+        factor: Any = self if exponent > 0 else 1.0 / self
+        result = factor
+        for _ in range(abs(int(exponent)) - 1):
+            result = result * factor
         return result
+
+    def __rpow__(self, base: float) -> Any:
+        return exp(self * math.log(base))
+
+    def __matmul__(self, other: Any) -> Any:
+        raise TypeError(f"@: a cell's values are numbers per unit.{_hint('matmul')}")
+
+    __rmatmul__ = __matmul__
 
     def __neg__(self) -> Any:
         return apply("neg", self)
@@ -73,10 +89,26 @@ class Operators:
     def __ge__(self, other: Any) -> Any:
         return apply("less_equal", other, self)
 
+    def __eq__(self, other: Any) -> Any:
+        return apply("equal", self, other)
+
+    def __ne__(self, other: Any) -> Any:
+        return ~apply("equal", self, other)
+
+    # Conditions are true or false alone; combined, they go through numbers, which is good enough for what is rare.
+    def __and__(self, other: Any) -> Any:
+        return less(0.0, where(self, other, 0.0))
+
+    def __or__(self, other: Any) -> Any:
+        return less(0.0, where(self, 1.0, other))
+
+    def __invert__(self) -> Any:
+        return equal(where(self, 1.0, 0.0), 0.0)
+
     def __bool__(self) -> bool:
         raise TypeError(
-            "a cell cannot branch on a value (if, and, or, not, while, chained comparison): every unit of every "
-            "sequence has its own value. Write where(condition, a, b) instead."
+            "a cell cannot branch on a value (if, and, or, not, while, min, max, chained comparison): every unit of "
+            "every sequence has its own value. Write where(condition, a, b), &, |, ~, minimum(a, b) instead."
         )
 
     def __iter__(self) -> Any:
@@ -94,10 +126,8 @@ class Operators:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        name, hint = name.rstrip("_"), ""
-        if _named(name) is not None:
-            hint = f" Write {name}(v), of fastcells.expression, instead."
-        raise AttributeError(f"a cell's value is no tensor and has no attribute {name!r}.{hint}")
+        name = name.rstrip("_")
+        raise AttributeError(f"a cell's value is no tensor and has no attribute {name!r}.{_hint(name)}")
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         return _foreign("numpy", ufunc if method == "__call__" else getattr(ufunc, method), inputs, options)
@@ -108,6 +138,19 @@ class Operators:
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, inputs: Sequence = (), options: Any = None) -> Any:
         return _foreign("torch", function, inputs, options or {})
+
+
+_compares: ContextVar[bool] = ContextVar("compares", default=False)
+
+
+@contextmanager
+def comparing() -> Iterator[None]:
+    """While a cell's function runs, == compares values; at all other times nodes are told apart by identity."""
+    token = _compares.set(True)
+    try:
+        yield
+    finally:
+        _compares.reset(token)
 
 
 class Node(Operators):
@@ -139,6 +182,12 @@ class Node(Operators):
             return ".".join(map(str, self.value))
         tag = "" if self.value is None else f"[{self.value}]"
         return f"{self.op}{tag}({', '.join(map(repr, self.args))})"
+
+    def __eq__(self, other: Any) -> Any:
+        return super().__eq__(other) if _compares.get() else self is other
+
+    def __ne__(self, other: Any) -> Any:
+        return super().__ne__(other) if _compares.get() else self is not other
 
     __hash__ = object.__hash__
 
@@ -215,16 +264,25 @@ def _fold_mul(a: Node, b: Node) -> Node | None:
     return b if a is ONE else a if b is ONE else None
 
 
+def _fold_where(condition: Node, a: Node, b: Node) -> Node | None:
+    known = _number(condition)
+    if known is not None:  # a Python flag, or a comparison of numbers
+        return a if known else b
+    if not is_condition(condition):
+        raise TypeError(f"where: the condition must be a comparison, such as a < b, got {condition!r}")
+    return a if a is b else None
+
+
 def _select_gradient(node: Node, grad: Node) -> tuple:
     condition = node.args[0]
     return None, where(condition, grad, 0.0), where(condition, 0.0, grad)
 
 
-def _extremum_gradient(first_wins: Callable) -> Callable:
+def _extremum_gradient(first_loses: Callable) -> Callable:
     def gradient(node: Node, grad: Node) -> tuple:
-        a, b = node.args  # a tie shares the gradient, as in torch
-        half = where(equal(a, b), 0.5 * grad, 0.0)
-        return where(first_wins(a, b), grad, half), where(first_wins(b, a), grad, half)
+        a, b = node.args  # as in torch: a tie shares the gradient, and NaN gives it to both
+        given = where(equal(a, b), 0.5 * grad, grad)
+        return where(first_loses(a, b), 0.0, given), where(first_loses(b, a), 0.0, given)
 
     return gradient
 
@@ -288,8 +346,8 @@ OPERATIONS: dict[str, Operation] = {
         torch.abs,
         lambda y, g: (where(less(0.0, y.args[0]), g, where(less(y.args[0], 0.0), -g, 0.0)),),
     ),
-    "maximum": Operation(np.maximum, torch.maximum, _extremum_gradient(lambda a, b: less(b, a))),
-    "minimum": Operation(np.minimum, torch.minimum, _extremum_gradient(lambda a, b: less(a, b))),
+    "maximum": Operation(np.maximum, torch.maximum, _extremum_gradient(lambda a, b: less(a, b))),
+    "minimum": Operation(np.minimum, torch.minimum, _extremum_gradient(lambda a, b: less(b, a))),
     # The mean of its arguments over the units is its own derivative.
     "mean": Operation(
         _units_mean,
@@ -309,7 +367,7 @@ OPERATIONS: dict[str, Operation] = {
     "less": Operation(operator.lt, operator.lt, None),
     "less_equal": Operation(operator.le, operator.le, None),
     "equal": Operation(operator.eq, operator.eq, None),
-    "where": Operation(np.where, torch.where, _select_gradient, fold=lambda c, a, b: a if a is b else None),
+    "where": Operation(np.where, torch.where, _select_gradient, fold=_fold_where),
 }
 
 
@@ -318,22 +376,30 @@ def apply(name: str, *args: Any) -> Any:
     args = tuple(getattr(a, "__fastcells_value__", a) for a in args)
     operation = OPERATIONS[name]
     if any(isinstance(a, Node) for a in args):
-        nodes = tuple(_as_node(name, a) for a in args)
+        nodes = tuple(_as_node(name, a) if name == "where" and not k else number(name, a) for k, a in enumerate(args))
         numbers = [_number(n) for n in nodes]
         if all(n is not None for n in numbers) and name != "where" and not operation.reduces:
             return constant(float(operation.numpy(*numbers)))
         folded = operation.fold(*nodes)
         return Node(name, nodes) if folded is None else folded
     if any(isinstance(a, torch.Tensor) for a in args):
-        like = next(a for a in args if isinstance(a, torch.Tensor) and a.dtype != torch.bool)
-        return operation.torch(*(a if isinstance(a, torch.Tensor) else like.new_tensor(a) for a in args))
+        like = next((a for a in args if isinstance(a, torch.Tensor) and a.dtype != torch.bool), None)
+        if like is not None:
+            args = tuple(a if isinstance(a, torch.Tensor) else like.new_tensor(a) for a in args)
+        return operation.torch(*args)
     return operation.numpy(*args)
+
+
+def number(name: str, value: Any) -> Node:
+    """What a cell gave to operation `name`, as a node that is a number: 1 or 0 for a condition. Raises TypeError."""
+    node = _as_node(name, value)
+    return where(node, 1.0, 0.0) if is_condition(node) else node
 
 
 def _as_node(name: str, value: Any) -> Node:
     if isinstance(value, Node):
         return value
-    if isinstance(value, int | float | np.floating | np.integer):
+    if isinstance(value, int | float | np.floating | np.integer) or (type(value) is np.ndarray and not value.shape):
         return constant(float(value))
     hint = ""
     if isinstance(value, np.ndarray | torch.Tensor):
@@ -345,25 +411,45 @@ def _as_node(name: str, value: Any) -> Node:
 
 
 def _named(name: str) -> Callable | None:
-    """The function of this module that NumPy or torch has under a name."""
-    name = FOREIGN_NAMES.get(name, name)
-    return FUNCTIONS.get(name) or (partial(apply, name) if name in OPERATIONS else None)
+    """What NumPy or torch has under a name, as a function of this module."""
+    if name in INSTEAD:
+        return None
+    return FOREIGN.get(name) or FUNCTIONS.get(name) or (partial(apply, name) if name in OPERATIONS else None)
 
 
 def _foreign(library: str, function: Callable, inputs: Sequence, options: dict) -> Any:
     """A function of NumPy or torch on values of which some belong to a cell."""
-    values = [getattr(v, "__fastcells_value__", v) for v in inputs]
-    if not any(isinstance(v, Node) for v in values):
-        return function(*values, **options)
     name = getattr(function, "__name__", str(function)).strip("_")
-    for v in values:
-        if not isinstance(v, Node | str):
-            _as_node(name, v)
+    values = [getattr(v, "__fastcells_value__", v) for v in inputs]
+    options = {key: getattr(v, "__fastcells_value__", v) for key, v in options.items()}
+    if any(v is not given for v, given in zip(values, inputs, strict=True)) and not any(map(_is_node, values)):
+        return function(*values, **options)  # a product, of arrays or tensors
     ours = _named(name)
-    if ours is None or name in ("mean", "norm"):  # which are over other dimensions there
-        raise TypeError(f"a cell cannot use {library}'s {name}; it may use operators and {', '.join(FUNCTIONS)}")
+    if ours is None or not any(map(_is_node, [*values, *options.values()])):
+        allowed = ", ".join(FUNCTIONS)
+        raise TypeError(f"a cell cannot use {library}'s {name}; it may use operators and {allowed}.{_hint(name)}")
+    for k, v in enumerate(values):
+        if not isinstance(v, Node | str | None):
+            values[k] = _as_node(name, v).value  # a plain number, so that no operator comes back here
     options.pop("inplace", None)
     return ours(*values, **options)
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, Node)
+
+
+def _hint(name: str) -> str:
+    """What to write instead of NumPy's or torch's function or a tensor's method of this name, if anything."""
+    if name in INSTEAD:
+        return f" Write {INSTEAD[name]} instead."
+    if _named(name) is None:
+        return ""
+    return (
+        f" Write {name}(v), of fastcells.expression, instead."
+        if name in FUNCTIONS
+        else f" Write torch.{name}(v) instead."
+    )
 
 
 def sigmoid(v):
@@ -452,13 +538,16 @@ def minimum(a, b):
     return apply("minimum", a, b)
 
 
-def clip(v, low, high):
-    """v kept within [low, high]"""
-    return minimum(maximum(v, low), high)
+def clip(v, low=None, high=None):
+    """v kept within [low, high], as far as given. NaN stays NaN; as in torch, the gradient passes at the bounds too."""
+    v = v if low is None else where(less(v, low), low, v)
+    return v if high is None else where(less(high, v), high, v)
 
 
 def where(condition, a, b):
-    """a where the condition holds, else b."""
+    """a where the condition holds, else b. Conditions are comparisons, also under &, | and ~, or Python's booleans."""
+    if isinstance(condition, bool):
+        return a if condition else b
     return apply("where", condition, a, b)
 
 
@@ -484,7 +573,7 @@ def silu(v):
 
 def hard_sigmoid(v):
     """clip(v / 6 + 1/2, 0, 1), as torch's; clip(0.2 * v + 0.5, 0, 1) is that of ONNX and older Keras"""
-    return clip(v * (1 / 6) + 0.5, 0.0, 1.0)
+    return where(less_equal(v, -3.0), 0.0, where(less_equal(3.0, v), 1.0, v * (1 / 6) + 0.5))
 
 
 def gelu(v, approximate="none"):
@@ -508,8 +597,8 @@ def leaky_relu(v, negative_slope=0.01):
 
 def elu(v, alpha=1.0):
     """v where it is positive, else alpha * (exp(v) - 1)"""
-    positive = less(0.0, v)
-    return where(positive, v, alpha * expm1(where(positive, 0.0, v)))  # no infinity in the part not taken
+    negative = less_equal(v, 0.0)
+    return where(negative, alpha * expm1(where(negative, v, 0.0)), v)  # no infinity in the part not taken
 
 
 def selu(v):
@@ -526,17 +615,57 @@ FUNCTIONS: dict[str, Callable] = {
 }  # fmt: skip
 """What a cell may use besides Python's operators, by name."""
 
-FOREIGN_NAMES = {
-    "clamp": "clip",
-    "hardsigmoid": "hard_sigmoid",
-    "absolute": "abs",
-    "negative": "neg",
-    "multiply": "mul",
-    "subtract": "sub",
-    "divide": "div",
-    "true_divide": "div",
+
+def _clamp(v, low=None, high=None, *, min=None, max=None):  # with torch's and NumPy's names
+    return clip(v, low if min is None else min, high if max is None else max)
+
+
+FOREIGN: dict[str, Callable] = {
+    "absolute": abs,
+    "clamp": _clamp,
+    "clamp_max": lambda v, max: _clamp(v, max=max),
+    "clamp_min": lambda v, min: _clamp(v, min=min),
+    "clip": _clamp,
+    "divide": operator.truediv,
+    "eq": operator.eq,
+    "ge": operator.ge,
+    "greater": operator.gt,
+    "greater_equal": operator.ge,
+    "gt": operator.gt,
+    "hardsigmoid": hard_sigmoid,
+    "hardtanh": lambda v, min_val=-1.0, max_val=1.0: clip(v, min_val, max_val),
+    "invert": operator.invert,
+    "le": operator.le,
+    "lerp": lambda a, b, weight: a + weight * (b - a),
+    "logical_and": operator.and_,
+    "logical_not": operator.invert,
+    "logical_or": operator.or_,
+    "lt": operator.lt,
+    "max": maximum,
+    "min": minimum,
+    "multiply": operator.mul,
+    "ne": operator.ne,
+    "negative": operator.neg,
+    "not_equal": operator.ne,
+    "pow": operator.pow,
+    "power": operator.pow,
+    "reciprocal": lambda v: 1.0 / v,
+    "square": lambda v: v * v,
+    "subtract": operator.sub,
+    "true_divide": operator.truediv,
 }
-"""Operations that NumPy or torch has under another name."""
+"""What NumPy or torch has under a name, or with arguments, of its own."""
+
+_PRODUCT, _PARTS = "u.g(v), the recurrent product of any vector,", "a gate or state of its own for each part"
+INSTEAD = {
+    **dict.fromkeys(("mean", "sum"), "fastcells.expression.mean(v), over the units,"),
+    **dict.fromkeys(("norm", "layer_norm"), "fastcells.expression.norm(v), over the units,"),
+    **dict.fromkeys(("zeros_like", "ones_like", "full_like", "zeros", "ones"), "a plain number"),
+    "dropout": "recurrent_dropout, zoneout or weight_dropout, of the layer,",
+    **dict.fromkeys(("linear", "matmul", "mm", "dot", "einsum", "rmatmul"), _PRODUCT),
+    **dict.fromkeys(("cat", "stack", "concat", "concatenate", "chunk", "split"), _PARTS),
+}
+"""What to write where NumPy's or torch's function means another thing, or is none for a cell."""
 
 
 def topological(outputs: Iterable[Node]) -> list[Node]:
@@ -562,7 +691,7 @@ def substitute(outputs: Sequence[Node], replace: dict[Node, Node]) -> list[Node]
     for node in topological(outputs):
         if node not in done:
             args = tuple(done[a] for a in node.args)
-            if args == node.args:
+            if all(map(operator.is_, args, node.args)):
                 done[node] = node
             elif node.op in OPERATIONS:
                 done[node] = apply(node.op, *args)

@@ -219,6 +219,7 @@ def check(cell, x, states, parameters, batch_sizes, inputs, states_name="states"
         want(fits, name, "of shape [" + ", ".join("any" if n is None else str(n) for n in shape) + "]", given)
 
     want(isinstance(cell, Cell), "cell", "a Cell", type(cell).__name__, TypeError)
+    cell.unchanged()
     want_tensor(x, "x", [None] * (3 if batch_sizes is None else 2))
     want(0 not in x.shape, "x", "of sizes of at least 1", tuple(x.shape))
     rows = x.shape[1]

@@ -350,7 +350,7 @@ def _packed_size(packed: PackedSequence) -> int:
     return steps[0]
 
 
-class OverTime(DropIn):
+class OverTime(regularise.Dropping, DropIn):
     """What the layers over whole sequences have to themselves."""
 
     num_layers: int
@@ -389,8 +389,9 @@ class OverTime(DropIn):
         reverse with bidirectional layers, and for return_cell_states of a cell that has but a hidden state.
         """
         whole = lengths is None and reset is None and reset_to is None and not reverse
-        if torch.compiler.is_dynamo_compiling() and (not whole or isinstance(input, PackedSequence)):
-            # How many steps and stretches there are is in the data.
+        between = not whole or isinstance(input, PackedSequence) or (self.training and self._random())
+        if torch.compiler.is_dynamo_compiling() and between:
+            # How many steps and stretches there are is in the data, and masks belong to a cell made for them.
             options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "reverse": reverse}
             call = partial(OverTime.forward, self, **options, return_cell_states=return_cell_states)
             return _between_graphs(call, input, hx)
@@ -545,7 +546,23 @@ def _as_given(states: tuple[Tensor, ...] | None, batched: bool = True) -> Any:
 class LayerModule(OverTime, original.RNNBase):
     """What torch.nn's layers over whole sequences have to themselves."""
 
+    def __init__(
+        self,
+        *args: Any,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
+        weight_dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        """torch.nn's arguments, and by name those of `Recurrent` for what training drops. Raises what torch.nn raises,
+        and ValueError for rates out of range and for recurrent_dropout or zoneout with a projection."""
+        super().__init__(*args, **kwargs)
+        if recurrent_dropout or zoneout or weight_dropout:
+            self._regularise(recurrent_dropout, zoneout, weight_dropout)
+
     def _forward_in_torch(self, input: Any, hx: Any) -> Any:
+        if self.training and self._random():  # which torch.nn's layers have no notion of
+            return self._run(input, self._parts(input, hx)[0], unrolled.layer)
         run = super()._forward_in_torch
         return _between_graphs(run, input, hx) if torch.compiler.is_dynamo_compiling() else run(input, hx)
 
@@ -647,12 +664,6 @@ class GRUCell(CellModule, original.GRUCell):
         return cells.gru
 
 
-def _rate(name: str, rate: Any) -> float:
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
-        raise ValueError(f"{name} must be a number in range [0, 1], got {rate!r}")
-    return float(rate)
-
-
 class Recurrent(OverTime):
     """Layers of any cell: one shipped in `fastcells.cells`, or your own function under `@fastcells.cell`.
 
@@ -710,18 +721,11 @@ class Recurrent(OverTime):
         options = num_layers, bias, batch_first, dropout, bidirectional, proj_size
         original.LSTM(input_size, hidden_size, *options, device="meta")  # raises what torch.nn raises for wrong options
         self.cell, self.input_size, self.hidden_size = cell, input_size, hidden_size
-        self.recurrent_dropout = _rate("recurrent_dropout", recurrent_dropout)
-        self.weight_dropout = _rate("weight_dropout", weight_dropout)
-        rates = [zoneout] * len(cell.states) if isinstance(zoneout, (int, float)) else list(zoneout)
-        if len(rates) != len(cell.states):
-            raise ValueError(f"zoneout must be one number or one for each of {', '.join(cell.states)}, got {zoneout}")
-        self.zoneout = tuple(_rate("zoneout", rate) for rate in rates)
         self.num_layers, self.bias, self.batch_first, self.dropout, self.bidirectional, self.proj_size = options
+        self._regularise(recurrent_dropout, zoneout, weight_dropout)
         programs = build(cell, bool(proj_size))  # raises for a cell that is wrong
         if cell.fed:
             raise ValueError(f"cell must have no inputs of its own, which functional.layer takes, got {cell}")
-        if proj_size and (recurrent_dropout or any(rates)):
-            raise ValueError(f"recurrent_dropout and zoneout must be 0 with a projection, got proj_size {proj_size}")
         if programs.square and proj_size not in (0, hidden_size):
             raise ValueError(
                 f"proj_size must be 0 or hidden_size {hidden_size} for cell {cell.name}, which does not only multiply "
@@ -749,36 +753,20 @@ class Recurrent(OverTime):
 
     def extra_repr(self) -> str:
         """The cell's name, torch.nn's layers' arguments, and the rates of what is dropped."""
-        rates: dict[str, Any] = {name: getattr(self, name) for name in ("recurrent_dropout", "weight_dropout")}
-        rates["zoneout"] = any(self.zoneout) and self.zoneout
-        dropped = "".join(f", {name}={rate}" for name, rate in rates.items() if rate)
-        return f"{self.cell.name}, {original.RNNBase.extra_repr(self)}{dropped}"  # type: ignore[arg-type]
+        return f"{self.cell.name}, {super().extra_repr()}"
 
     def _cell(self) -> Cell:
-        return self.cell
+        return self.cell.unchanged()
 
     def _weight_shapes(self, gates: int) -> tuple:
         return self._shapes
 
     def _run(self, input: Any, call: Call, layer: Callable = unchecked_layer, return_cell_states: bool = False) -> Any:
         call = call._replace(parameters=[tuple(map(self._used, directions)) for directions in call.parameters])
-        zoned = tuple(state for state, rate in zip(self.cell.states, self.zoneout, strict=True) if rate)
-        if not self.training or not (self.recurrent_dropout or zoned):
-            return super()._run(input, call, layer, return_cell_states)
-        rates = self.recurrent_dropout, tuple(filter(None, self.zoneout))
-
-        def regularised(
-            cell: Cell, x: Tensor, states: Any, parameters: Sequence, batch_sizes: Tensor | None, **options: Any
-        ) -> tuple:
-            sizes = len(parameters), call.batch.size, self.hidden_size
-            return layer(cell, x, states, parameters, batch_sizes, regularise.masks(x, sizes, *rates), **options)
-
-        call = call._replace(cell=regularise.masked(self.cell, bool(self.recurrent_dropout), zoned))
-        return super()._run(input, call, regularised, return_cell_states)
+        return super()._run(input, call, layer, return_cell_states)
 
     def _steady(self) -> bool:
-        random = self.weight_dropout or self.recurrent_dropout or any(self.zoneout)
-        return not random and self._as_held()
+        return super()._steady() and self._as_held() and not self.cell.outside
 
     def _as_held(self) -> bool:
         return self.cell.recurrent_weight is None and self._shapes[0][0][1] is not None
@@ -790,8 +778,6 @@ class Recurrent(OverTime):
             return w_ih, w_hh, b_ih, None if b_ih is None else torch.zeros_like(b_ih), *rest
         if self.cell.recurrent_weight is not None:
             w_hh = self.cell.recurrent_weight(w_hh)
-        if self.weight_dropout and self.training:
-            w_hh = torch.dropout(w_hh, self.weight_dropout, True)
         return w_ih, w_hh, b_ih, b_hh, *rest
 
     def _forward_in_torch(self, input: Any, hx: Any) -> Any:

@@ -1,18 +1,94 @@
-"""Regularised recurrence: cells that take masks, made of any cell, and the masks themselves.
+"""Regularised recurrence: what layers drop in training, cells that take masks, made of any cell, and the masks.
 
 All draws are torch's, from its default generator.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.rnn import RNNBase
 
 from .cell import Cell, Names, Recurrent, cell
 from .expression import less, where
+from .functional import Parameters, unchecked_layer
+
+if TYPE_CHECKING:
+    from .nn import DropIn as Base
+else:
+    Base = object
+
+
+class Dropping(Base):
+    """What layers drop in training, before any of it in a class of `nn.DropIn`: see `nn.Recurrent`."""
+
+    proj_size: int
+    # On the class, for layers that were torch.nn's; rates of zoneout are one for each state of the cell.
+    recurrent_dropout: float = 0.0
+    weight_dropout: float = 0.0
+    zoneout: tuple[float, ...] = ()
+
+    def _regularise(self, recurrent_dropout: Any, zoneout: Any, weight_dropout: Any) -> None:
+        """Set the rates of what training drops."""
+        states = self._cell().states
+        rates = [zoneout] * len(states) if isinstance(zoneout, (int, float)) else list(zoneout)
+        if len(rates) != len(states):
+            raise ValueError(f"zoneout must be one number or one for each of {', '.join(states)}, got {zoneout}")
+        rates = [_rate("zoneout", rate) for rate in rates]
+        given = _rate("recurrent_dropout", recurrent_dropout), _rate("weight_dropout", weight_dropout)
+        self.recurrent_dropout, self.weight_dropout = given
+        self.zoneout = tuple(rates) if any(rates) else ()
+        if self.proj_size and (recurrent_dropout or self.zoneout):
+            raise ValueError(
+                f"recurrent_dropout and zoneout must be 0 with a projection, got proj_size {self.proj_size}"
+            )
+
+    def _random(self) -> bool:
+        """Whether training drops anything."""
+        return bool(self.recurrent_dropout or self.weight_dropout or self.zoneout)
+
+    def _steady(self) -> bool:
+        return not self._random()
+
+    def extra_repr(self) -> str:
+        """As torch.nn's layers, and the rates of what is dropped."""
+        rates = {name: getattr(self, name) for name in ("recurrent_dropout", "weight_dropout", "zoneout")}
+        dropped = "".join(f", {name}={rate}" for name, rate in rates.items() if rate)
+        return RNNBase.extra_repr(self) + dropped  # type: ignore[arg-type]
+
+    def _run(self, input: Any, call: Any, layer: Callable = unchecked_layer, return_cell_states: bool = False) -> Any:
+        if not (self.training and self._random()):
+            return super()._run(input, call, layer, return_cell_states)
+        if self.weight_dropout:
+            call = call._replace(parameters=[tuple(map(self._thinned, given)) for given in call.parameters])
+        zoned = tuple(state for state, rate in zip(call.cell.states, self.zoneout, strict=False) if rate)
+        if not (self.recurrent_dropout or zoned):
+            return super()._run(input, call, layer, return_cell_states)
+        rates = self.recurrent_dropout, tuple(filter(None, self.zoneout))
+
+        def regularised(
+            cell: Cell, x: Tensor, states: Any, parameters: Sequence, batch_sizes: Tensor | None, **options: Any
+        ) -> tuple:
+            sizes = len(parameters), call.batch.size, self.hidden_size
+            return layer(cell, x, states, parameters, batch_sizes, masks(x, sizes, *rates), **options)
+
+        call = call._replace(cell=masked(call.cell, bool(self.recurrent_dropout), zoned))
+        return super()._run(input, call, regularised, return_cell_states)
+
+    def _thinned(self, parameters: Parameters) -> Parameters:
+        """The parameters of a direction with elements of weight_hh dropped."""
+        w_ih, w_hh, *rest = parameters
+        return w_ih, None if w_hh is None else torch.dropout(w_hh, self.weight_dropout, True), *rest
+
+
+def _rate(name: str, rate: Any) -> float:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+        raise ValueError(f"{name} must be a number in range [0, 1], got {rate!r}")
+    return float(rate)
 
 
 @lru_cache(maxsize=256)
@@ -37,7 +113,7 @@ def masked(base: Cell, dropped: bool, zoned: tuple[str, ...]) -> Cell:
                 **{g: Recurrent(partial(_dropped, product, p.recurrent_mask), hidden) for g, product in vars(u).items()}
             )
         new = base(x, u, s, *([p] if base.own else []))
-        new = new if isinstance(new, tuple) else (new,)
+        new = new if isinstance(new, (tuple, list)) else (new,)
         return tuple(_zoned(p, n, getattr(s, n), v) if n in zoned else v for n, v in zip(base.states, new, strict=True))
 
     return step

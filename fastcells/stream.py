@@ -22,8 +22,8 @@ class Stream:
 
     `stream(x)` with x, [N, I], a NumPy array or a Tensor of the layer's format, gives the step's output, [N, H], in
     kind; its memory is used again by the next step. `state` is the state after the last step, shaped as the layer's
-    initial states; assigning it, or `reset()`, begins anew. No gradients flow. Weights are the layer's own, read at
-    every step where they are: changes in place are seen, tensors put in their place are not.
+    initial states; assigning it, or `reset()`, begins anew. No gradients flow, nothing is dropped. Weights are the
+    layer's own, read at every step where they are: changes in place are seen, tensors put in their place are not.
     """
 
     def __init__(self, layer: OverTime, batch_size: int = 1) -> None:
@@ -119,8 +119,14 @@ class Stream:
                 for k, layer in enumerate(self._states):
                     layer[j].copy_(state[k : k + 1])
 
-    def reset(self) -> None:
-        """Back to states of zero."""
+    def reset(self, which: Any = None) -> None:
+        """Back to states of zero: of all sequences, or of those where `which` is true, bool [N].
+
+        Raises ValueError for which of another kind or shape.
+        """
+        rows = slice(None) if which is None else torch.as_tensor(which)
+        if isinstance(rows, Tensor) and (rows.dtype is not torch.bool or rows.shape != self._sizes[:1]):
+            raise ValueError(f"which must be bool of shape {self._sizes[:1]}, got {rows.dtype} of {tuple(rows.shape)}")
         for layer in self._states:
             for state in layer:
-                state.zero_()
+                state[:, rows] = 0

@@ -1,5 +1,6 @@
 """Cells as functions: one definition on NumPy, torch and symbols; the derived graphs; what a cell may not do."""
 
+import inspect
 import math
 import pickle
 from types import SimpleNamespace
@@ -8,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastcells import cell, cells
+from fastcells import cell, cells, nn
 from fastcells import expression as ex
-from fastcells.expression import Node, constant, gradients, leaf, substitute, topological
+from fastcells.expression import Node, constant, gradients, leaf, substitute, tanh, topological
 from fastcells.program import build
 
 BUILT_IN = [cells.lstm, cells.gru, cells.gru_reset_before, cells.rnn_tanh, cells.rnn_relu]
@@ -91,7 +92,7 @@ TORCHS = ["softplus", "silu", "gelu", "softsign", "leaky_relu", "elu", "selu", "
 def test_activations_are_torchs(name):
     v = torch.linspace(-60, 60, 1001, dtype=torch.float64).requires_grad_()
     # torch rounds softplus from 20 on, and takes 1 / 6 in float32 for the gradient of hardsigmoid
-    ours = ex.FUNCTIONS[ex.FOREIGN_NAMES.get(name, name)](v)
+    ours = ex.FUNCTIONS[name.replace("hards", "hard_s")](v)
     theirs = getattr(torch.nn.functional, name)(v)
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-15)
     for a, b in zip(*(torch.autograd.grad(t.sum(), v) for t in (ours, theirs)), strict=True):
@@ -108,6 +109,45 @@ def test_functions_of_torch_and_numpy_mean_this_packages_in_a_cell():
     assert np.tanh(a) is ex.tanh(a)
     assert np.maximum(a, 2.0) is ex.maximum(a, 2.0)
     assert np.float64(2.0) * a is 2.0 * a
+    assert np.clip(a, None, 1.0) is torch.clamp(a, max=1.0) is ex.clip(a, high=1.0)
+    assert torch.max(a, b) is ex.maximum(a, b)
+    assert torch.square(a) is np.square(a) is a**2 is a * a
+    assert np.greater(a, 0.5) is torch.gt(a, 0.5) is (a > 0.5)
+    assert (np.float64(2.0) > a) is (a < 2.0)
+    assert torch.lerp(a, b, 0.5) is a + 0.5 * (b - a)
+    assert 2.0**a is np.power(2.0, a) is ex.exp(a * math.log(2.0))
+    assert a**0.5 is torch.sqrt(a)
+
+
+def test_conditions():
+    """Comparisons meet in &, | and ~, count as 1 and 0, and Python's own booleans choose when the cell is declared."""
+    a, b = leaf("v", "a"), leaf("v", "b")
+    assert ex.where(True, a, b) is a
+    assert ex.where(constant(2.0) < 1.0, a, b) is b
+    assert (a < b) * a is ex.where(a < b, 1.0, 0.0) * a
+    assert a != b
+    assert a == a
+    with ex.comparing():
+        assert (a == b) is ex.equal(a, b)
+        assert torch.ne(a, b) is (a != b) is ~ex.equal(a, b)
+        assert torch.logical_and(a < b, a > 0.0) is (a < b) & (a > 0.0)
+    with pytest.raises(TypeError, match="the condition must be a comparison"):
+        ex.where(a, a, b)
+    v, w = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 1.0, 1.0])
+    for left, right in ((v, w), (v.numpy(), w.numpy())):  # and on values as they stand
+        chosen = ex.where((left < right) | (left == 2.0), 1.0, 0.0)
+        assert chosen.tolist() == [1.0, 0.0, 1.0]
+
+
+def test_a_product_is_compared_by_its_value_on_tensors_too():
+    @cell(gates="a")
+    def compared(x, u, s):
+        return ex.where(u.a == x.a, 1.0, 2.0) * ex.where(u.a != x.a, 3.0, 4.0)
+
+    values = torch.tensor([1.0, 2.0])
+    (h,) = compared.step({"a": torch.tensor([1.0, 1.0])}, lambda g, v: v, {"h": values})
+    assert h.tolist() == [4.0, 6.0]
+    assert compared.trace()[0].op == "mul"
 
 
 def test_equal_expressions_are_one_node_and_trivial_ones_fold():
@@ -210,33 +250,148 @@ def unknown_gate(x, u, s):
     return x.a + u.b
 
 
-def forgets_a_state(x, u, s):
-    return x.a + u.a
+def unknown_state(x, u, s):
+    return s.c + x.a + u.a
+
+
+def branching_on_equality(x, u, s):
+    return s.h if x.a == 0.0 else u.a
+
+
+def the_larger(x, u, s):
+    return max(x.a, u.a)
+
+
+def several_in_one(x, u, s):
+    return torch.cat([x.a, u.a])
+
+
+def over_the_units(x, u, s):
+    return torch.nn.functional.layer_norm(x.a + u.a, (3,))
+
+
+def a_sum(x, u, s):
+    return (x.a + u.a).sum()
+
+
+def a_matrix(x, u, s):
+    return x.a @ torch.ones(3, 3)
+
+
+def a_product_of_a_tensor(x, u, s):
+    return x.a + u.a(torch.ones(3))
+
+
+def a_product_of_a_number(x, u, s):
+    return x.a + u.a(0.5)
+
+
+def a_product_of_a_mean(x, u, s):
+    return x.a + u.a(2.0 * ex.mean(s.h))
+
+
+def an_odd_power(x, u, s):
+    return (x.a + u.a) ** 1.5
+
+
+def not_a_condition(x, u, s):
+    return torch.where(x.a, u.a, s.h)
 
 
 @pytest.mark.parametrize(
     ("function", "states", "error", "words"),
     [
-        (branching, "h", TypeError, "cannot branch"),
+        (branching, "h", TypeError, r"cannot branch .* Write where\(condition, a, b\)"),
         (branching_on_a_product, "h", TypeError, "cannot branch"),
+        (branching_on_equality, "h", TypeError, "cannot branch"),
+        (the_larger, "h", TypeError, r"cannot branch .* minimum\(a, b\)"),
         (foreign, "h", TypeError, "tensors cannot be part of a cell"),
         (of_numpy, "h", TypeError, "tensors cannot be part of a cell"),
+        (a_product_of_a_tensor, "h", TypeError, "tensors cannot be part of a cell"),
+        (a_product_of_a_number, "h", TypeError, r"u.a\(v\): v must have a number for each unit, got 0.5"),
+        (a_product_of_a_mean, "h", TypeError, r"v must have a number for each unit, got mul\(2.0, mean\(s.h\)\)"),
         (not_a_function, "h", TypeError, "cannot use torch's cumsum; it may use operators and sigmoid, tanh"),
+        (several_in_one, "h", TypeError, "cannot use torch's cat.* Write a gate or state of its own for each part"),
+        (over_the_units, "h", TypeError, r"cannot use torch's layer_norm.* Write fastcells.expression.norm\(v\)"),
+        (a_matrix, "h", TypeError, r"@: .* Write u.g\(v\), the recurrent product"),
+        (an_odd_power, "h", TypeError, r"whole exponents and 0.5, got 1.5. Write exp\(1.5 \* log\(v\)\)"),
+        (not_a_condition, "h", TypeError, "the condition must be a comparison"),
         (a_tensors_method, "h", AttributeError, r"Write tanh\(v\)"),
+        (a_sum, "h", AttributeError, r"no attribute 'sum'. Write fastcells.expression.mean\(v\)"),
         (of_math, "h", TypeError, "instead of math's functions"),
         (an_element, "h", TypeError, "cannot be iterated over, unpacked or indexed"),
-        (unknown_gate, "h", AttributeError, "'b'"),
-        (forgets_a_state, "h c", TypeError, "expected 2 returned state"),
+        (unknown_gate, "h", AttributeError, "there is no 'b', only a"),
+        (unknown_state, "h", AttributeError, "there is no 'c', only h"),
     ],
+    ids=lambda v: getattr(v, "__name__", ""),
 )
 def test_what_a_cell_may_not_do_is_said_with_the_line(function, states, error, words):
     c = cell(gates="a", states=states)(function)
     with pytest.raises(error, match=words) as raised:
         c.trace()
-    assert function.__name__ in str(raised.value)
-    if function is not forgets_a_state:
-        assert "test_cell.py" in str(raised.value)
-        assert "x.a" in str(raised.value)
+    *_, line = str(raised.value).splitlines()
+    text, first = inspect.getsourcelines(function)
+    assert str(raised.value).startswith(f"cell {function.__name__}: ")
+    assert line == f"  {__file__}:{first + 1}: {text[1].strip()}"
+    with pytest.raises(error, match=words):  # so does a layer of it, when it is made
+        nn.Recurrent(c, 2, 3)
+
+
+def nothing(x, u, s):
+    tanh(x.a + u.a)
+
+
+def forgets_a_state(x, u, s):
+    return x.a + u.a
+
+
+def a_comparison(x, u, s):
+    return x.a < u.a
+
+
+def no_gate(x, u, s):
+    return 0.5 * s.h
+
+
+@pytest.mark.parametrize(
+    ("function", "states", "words"),
+    [
+        (nothing, "h", "state h must be made of the cell's values, got None"),
+        (forgets_a_state, "h c", r"expected 2 returned state\(s\) \(h, c\), got 1"),
+        (a_comparison, "h", r"state h must be a number, got a comparison. Write where\(condition, 1.0, 0.0\)"),
+        (no_gate, "h", "at least one of the gates a must be used"),
+        (lambda x, u: x.a, "h", "takes 2 positional arguments but 3 were given"),
+    ],
+)
+def test_what_a_cell_has_to_return_is_said_with_the_place(function, states, words):
+    c = cell(gates="a", states=states)(function)
+    with pytest.raises(TypeError, match=words) as raised:
+        c.trace()
+    assert str(raised.value).endswith(f"{__file__}:{function.__code__.co_firstlineno}")
+
+
+def test_without_a_source_the_line_has_its_number():
+    """As in an interactive session, where no file has the text."""
+    scope = {"cell": cell}
+    exec("@cell(gates='a')\ndef typed(x, u, s):\n    y = x.a + u.a\n    return y if y > 0 else s.h", scope)
+    with pytest.raises(TypeError, match=r"(?s)cell typed: a cell cannot branch .* where.*<string>:4$"):
+        scope["typed"].trace()
+
+
+def test_the_line_of_a_helper_is_that_of_its_call():
+    def helper(v):
+        return v if v > 0 else 0.0
+
+    def calls(x, u, s):
+        return helper(x.a + u.a)
+
+    with pytest.raises(TypeError, match=r"return helper\(x.a \+ u.a\)$"):
+        cell(gates="a")(calls).trace()
+
+
+def test_states_in_a_list_are_as_good_as_in_a_tuple():
+    listed = cell(gates="a", states="h c")(lambda x, u, s: [x.a + u.a, s.c])
+    assert len(listed.trace()) == 2
 
 
 @pytest.mark.parametrize("gates", ["", "a a", "a-b", "1a"])

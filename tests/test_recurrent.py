@@ -1,6 +1,7 @@
 """`nn.Recurrent`, the layer of any cell: shipped cells against their own torch form, what the module promises."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -8,11 +9,11 @@ import textwrap
 
 import pytest
 import torch
-from helpers import compare, loop, outputs, pairwise, same
+from helpers import Loop, compare, loop, outputs, pairwise, same
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastcells
-from fastcells import Cell, activations, cell, cells, nn, variants
+from fastcells import Cell, activations, cell, cells, functional, nn, variants
 from fastcells.expression import sigmoid, tanh
 
 ON_THE_PAGE = [c for c in vars(cells).values() if isinstance(c, Cell)]
@@ -168,6 +169,57 @@ def test_regularisation_is_seeded_by_torch(rate):
         results.append(layer(x, hx))
     assert same(results[0], results[1])
     assert not same(results[0], results[2])
+
+
+TORCHS_KINDS = {
+    "LSTM": (cells.lstm, {"recurrent_dropout": 0.3, "zoneout": (0.1, 0.5), "weight_dropout": 0.5}),
+    "GRU": (cells.gru, ALL_RATES),
+    "RNN": (cells.rnn_tanh, {"weight_dropout": 0.5}),
+}
+
+
+@pytest.mark.parametrize("kind", TORCHS_KINDS)
+def test_torchs_layers_drop_as_the_layer_of_their_cell_does(kind, monkeypatch):
+    cell, rates = TORCHS_KINDS[kind]
+    general = make(cell, num_layers=2, bidirectional=True, **rates)
+    layer = getattr(nn, kind)(I, H, 2, bidirectional=True, dtype=torch.float64, **rates)
+    layer.load_state_dict(general.state_dict())
+    assert repr(layer) == repr(general).replace("Recurrent", kind).replace(f"{cell.name}, ", "")
+    x, hx = data(general)
+    results = []
+    for module in (general, layer, pickle.loads(pickle.dumps(layer)), torch.compile(layer, backend="eager")):
+        torch.manual_seed(5)
+        results.append(module(x, hx))
+    assert all(same(other, results[0]) for other in results[1:])
+    monkeypatch.setattr(nn.DropIn, "_read", Loop._read)  # the engine refuses: the cell's torch form drops the same
+    torch.manual_seed(5)
+    torch.testing.assert_close(layer(x, hx), results[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", TORCHS_KINDS)
+def test_torchs_layers_drop_nothing_in_eval(kind):
+    cell, rates = TORCHS_KINDS[kind]
+    layer, plain = (getattr(m, kind)(I, H, dtype=torch.float64, **r) for m, r in ((nn, rates), (torch.nn, {})))
+    plain.load_state_dict(layer.state_dict())
+    x, hx = data(make(cell))
+    for _ in range(3):  # the third call without gradients would be made like the one before
+        with torch.no_grad():
+            torch.testing.assert_close(layer.eval()(x, hx), plain(x, hx), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert not same(layer.train()(x, hx), layer(x, hx))
+
+
+@pytest.mark.parametrize("kind", TORCHS_KINDS)
+def test_convert_and_revert_keep_what_is_dropped(kind):
+    model = torch.nn.Sequential(getattr(nn, kind)(I, H, weight_dropout=0.5), getattr(torch.nn, kind)(I, H))
+    fastcells.convert(model)
+    assert fastcells.revert(model).left == {"0": "torch.nn has no recurrent_dropout, zoneout or weight_dropout"}
+    assert type(model[1]) is getattr(torch.nn, kind)
+    assert repr(model[1]) == f"{kind}({I}, {H})"
+    with pytest.raises(ValueError, match=r"recurrent_dropout must be a number in range \[0, 1\], got 1.5"):
+        getattr(nn, kind)(I, H, recurrent_dropout=1.5)
+    with pytest.raises(ValueError, match="must be 0 with a projection, got proj_size 3"):
+        nn.LSTM(I, H, proj_size=3, zoneout=0.1)
 
 
 @cell(gates="h")
@@ -395,6 +447,68 @@ def test_an_edited_cell_is_never_served_stale():
     assert copy.deepcopy(first).cell is first.cell
     with pytest.raises(pickle.PicklingError, match=r"cell mine: .* by its name, but __main__\.mine is not"):
         pickle.dumps(first)
+
+
+def test_a_constant_that_changes_is_never_served_stale():
+    """A cell in a notebook reads numbers and functions of other notebook cells, of which one is run again, edited."""
+
+    def declare(text, scope):
+        exec(text, scope)
+        return scope
+
+    scope = declare(
+        "rate = 0.5\n"
+        "def squash(v): return tanh(v) * gain\n"
+        "gain = 2.0\n"
+        "@cell(gates='h')\n"
+        "def mine(x, u, s): return rate * s.h + squash(x.h + u.h)",
+        {"cell": cell, "tanh": tanh, "__name__": "__main__"},
+    )
+    layer = make(scope["mine"])
+    edits = {"rate": ("rate = 0.25", "rate was 0.5 .* is 0.25 now"), "gain": ("gain = 1.0", "gain was 2.0")}
+    edits["squash"] = ("def squash(v): return v", "squash was <function")
+    for name, (text, words) in edits.items():
+        before = scope[name]
+        declare(text, scope)
+        with pytest.raises(RuntimeError, match=f"cell mine: {words}.* Declare the cell anew, or make {name}"):
+            layer(*data(layer))
+        with pytest.raises(RuntimeError, match=words):
+            functional.layer(scope["mine"], torch.zeros(1, 1, 1), None, [])
+        scope[name] = before
+    assert layer._route(data(layer)[0]) is None
+
+
+def test_cells_of_one_line_have_constants_of_their_own():
+    one, two = (cell(gates="h")(lambda x, u, s, k=k: tanh(x.h + k * u.h)) for k in (1, 2))
+    assert one.trace() != two.trace()
+    assert one.key != two.key
+
+
+def test_a_file_that_is_edited_between_two_processes(tmp_path):
+    """Same name, same cache folder: the second process compiles the new equations."""
+    script = tmp_path / "script.py"
+    found = []
+    for factor in (1.0, 3.0):
+        script.write_text(
+            textwrap.dedent(f"""
+                import torch, fastcells
+
+                @fastcells.cell(gates="h")
+                def mine(x, u, s):
+                    return {factor} * (x.h + u.h)
+
+                layer = fastcells.nn.Recurrent(mine, 1, 1)
+                torch.nn.init.ones_(layer.weight_ih_l0), torch.nn.init.zeros_(layer.weight_hh_l0)
+                torch.nn.init.zeros_(layer.bias_ih_l0), torch.nn.init.zeros_(layer.bias_hh_l0)
+                with torch.no_grad():
+                    print(layer(torch.ones(1, 1, 1))[0].item())
+            """)
+        )
+        environment = {**os.environ, "FASTCELLS_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, env=environment)
+        found.append(float(done.stdout))
+    assert found == [1.0, 3.0]
+    assert len(list((tmp_path / "cache").glob("mine_forward*"))) == 2
 
 
 def test_a_cell_of_a_script_pickles_and_one_declared_anew_does_not(tmp_path):

@@ -69,7 +69,13 @@ def module_by_steps(
     for k in range(module.num_layers):
         names = [f"_l{k}" + "_reverse" * d for d in range(directions)]
         kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-        parameters = [tuple(getattr(module, kind + name, None) for kind in kinds) for name in names]
+        parameters = [
+            (
+                *(getattr(module, kind + name, None) for kind in kinds),
+                tuple(getattr(module, o + name) for o in cell.own),
+            )
+            for name in names
+        ]
         if k and module.dropout:
             y = keep_some(y, module.dropout, True)
         own = slice(k * directions, (k + 1) * directions)
@@ -84,7 +90,9 @@ def module_by_steps(
     elif module.batch_first:
         y = [t.transpose(0, 1) for t in y]
     result = result if len(result) > 1 else result[0]
-    return (y[0], result, y[1]) if return_cell_states else (y[0], result)
+    if not return_cell_states:
+        return y[0], result
+    return y[0], result, y[1] if len(y) == 2 else tuple(y[1:])
 
 
 def leaves_of(module, input, **states):
@@ -99,9 +107,9 @@ def leaves_of(module, input, **states):
 
 def outputs_and_gradients(function, named):
     """Outputs, and the gradients of all leaves for random cotangents on all outputs."""
-    y, states, *others = function()
-    states = states if isinstance(states, tuple) else (states,)
-    outputs = dict(zip(("output", "h_n", "c_n"), (y, *states), strict=False)) | dict(zip("c", others, strict=False))
+    y, states, *others = (t if isinstance(t, tuple) else (t,) for t in function())
+    outputs = {"output": y[0]} | {f"state {k}": t for k, t in enumerate(states)}
+    outputs |= {f"state {k} of every step": t for k, t in enumerate(*others, start=1)} if others else {}
     weights = cotangents(outputs)
     reached = [n for n, t in outputs.items() if t.requires_grad]  # all but where no sequence has a step
     gradients = [None] * len(named)
@@ -113,11 +121,16 @@ def outputs_and_gradients(function, named):
     return outputs | {f"gradient of {n}": g for n, g in zip(named, zeros, strict=True)}
 
 
+CELLS = [cells.gru_reset_before, cells.peephole_lstm, cells.layer_norm_lstm, cells.indrnn]
+"""A product of a computed vector, parameters of the cell's own, sums over the units, no recurrent product."""
+
+
 @st.composite
 def calls(draw):
     """A module, and arguments for a call of it."""
-    kind = draw(st.sampled_from(["LSTM", "GRU", "RNN", "Recurrent"]))
-    dtype = draw(st.sampled_from([torch.float64, torch.float64, torch.float32]))
+    kind = draw(st.sampled_from(["LSTM", "GRU", "RNN", "Recurrent", "Recurrent"]))
+    cell = [draw(st.sampled_from(CELLS))] * (kind == "Recurrent")
+    dtype = draw(st.sampled_from([torch.float64, torch.float64, *[torch.float32] * (kind != "Recurrent")]))
     batched, steps, size = draw(st.sampled_from([True, True, False])), draw(st.integers(1, 5)), draw(st.integers(1, 4))
     size = size if batched else 1
     layers = draw(st.integers(1, 2))
@@ -129,20 +142,20 @@ def calls(draw):
     inputs, hidden = draw(st.integers(1, 3)), draw(st.integers(3, 9))
     with torch.random.fork_rng():
         torch.manual_seed(draw(st.integers(0, 9)))
-        cell = [cells.gru_reset_before] * (kind == "Recurrent")
         module = getattr(nn, kind)(*cell, inputs, hidden, **options, dtype=dtype)
+        count = len(module._cell().states)
         shape = ((size, steps) if options["batch_first"] else (steps, size)) if batched else (steps,)
         input = torch.randn(*shape, inputs, dtype=dtype, requires_grad=True)
         rows = (layers * (2 if options["bidirectional"] else 1), *((size,) if batched else ()))
 
         def states():
-            sizes = [options.get("proj_size") or hidden] + [hidden] * (kind == "LSTM")
+            sizes = [options.get("proj_size") or hidden] + [hidden] * (count - 1)
             made = tuple(torch.randn(*rows, s, dtype=dtype, requires_grad=True) for s in sizes)
             return made if len(made) > 1 else made[0]
 
         hx = states() if draw(st.booleans()) else None
         arguments: dict = {"reverse": not options["bidirectional"] and draw(st.booleans())}
-        arguments["return_cell_states"] = kind == "LSTM" and draw(st.booleans())
+        arguments["return_cell_states"] = count > 1 and draw(st.booleans())
         if draw(st.booleans()):
             lengths = draw(st.lists(st.integers(0, steps), min_size=size, max_size=size))
             arguments["lengths"] = lengths if batched else lengths[0]
@@ -154,7 +167,7 @@ def calls(draw):
     return module, input, hx, arguments
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(call=calls())
 def test_options_cross(call):
     module, input, hx, arguments = call

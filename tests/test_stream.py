@@ -308,6 +308,33 @@ def test_a_stream_of_any_cell_and_with_a_projection():
             torch.testing.assert_close(y, layer(xs)[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_resets_the_sequences_that_end(kind):
+    """As the layer does with `reset`, for each sequence at its own step."""
+    ours, _ = layers(kind, num_layers=2)
+    xs, done = torch.randn(6, 3, 5, dtype=torch.float64), torch.rand(6, 3) < 0.4
+    stream = ours.stream(3)
+    y = []
+    for t, x in enumerate(xs):
+        stream.reset(done[t] if t % 2 else done[t].numpy())
+        y.append(stream(x).clone())
+    with torch.no_grad():
+        wanted, *states = everything(ours(xs, reset=done, reset_to=0))
+    torch.testing.assert_close(torch.stack(y), wanted, rtol=0, atol=1e-13)
+    for a, b in zip(listed(stream.state), states, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+    assert done.any()
+    assert not done.all()
+
+
+def test_a_stream_drops_nothing():
+    ours = fastcells.nn.GRU(5, 7, recurrent_dropout=0.5, zoneout=0.5, weight_dropout=0.5, dtype=torch.float64)
+    xs, stream = torch.randn(4, 1, 5, dtype=torch.float64), ours.train().stream()
+    y = torch.stack([stream(x).clone() for x in xs])
+    with torch.no_grad():
+        torch.testing.assert_close(y, ours.eval()(xs)[0], rtol=0, atol=1e-13)
+
+
 def test_wrong_use_of_a_stream():
     layer = fastcells.nn.LSTM(5, 7)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
@@ -322,6 +349,8 @@ def test_wrong_use_of_a_stream():
         stream([0.0] * 5)
     with pytest.raises(ValueError, match="state must be of shapes"):
         stream.state = torch.zeros(1, 1, 7)
+    with pytest.raises(ValueError, match=r"which must be bool of shape \(1,\), got torch.int64 of \(2,\)"):
+        stream.reset([0, 1])
 
 
 @cell(gates="h")

@@ -46,7 +46,9 @@ class Compare(lab.Study):
         errors.set_ylim(0)
         plots.logarithmic(losses)
         plots.style(losses, "Validation loss", "epoch", "mean squared error, scaled")
-        plots.style(errors, "Validation error", "epoch", f"mean abs. error ({task.series.unit})")
+        plots.style(errors, "Validation error", "epoch", f"mean abs. error\n({task.series.unit})")
+        for axes in losses, errors:
+            plots.whole_epochs(axes, len(run.epochs))
         layers = [run.name for run in next(iter(runs.values()))]
         width = 0.8 / len(layers)
         for place, layer in enumerate(layers):
@@ -58,6 +60,7 @@ class Compare(lab.Study):
         sizes.bar_label(sizes.bar(list(runs), counts, width=0.5, color=list(colors.values())), fontsize=15)
         bars.set_xticks(range(len(runs)), list(runs))
         bars.margins(y=0.3)
+        sizes.margins(y=0.15)
         plots.style(bars, "Time of an epoch", "", "milliseconds (median)")
         plots.style(sizes, "Size: G H (I + H + 2)", "", "parameters of the layer", legend=False)
 

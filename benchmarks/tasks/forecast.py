@@ -47,6 +47,7 @@ class Forecast(lab.Task):
     learning_rate = 3e-3
     decay = True
     clip: float | None = 1.0
+    loss_unit = "scaled, squared"
     metric_name = "MAE"
     metric_format = ".2f"
     lower_is_better = True
@@ -128,12 +129,12 @@ class Forecast(lab.Task):
         course.axvline(self.series.times[split], color=plots.GREY, linestyle="dotted")
         plots.style(course, f"{self.series.name}; validation right of the dots", "", unit, legend={"ncols": 3})
         course.margins(y=0.2)
-        plots.losses(losses, runs, unit="scaled, squared", log=True)
+        plots.losses(losses, runs, log=True)
         steps = range(1, HORIZON + 1)
         simple = np.nanmean(np.abs(self.persistence(HORIZON)[1]), axis=1)
         errors.plot(steps, simple, "o--", color=plots.GREY, label="persistence")
         errors.plot(steps, np.nanmean(np.abs(far), axis=1), "o-", color="#c8553d", label=f"{self.cell.upper()}")
-        plots.style(errors, "The further ahead, the harder", f"{step}s ahead", f"mean abs. error ({unit})")
+        plots.style(errors, "The further ahead, the harder", f"{step}s ahead", f"mean abs. error\n({unit})")
         errors.set_ylim(0)
 
     def remarks(self, runs: Sequence[lab.Run]) -> list[str]:

@@ -61,29 +61,27 @@ class Gradients(lab.Study):
         layer = next(iter(runs.values()))[-1].name
         steps = torch.arange(LENGTH).flip(0)
         for cell, color in plots.CELL_COLORS.items():
-            for gain, line in (1.0, "solid"), (GAIN, "dashed"):
-                name = cell.upper() if gain == 1 else f"{cell.upper()}, weights x {gain:g}"
-                through.plot(
-                    steps, through_time(layer, cell, gain, self.seed), linestyle=line, color=color, label=name, lw=2.5
-                )
+            for gain, line in (1.0, "solid"), (GAIN, plots.DASHED):
+                found = through_time(layer, cell, gain, self.seed)
+                name = cell.upper() if gain == 1 else None
+                through.plot(steps, found, linestyle=line, color=color, label=name, linewidth=2.5)
         plots.logarithmic(through)
         through.invert_xaxis()
-        plots.style(
-            through, "Before training", "steps back from the answer", "gradient norm by input", {"fontsize": 12}
-        )
+        title, weights = "Before training", f"weights x {GAIN:g}"
+        plots.style(through, title, "steps back from the answer", "gradient norm by input", dashes=weights)
         for label, (*_, run) in runs.items():
             color, name = plots.CELL_COLORS[run.task.cell], run.task.cell.upper()
             if "not" in label:
                 norms.plot(run.norms, color=color, label=name, linewidth=1.5)
             axes = without if "not" in label else clipped
-            for part, style in ("training", "solid"), ("validation", "dashed"):
+            for part, style in ("training", "solid"), ("validation", plots.DASHED):
                 values = [getattr(epoch, f"{part}_loss") for epoch in run.epochs]
                 axes.plot(
                     range(1, len(values) + 1),
                     values,
                     linestyle=style,
                     color=color,
-                    label=f"{name}, {part}",
+                    label=name if part == "training" else None,
                     linewidth=2.5,
                 )
         norms.axhline(1, color="black", linestyle="dashed", label="clipping cuts to this")
@@ -93,12 +91,13 @@ class Gradients(lab.Study):
             "Not clipped: the norm, step by step",
             "step of training",
             "norm of all gradients",
-            {"ncols": 2, "fontsize": 13},
+            {"ncols": 2},
         )
         for axes, title in (without, "Not clipped"), (clipped, "Clipped to a norm of 1"):
             axes.axhline(1 / 6, color=plots.GREY, linestyle="dashdot", label="always 1")
             plots.logarithmic(axes)
-            plots.style(axes, title, "epoch", "mean squared error", {"fontsize": 13})
+            plots.style(axes, title, "epoch", "mean squared error", dashes="validation")
+            plots.whole_epochs(axes, len(run.epochs))
         lowest, highest = (f(f(a.get_ylim()) for a in (without, clipped)) for f in (min, max))
         for axes in without, clipped:
             axes.set_ylim(lowest, highest)

@@ -52,6 +52,7 @@ class Task(Lesson):
     decay: ClassVar[bool] = False  # lower the learning rate from epoch to epoch, along a cosine towards zero
     clip: float | None = None  # largest norm of all gradients together; inf measures it only
     dtype: ClassVar[torch.dtype] = torch.float32
+    loss_unit: ClassVar[str] = "nats"
     metric_name: ClassVar[str]
     metric_format: ClassVar[str] = ".4f"
     lower_is_better: ClassVar[bool] = False

@@ -50,6 +50,7 @@ class Adding(lab.Task):
     learning_rate = 2e-2
     decay = True
     clip = 1.0
+    loss_unit = "squared error"
     metric_name = "MSE"
     lower_is_better = True
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 COLORS = {"torch": "#f5a962", "fastcells": "#1f4e79", "reference": "#4f9d69"}
 CELL_COLORS = {"rnn": "#c8553d", "gru": "#4f9d69", "lstm": "#1f4e79"}
 GREY = "#8a8a8a"
+DASHED: Any = (0, (2, 1.2))
 # torch below, wide and pale; fastcells above, thin and dark: where the curves agree, both are seen.
 WIDTHS = {"torch": 7, "fastcells": 2}
 
@@ -38,8 +40,13 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def style(axes: Axes, title: str, x: str, y: str, legend: bool | dict[str, Any] = True) -> None:
-    """Title, labels with their units, and the legend of a panel. ``legend``: matplotlib's options for it, or none."""
+def style(
+    axes: Axes, title: str, x: str, y: str, legend: bool | dict[str, Any] = True, dashes: str | None = None
+) -> None:
+    """Title, labels with their units, and the legend of a panel.
+
+    ``legend``: matplotlib's options for it, or none. ``dashes``: what they mean, where only solid lines have labels.
+    """
     axes.set_title(title, fontsize=18)
     axes.set_xlabel(x, fontsize=17)
     axes.set_ylabel(y, fontsize=17)
@@ -48,7 +55,11 @@ def style(axes: Axes, title: str, x: str, y: str, legend: bool | dict[str, Any] 
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if legend is not False:
-        axes.legend(**{"fontsize": 15, "frameon": False, **(legend if isinstance(legend, dict) else {})})
+        handles, _ = axes.get_legend_handles_labels()
+        if dashes:
+            handles.append(Line2D([], [], color=GREY, linestyle=DASHED, linewidth=2.5, label=f"dashes: {dashes}"))
+        options = legend if isinstance(legend, dict) else {}
+        axes.legend(handles=handles, **{"fontsize": 15, "frameon": False, **options})
 
 
 def logarithmic(axes: Axes) -> None:
@@ -76,26 +87,26 @@ def whole_epochs(axes: Axes, count: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def losses(axes: Axes, runs: Sequence[Run], unit: str = "nats", log: bool = False) -> None:
+def losses(axes: Axes, runs: Sequence[Run], log: bool = False) -> None:
     """Loss by epoch of training and validation."""
     from benchmarks.tasks import lab
 
     few = len(runs[0].epochs) <= 20  # epochs: each gets a marker
     for run in runs:
         color, width = COLORS.get(run.name, GREY), WIDTHS.get(run.name, 2)
-        for part, line in ("training", "solid"), ("validation", (0, (2, 1.2))):
+        for part, line in ("training", "solid"), ("validation", DASHED):
             values = [getattr(epoch, f"{part}_loss") for epoch in run.epochs]
             marker: dict[str, Any] = {"marker": "o", "markersize": width + 3} if few else {}
             if run.name not in WIDTHS:  # crosses on top of the lines
                 line, marker = "none", {"marker": "x", "markersize": 10, "markeredgewidth": 2.5}
-            label = f"{run.name}, {part}"
+            label = run.name if part == "training" else None
             axes.plot(
                 range(1, len(values) + 1), values, label=label, color=color, linestyle=line, linewidth=width, **marker
             )
     if log:
         logarithmic(axes)
     apart = f": apart by at most {max(lab.loss_differences(*runs[:2])):.0e}" if len(runs) > 1 else ""
-    style(axes, "Loss" + apart, "epoch", f"mean loss ({unit})", legend={"handlelength": 3})
+    style(axes, "Loss" + apart, "epoch", f"mean loss ({runs[0].task.loss_unit})", {"handlelength": 3}, "validation")
     whole_epochs(axes, len(runs[0].epochs))
 
 

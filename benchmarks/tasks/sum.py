@@ -44,6 +44,7 @@ class Sum(lab.Task):
     learning_rate = 3e-3
     decay = True
     clip = 1.0
+    loss_unit = "squared error"
     metric_name = "MAE"
     metric_format = ".3f"
     lower_is_better = True
@@ -80,7 +81,7 @@ class Sum(lab.Task):
 
     def plot(self, figure: Figure, runs: Sequence[lab.Run]) -> None:
         losses, errors = figure.subplots(1, 2)
-        plots.losses(losses, runs, unit="squared error", log=True)
+        plots.losses(losses, runs, log=True)
         errors.axvspan(0, TRAINED, color=plots.GREY, alpha=0.15, label="lengths seen in training")
         simple = [_error_of_zero(length) for length in ASKED]
         errors.plot(ASKED, simple, color=plots.GREY, linestyle="dashed", label="answer: zero")

@@ -4,12 +4,13 @@ import ctypes
 import itertools
 import mmap
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from test_engine import BUILT_IN, everything, problem
+from test_engine import BUILT_IN, everything, normed, peephole, problem, regularised
 
 from fastcells import cells, functional
 from fastcells.cpu import script
@@ -41,8 +42,13 @@ def guarded(*shape, dtype=torch.float32, **options):
     return result.fill_(float("nan")) if dtype.is_floating_point else result
 
 
-def guard(t):
-    return None if t is None else guarded(t.shape, dtype=t.dtype).copy_(t.detach()).requires_grad_(t.requires_grad)
+def guard(value):
+    """The same tensors, also those in lists and tuples, in guarded memory."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(guard, value))
+    if value is None or not value.is_floating_point():
+        return value
+    return guarded(value.shape, dtype=value.dtype).copy_(value.detach()).requires_grad_(value.requires_grad)
 
 
 kept = []
@@ -54,37 +60,60 @@ def take(self, size):
     return kept[-1].data_ptr()
 
 
+def cases():
+    """(cell, dtype, rows, inputs, hidden): the built-in cells in both formats, in float64 one each with parameters of
+    its own, sums over the units, and extra inputs."""
+    shapes = [(1, 1, 1), (1, 3, 5), (2, 9, 7), (3, 17, 12), (4, 33, 31), (5, 2, 40)]
+    for dtype, shape, c in itertools.product((torch.float32, torch.float64), shapes, BUILT_IN):
+        yield c, dtype, *shape
+    for shape, c in itertools.product(shapes[1:5], (peephole, normed, regularised)):
+        yield c, torch.float64, *shape
+
+
+def calls(c, rows, hidden):
+    """(options of `problem`, options of the call): packed, projected, cut by lengths and resets."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1 + n % 3 for n in range(rows)]
+    reset = torch.rand(3, rows, generator=generator) < 0.5
+    yield {}, {}
+    yield {"lengths": sorted(lengths, reverse=True)}, {}
+    yield {}, {"lengths": lengths, "reset": reset, "reset_to": 0}
+    if c is cells.lstm and hidden > 3:
+        yield {"project": 3}, {}
+
+
 def main():
     torch.set_num_threads(1)
     from fastcells.cpu import layer
 
     script.Script.take = take
-    shapes = [(1, 1, 1), (1, 3, 5), (2, 9, 7), (3, 17, 12), (4, 33, 31), (5, 2, 40)]
-    for dtype, (rows, inputs, hidden), c in itertools.product((torch.float32, torch.float64), shapes, BUILT_IN):
-        for lengths in (None, sorted((1 + n % 3 for n in range(rows)), reverse=True)):
-            projects = (0, 3) if c is cells.lstm and hidden > 3 else (0,)
-            for project in projects:
-                (c, x, states, parameters, sizes), _, _ = problem(
-                    c, 3, rows, inputs, hidden, dtype=dtype, lengths=lengths, directions=2, project=project
-                )
-                x, states = guard(x), tuple(guard(s) for s in states)
-                parameters = [tuple(guard(w) for w in p) for p in parameters]
-                leaves = [x, *states, *(w for p in parameters for w in p if w is not None)]
-                torch.empty = guarded
-                try:
-                    outputs, grads = everything(functional.layer, (c, x, states, parameters, sizes), leaves)
-                    with torch.no_grad():
-                        functional.layer(c, x, states, parameters, sizes)
-                finally:
-                    torch.empty = plain_empty
-                assert all(t.isfinite().all() for t in [*outputs, *grads]), (c, rows, inputs, hidden)
-                del outputs, grads, x, states, parameters, leaves
-                layer.forget()
-                script.arena = script.Arena()  # its block was mapped here too
-                kept.clear()
-                while regions:
-                    libc.munmap(*regions.pop())
+    for c, dtype, rows, inputs, hidden in cases():
+        for given, options in calls(c, rows, hidden):
+            (c, *arguments), _, _ = problem(c, 3, rows, inputs, hidden, dtype=dtype, directions=2, **given)
+            arguments = guard(arguments)
+            leaves = [t for t in tensors(arguments) if t.requires_grad]
+            run = partial(functional.layer, c, *arguments, **options)
+            torch.empty = guarded
+            try:
+                outputs, grads = everything(run, (), leaves)
+                with torch.no_grad():
+                    run()
+            finally:
+                torch.empty = plain_empty
+            assert all(t.isfinite().all() for t in [*outputs, *grads]), (c, rows, inputs, hidden, given, options)
+            del outputs, grads, arguments, leaves, run
+            layer.forget()
+            script.arena = script.Arena()  # its block was mapped here too
+            kept.clear()
+            while regions:
+                libc.munmap(*regions.pop())
     print("done")
+
+
+def tensors(value):
+    if isinstance(value, list | tuple):
+        return [t for item in value for t in tensors(item)]
+    return [] if value is None else [value]
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ KERAS = {
     "rnn log sigmoid": ("SimpleRNN", {"activation": "log_sigmoid"}),
     "rnn hard silu": ("SimpleRNN", {"activation": "hard_silu"}),
     "rnn hard tanh": ("SimpleRNN", {"activation": "hard_tanh"}),
+    # Its states are exponentials of exponentials: with other draws than these they overflow within the five steps.
+    "rnn exponential": ("SimpleRNN", {"activation": "exponential"}),
 }
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
