@@ -23,7 +23,7 @@ from . import cells, regularise, replay, unrolled
 from .cell import Cell
 from .cpu.engine import DTYPES
 from .dynamo import admit
-from .functional import Parameters, observer, refusal, unchecked_layer
+from .functional import Parameters, flat, observer, refusal, unchecked_layer
 from .program import build
 from .ragged import Lengths, Ragged, backward_in_time
 from .stream import Stream
@@ -44,6 +44,10 @@ class Mistake(NotTaken):
     def __init__(self, text: str, error: type[Exception] = RuntimeError) -> None:
         super().__init__(text)
         self.error = error
+
+
+class NotExported(RuntimeError):
+    """What torch.export cannot take in."""
 
 
 class Batch(NamedTuple):
@@ -378,11 +382,18 @@ class OverTime(DropIn):
         output) were after every step: one Tensor, laid out as the output with H for its features, or a tuple of them.
 
         Raises TypeError, ValueError for lengths, reset or reset_to of another kind, shape or range; ValueError for
-        reverse with bidirectional layers, and for return_cell_states of a cell that has but a hidden state.
+        reverse with bidirectional layers, and for return_cell_states of a cell that has but a hidden state; under
+        torch.export NotExported, a RuntimeError, for what it cannot take in: reset, reverse, a PackedSequence.
         """
         plain = self._with_cell_states if return_cell_states else super().forward
         if lengths is None and reset is None and reset_to is None and not reverse:
             return plain(input, hx)
+        if torch.compiler.is_exporting():
+            if reset is not None or reverse or return_cell_states:
+                raise NotExported(
+                    f"{type(self).__name__}: reset, reverse, and return_cell_states with lengths, cannot be exported"
+                )
+            return self._exported(input, hx, lengths)
         if torch.compiler.is_dynamo_compiling():  # how many stretches there are is in the data
             options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "reverse": reverse}
             call = partial(self.forward, **options, return_cell_states=return_cell_states)
@@ -404,6 +415,26 @@ class OverTime(DropIn):
                 super().forward(input, hx)  # raises what torch.nn raises
                 raise
             return self._run(input, call, unrolled.layer, return_cell_states=True)
+
+    def _exported(self, input: Any, hx: Any, lengths: Any) -> Any:
+        """The call with lengths in an exported program, where they are not known yet."""
+        try:
+            call = self._read(input, hx)
+        except NotTaken as reason:
+            raise NotExported(f"{type(self).__name__}: a call with lengths is not exported: {reason}") from None
+        ends = torch.as_tensor(lengths).reshape(-1)
+        if ends.shape != (call.batch.size,) or ends.is_floating_point() or ends.dtype is torch.bool:
+            raise ValueError(
+                f"lengths must be integers of shape ({call.batch.size},), one for each sequence, "
+                f"got {ends.dtype} of shape {tuple(ends.shape)}"
+            )
+
+        def layer(cell: Cell, x: Tensor, states: Any, parameters: Sequence, batch_sizes: None) -> tuple:
+            given = cell.key, x, list(states or ()), flat(parameters), ends, len(parameters)
+            y, *finals = torch.ops.fastcells.layer_of_lengths(*given)
+            return y, tuple(finals)
+
+        return self._run(input, call, layer)
 
     def stream(self, batch_size: int = 1) -> Stream:
         """The layers as a `Stream`: one time step of `batch_size` sequences at a time, the state kept inside.
@@ -479,6 +510,8 @@ class OverTime(DropIn):
     def _batch(self, input: Any) -> Batch:
         rows = self.num_layers * (2 if self.bidirectional else 1)
         if isinstance(input, PackedSequence):
+            if torch.compiler.is_exporting():
+                raise NotExported(f"{type(self).__name__}: a PackedSequence cannot be exported: pad it, give lengths=")
             size = _packed_size(input)
             return Batch(input.data, size, (rows, size), input.batch_sizes)
         if not isinstance(input, Tensor):
