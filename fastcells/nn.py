@@ -125,9 +125,8 @@ class DropIn(torch.nn.Module):
             if observer() is None and call.dtype is None and self._steady():
                 replay.remember(self, input, hx, call)
             return self._run(input, call)
-        if isinstance(input, torch.fx.Proxy):  # torch.fx keeps modules whole that are torch's own
-            tracer: Any = input.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), {})
+        if isinstance(input, torch.fx.Proxy):
+            return self._leaf(input, hx)
         try:
             return self._forward_in_torch(input, hx)
         except Mistake as wrong:
@@ -141,6 +140,18 @@ class DropIn(torch.nn.Module):
     def _forward_in_torch(self, input: Any, hx: Any) -> Any:
         """The call as torch runs it."""
         return super().forward(input, hx)
+
+    def _leaf(self, input: torch.fx.Proxy, hx: Any, **options: Any) -> Any:
+        """The call in a graph of torch.fx, which keeps modules whole that are torch's own."""
+        tracer: Any = input.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), options)
+
+    def __prepare_scriptable__(self) -> Any:
+        """Where torch.jit.script begins."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__module__}.{type(self).__name__}: use torch.compile or "
+            "torch.export, or make the model's layers torch.nn's own by fastcells.revert(model)"
+        )
 
     def _mistake(self, input: Any, hx: Any) -> Mistake | None:
         """What is wrong with a call that torch refused, if that can be told."""
@@ -385,20 +396,24 @@ class OverTime(DropIn):
         reverse with bidirectional layers, and for return_cell_states of a cell that has but a hidden state; under
         torch.export NotExported, a RuntimeError, for what it cannot take in: reset, reverse, a PackedSequence.
         """
-        plain = self._with_cell_states if return_cell_states else super().forward
-        if lengths is None and reset is None and reset_to is None and not reverse:
-            return plain(input, hx)
-        if torch.compiler.is_exporting():
-            if reset is not None or reverse or return_cell_states:
-                raise NotExported(
-                    f"{type(self).__name__}: reset, reverse, and return_cell_states with lengths, cannot be exported"
-                )
+        ragged = lengths is not None or reset is not None or reset_to is not None or reverse
+        if not ragged and not return_cell_states:
+            return super().forward(input, hx)
+        options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "reverse": reverse}
+        if isinstance(input, torch.fx.Proxy):
+            return self._leaf(input, hx, **options, return_cell_states=return_cell_states)
+        if ragged and torch.compiler.is_exporting():
+            if lengths is None or reset is not None or reverse or return_cell_states:
+                what = "reset, reverse, and return_cell_states with lengths,"
+                raise NotExported(f"{type(self).__name__}: {what} cannot be exported")
             return self._exported(input, hx, lengths)
         if torch.compiler.is_dynamo_compiling():  # how many stretches there are is in the data
-            options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "reverse": reverse}
             call = partial(self.forward, **options, return_cell_states=return_cell_states)
             return _between_graphs(call, input, hx)
-        input, hx, finish = self._ragged(input, hx, lengths, reset, reset_to, reverse)
+        plain = self._with_cell_states if return_cell_states else super().forward
+        if not ragged:
+            return plain(input, hx)
+        input, hx, finish = self._ragged(input, hx, **options)
         return finish(plain(input, hx))
 
     def _with_cell_states(self, input: Any, hx: Any) -> Any:
