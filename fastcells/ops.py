@@ -195,7 +195,7 @@ def _layer_of_lengths_backward(cell, x, states, parameters, lengths, directions,
     split = _Split(1, len(states), len(parameters))
     tensors = [None if t is None else t.detach().requires_grad_() for t in (x, *states, *parameters)]
     (x,), states, parameters = split(tensors)
-    with torch.enable_grad(), torch.inference_mode(False):
+    with torch.inference_mode(False), torch.enable_grad():  # the former: although within an operation
         results = _layer_of_lengths(cell, x, states, parameters, lengths, directions)
     given = [k for k, d in enumerate(cotangents) if d is not None]
     inputs = [t for t in tensors if t is not None]

@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 
 from .cell import Cell, Names, Recurrent, cell
+from .dynamo import constant
 from .expression import less, where
 
 
-@lru_cache(maxsize=256)
+@constant
 def masked(base: Cell, dropped: bool, zoned: tuple[str, ...]) -> Cell:
     """The cell whose products take in `recurrent_mask` times their vector (Gal & Ghahramani 2016), if dropped, and
     whose states named in zoned stay as they were where `zoneout_<state>` is 1 (Krueger et al. 2017).
     """
+    return _masked(base, dropped, zoned)
+
+
+@lru_cache(maxsize=256)
+def _masked(base: Cell, dropped: bool, zoned: tuple[str, ...]) -> Cell:
 
     @cell(
         " ".join(base.gates),

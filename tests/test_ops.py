@@ -5,12 +5,13 @@ import re
 
 import pytest
 import torch
-from helpers import Case, cast, check, compare, record, relative_error
+from helpers import Case, cast, check, compare, leaves, record, relative_error
 from torch.utils._pytree import tree_map
 
 import fastcells
-from fastcells import cells
+from fastcells import cell, cells
 from fastcells.cell import registered
+from fastcells.expression import sigmoid, tanh
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -125,6 +126,106 @@ def test_compiled(case, operations):
         compare(module, case.module(torch.nn), x, hx)
         for name, t in expected.items():
             assert relative_error(got[name], t) < 1e-6, name
+
+
+@cell(gates="f z", parameters="slope=1", scalars="beta=0.5")
+def own(x, u, s, p):
+    """A minimal gated unit with parameters."""
+    f = sigmoid(x.f + u.f)
+    return s.h + p.beta * f * (tanh(p.slope * x.z + u.z(f * s.h)) - s.h)
+
+
+def recurrent(cell, **options):
+    torch.manual_seed(0)
+    return fastcells.nn.Recurrent(cell, 4, 6, **options, dtype=torch.float64)
+
+
+OPTIONS = {
+    **{f"{name} {layout}": Case(name, bias=False, layout=layout, states=True, **DEEP)
+       for name in ("lstm", "lstm_proj", "gru", "rnn_tanh") for layout in ("padded", "strided", "unbatched")},
+    "batch_first": Case("gru", num_layers=3, batch_first=True, states=True),
+    "dropout": Case("lstm", num_layers=3, bidirectional=True, dropout=0.4),
+    "own cell": lambda: recurrent(own),
+    "own cell, deep": lambda: recurrent(own, batch_first=True, bias=False, **DEEP),
+    "own cell, dropout": lambda: recurrent(own, num_layers=2, dropout=0.4),
+    "own cell, projected": lambda: recurrent(cells.lstm, proj_size=3, **DEEP),
+    "weight dropout": lambda: recurrent(own, weight_dropout=0.4),
+    "recurrent dropout, zoneout": lambda: recurrent(cells.gru_reset_before, recurrent_dropout=0.3, zoneout=0.2),
+    "zoneout": lambda: recurrent(cells.peephole_lstm, zoneout=(0.0, 0.5)),
+}  # fmt: skip
+"""What changes a gradient, and is not above."""
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_compiled_option(option, operations):
+    """With the same draws from the same seed."""
+    made = OPTIONS[option]
+    module, (x, hx) = (made.module(fastcells.nn), made.data()) if isinstance(made, Case) else (made(), Case().data())
+    expected = record(module, x, hx)
+    operations.clear()
+    got = record(Compiled(module, backend="aot_eager"), x, hx)
+    assert len(operations) == module.num_layers
+    check({name.replace("module.", ""): t for name, t in got.items()}, expected)
+
+
+@pytest.mark.parametrize("name", ["output", "h_n", "c_n", "input", "weight_hh_l0", "bias_ih_l1_reverse", "c_0"])
+def test_compiled_for_one_output_or_gradient(name):
+    """As one loss uses one output; as all but one leaf are frozen."""
+    module, (x, hx) = (case := Case("lstm", states=True, **DEEP)).module(fastcells.nn), case.data()
+    if name in ("output", "h_n", "c_n"):
+        got = record(Compiled(module, backend="aot_eager"), x, hx, [name])
+        check({name.replace("module.", ""): t for name, t in got.items()}, record(module, x, hx, [name]))
+        return
+    module.requires_grad_(False)
+    x, hx, named = leaves(module, x, hx)
+    for other, leaf in named.items():
+        leaf.requires_grad_(other == name)
+    results = []
+    for run in (torch.compile(module, backend="aot_eager", fullgraph=True), module):
+        y, (h, c) = run(x, hx)
+        (gradient,) = torch.autograd.grad(y.square().sum() + h.sin().sum() + c.cos().sum(), named[name])
+        results.append({name: gradient})
+    check(*results)
+
+
+BETWEEN = {
+    "lengths": {"lengths": torch.tensor([5, 2, 3])},
+    "reset": {"reset": torch.rand(5, 3, generator=torch.Generator().manual_seed(0)) < 0.3, "reset_to": 0},
+    "reverse": {"reverse": True},
+    "cell states": {"return_cell_states": True},
+    "cell states, lengths": {"return_cell_states": True, "lengths": torch.tensor([5, 2, 3])},
+}
+
+
+@pytest.mark.parametrize("options", BETWEEN)
+def test_compiled_around(options, operations):
+    """Calls that run between the graphs, with something to compile before and after."""
+    module, x = Case("lstm", num_layers=2).module(fastcells.nn), Case().data()[0]
+
+    def loss(x):
+        results = module(x * 2, **BETWEEN[options])
+        y, (h, c), *series = results
+        return (y.sin() * 3).sum() + h.square().sum() + c.cos().sum() + sum(t.square().sum() for t in series)
+
+    found = []
+    for run in (loss, torch.compile(loss, backend="aot_eager")):
+        operations.clear()
+        given = x.clone().requires_grad_()
+        value = run(given)
+        found.append(dict(zip(["x", *dict(module.named_parameters())],
+                              torch.autograd.grad(value, [given, *module.parameters()]), strict=True)))  # fmt: skip
+        found[-1]["loss"] = value.detach()
+        assert len(operations) == 2
+    check(*found)
+
+
+def test_compiled_packed():
+    """Torch's own packing breaks the graph; the results are those of the eager layer."""
+    module, (x, hx) = (case := Case("gru", layout="shuffled", states=True, **DEEP)).module(fastcells.nn), case.data()
+    compiled = Compiled(module, backend="aot_eager")
+    compiled.run = torch.compile(module, backend="aot_eager")
+    got = record(compiled, x, hx)
+    check({name.replace("module.", ""): t for name, t in got.items()}, record(module, x, hx))
 
 
 class Compiled(torch.nn.RNNBase):
