@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers import Case, cast, check, compare, leaves, record, relative_error
+from helpers import Case, cast, check, compare, cotangents, leaves, outputs, record, relative_error
 from torch.utils._pytree import tree_map
 
 import fastcells
@@ -313,6 +313,63 @@ def test_mistakes_are_told_when_compiled():
     compiled = torch.compile(fastcells.nn.GRU(4, 5), backend="eager")
     with pytest.raises(RuntimeError, match=r"input_size|input.size"):
         compiled(torch.randn(6, 3, 7))
+
+
+# torch.export
+
+
+class WithLengths(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, lengths, hx=None):
+        return self.layer(x, hx, lengths=lengths)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_exported_and_loaded(cell, strict, tmp_path):
+    module, (x, hx) = (case := Case(cell, states=True, **DEEP)).module(fastcells.nn), case.data()
+    torch.export.save(torch.export.export(module, (x, hx), strict=strict), tmp_path / "model.pt2")
+    loaded = Compiled(module, backend="eager")
+    loaded.module = loaded.run = torch.export.load(tmp_path / "model.pt2").module()
+    got = {name.replace("module.", ""): t for name, t in record(loaded, x, hx).items()}
+    expected = record(module, x, hx)
+    check({name: got[name] for name in expected}, expected)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_exported_with_lengths(cell):
+    """Lengths of any kind afterwards; gradients too, and those of the compiled program."""
+    module, (x, hx) = (case := Case(cell, states=True, **DEEP)).module(fastcells.nn), case.data()
+    program = torch.export.export(WithLengths(module), (x, torch.tensor([5, 5, 5]), hx)).module()
+    program.load_state_dict(WithLengths(module).state_dict())
+    compiled = torch.compile(program, backend="aot_eager", fullgraph=True)
+
+    def gradients(run, owner, lengths):
+        given_x, given_hx, _ = leaves(module, x, hx)
+        result = outputs(module, run(given_x, torch.tensor(lengths), given_hx))
+        states = given_hx if isinstance(given_hx, tuple) else (given_hx,)
+        wanted = [given_x, *states, *owner.parameters()]
+        found = torch.autograd.grad(list(result.values()), wanted, list(cotangents(result).values()))
+        return {**result, **{f"gradient {k}": g for k, g in enumerate(found)}}
+
+    for lengths in ([5, 2, 3], [0, 5, 1]):
+        expected = gradients(WithLengths(module), module, lengths)
+        check(gradients(program, program, lengths), expected)
+        check(gradients(compiled, program, lengths), expected)
+    with pytest.raises(ValueError, match="lengths must be between 0 and 5"):
+        program(x, torch.tensor([6, 1, 1]), hx)
+    y = program(x, torch.tensor([5, 2, 3]), hx)[0]
+    with pytest.raises(RuntimeError, match="no second derivatives of layers with lengths"):
+        torch.autograd.grad(y.sum(), list(program.parameters()), create_graph=True)
+
+
+@pytest.mark.parametrize("lengths", [[5, 2], [5.0, 2.0, 1.0]])
+def test_exported_with_wrong_lengths(lengths):
+    with pytest.raises(ValueError, match=r"lengths must be integers of shape \(3,\), .* got torch"):
+        torch.export.export(WithLengths(fastcells.nn.GRU(4, 6)), (torch.randn(5, 3, 4), torch.tensor(lengths)))
 
 
 # Modes that look at operations
