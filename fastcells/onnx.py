@@ -34,6 +34,9 @@ POINTWISE = {
 }  # fmt: skip
 """Operations of a cell's graph that are one operator of ONNX."""
 
+GATES, ALIVE = "of the input", "not past the end"
+"""What a Scan goes over besides the cell's own step inputs, whose names are identifiers."""
+
 _SCANS = itertools.count()
 
 
@@ -125,6 +128,7 @@ class Nodes:
         return self("Slice", value, [first], [first + count], [0])
 
     def stacked(self, values: Sequence[Any]) -> Any:
+        """Along a new first dimension."""
         return self("Concat", *(self("Unsqueeze", v, [0]) for v in values), axis=0)
 
 
@@ -159,7 +163,7 @@ def _native(graph: Nodes, cell: Cell, x, states, parameters, lengths) -> Sequenc
 
 
 def _scan(graph: Nodes, cell: Cell, x, states, inputs, parameters, lengths, reverse: int) -> list[Any]:
-    """y and the final states of one direction."""
+    """y and the final states of one direction: what goes in, the body of the loop over time, the loop."""
     ir, count = graph.ir, len(cell.gates)
     w_ih, w_hh, b_ih, b_hh, w_hr, *own = parameters
     hidden = w_ih.shape[0] // count
@@ -175,22 +179,22 @@ def _scan(graph: Nodes, cell: Cell, x, states, inputs, parameters, lengths, reve
         g: [None if w is None else graph.rows(w, k * hidden, hidden) for w in (w_hh, b_hh)]
         for k, g in enumerate(cell.gates)
     }
-    over = {"gates": gates if b_ih is None else graph("Add", gates, b_ih), **by_step}
+    over = {GATES: gates if b_ih is None else graph("Add", gates, b_ih), **by_step}
     if lengths is not None:
         steps = graph("Range", 0, graph("Squeeze", graph("Shape", x, start=0, end=1)), 1)
         ends = graph("Unsqueeze", graph("Cast", lengths, to=ir.DataType.INT64), [1])
-        over["alive"] = graph("Less", graph("Unsqueeze", steps, [1, 2]), ends)
+        over[ALIVE] = graph("Less", graph("Unsqueeze", steps, [1, 2]), ends)
 
     def symbol(name: str, width: int | None) -> Any:
-        kind = ir.DataType.BOOL if name == "alive" else graph.dtype
+        kind = ir.DataType.BOOL if name == ALIVE else graph.dtype
         return ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape([None, width]))
 
     body = Nodes(graph.dtype)
     before = [symbol(name, n) for name, n in zip(cell.states, sizes, strict=True)]
     step = {name: symbol(name, None) for name in over}
-    x_gates = [step["gates"]]
+    x_gates = [step[GATES]]
     if count > 1:
-        x_gates = body("Split", step["gates"], axis=-1, num_outputs=count, outputs=count)
+        x_gates = body("Split", step[GATES], axis=-1, num_outputs=count, outputs=count)
     values: dict[tuple, Any] = {("x", g): v for g, v in zip(cell.gates, x_gates, strict=True)}
     values |= {("s", name): v for name, v in zip(cell.states, before, strict=True)}
     for kind, names in (("p", cell.parameters), ("scalar", cell.scalars)):
@@ -201,8 +205,8 @@ def _scan(graph: Nodes, cell: Cell, x, states, inputs, parameters, lengths, reve
         after[0] = body("Gemm", after[0], w_hr, transB=1)
     y = after[0]
     if lengths is not None:
-        after = [body("Where", step["alive"], new, old) for new, old in zip(after, before, strict=True)]
-        y = body("Where", step["alive"], y, 0.0)
+        after = [body("Where", step[ALIVE], new, old) for new, old in zip(after, before, strict=True)]
+        y = body("Where", step[ALIVE], y, 0.0)
     outputs = [body("Identity", v) for v in (*after, y)]
     for value, n in zip(outputs, (*sizes, out), strict=True):
         value.type, value.shape = ir.TensorType(graph.dtype), ir.Shape([None, n])
@@ -232,7 +236,7 @@ def _new_states(
     for node in topological(new):
         args = [values[a] for a in node.args]
         if node.op == "leaf":
-            values[node] = leaves.get(node.value)
+            values[node] = leaves[node.value]
         elif node.op == "constant":
             values[node] = graph.constant(node.value)
         elif node.op == "product":

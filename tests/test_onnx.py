@@ -10,7 +10,7 @@ from test_recurrent import SHIPPED
 
 import fastcells
 from fastcells import cell, cells, functional, importers, nn, unrolled
-from fastcells.expression import tanh
+from fastcells.expression import OPERATIONS, tanh
 
 pytest.importorskip("onnxscript")
 runtime = pytest.importorskip("onnxruntime")
@@ -68,6 +68,10 @@ def test_every_cell():
     for (name, layer), y in zip(layers.items(), run(x), strict=True):
         torch.testing.assert_close(y, loop(layer)(x)[0], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert {"LSTM", "GRU", "RNN", "Scan"} <= nodes
+
+
+def test_every_operation_has_a_translation():
+    assert {*fastcells.onnx.POINTWISE, *fastcells.onnx.COMPOSED} == set(OPERATIONS)
 
 
 class WithLengths(torch.nn.Module):
