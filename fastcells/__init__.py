@@ -5,7 +5,7 @@ fastcells.convert(model)                 # swaps the recurrent layers of an exis
 print(fastcells.explain(layer, x))       # which path a call takes, and why
 """
 
-from . import activations, cells, expression, functional, importers, nn, ops, reference, rl, variants
+from . import activations, cells, expression, functional, importers, nn, onnx, ops, reference, rl, variants
 from .cell import Cell, cell
 from .convert import convert, revert
 from .explain import Explanation, explain
@@ -24,6 +24,7 @@ __all__ = [
     "functional",
     "importers",
     "nn",
+    "onnx",
     "ops",
     "profile",
     "reference",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -27,6 +27,15 @@ def admit(layers: type) -> None:
         _open(sys.modules[TRACER], layers)
     else:
         sys.meta_path.insert(0, _WhenImported(layers))
+
+
+def constant(function: Callable) -> Callable:
+    """Let torch.compile call the function while it traces, and keep the result.
+
+    As torch.compiler.assume_constant_result, which imports the tracer.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def _open(tracer: ModuleType, layers: type) -> None:

@@ -23,7 +23,7 @@ from . import cells, regularise, replay, unrolled
 from .cell import Cell
 from .cpu.engine import DTYPES
 from .dynamo import admit
-from .functional import Parameters, observer, refusal, unchecked_layer
+from .functional import Parameters, flat, observer, refusal, unchecked_layer
 from .program import build
 from .ragged import Lengths, Ragged, backward_in_time
 from .stream import Stream
@@ -44,6 +44,10 @@ class Mistake(NotTaken):
     def __init__(self, text: str, error: type[Exception] = RuntimeError) -> None:
         super().__init__(text)
         self.error = error
+
+
+class NotExported(RuntimeError):
+    """What torch.export cannot take in."""
 
 
 class Batch(NamedTuple):
@@ -121,9 +125,8 @@ class DropIn(torch.nn.Module):
             if observer() is None and call.dtype is None and self._steady():
                 replay.remember(self, input, hx, call)
             return self._run(input, call)
-        if isinstance(input, torch.fx.Proxy):  # torch.fx keeps modules whole that are torch's own
-            tracer: Any = input.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), {})
+        if isinstance(input, torch.fx.Proxy):
+            return self._leaf(input, hx)
         try:
             return self._forward_in_torch(input, hx)
         except Mistake as wrong:
@@ -137,6 +140,18 @@ class DropIn(torch.nn.Module):
     def _forward_in_torch(self, input: Any, hx: Any) -> Any:
         """The call as torch runs it."""
         return super().forward(input, hx)
+
+    def _leaf(self, input: torch.fx.Proxy, hx: Any, **options: Any) -> Any:
+        """The call in a graph of torch.fx, which keeps modules whole that are torch's own."""
+        tracer: Any = input.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), options)
+
+    def __prepare_scriptable__(self) -> Any:
+        """Where torch.jit.script begins."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__module__}.{type(self).__name__}: use torch.compile or "
+            "torch.export, or make the model's layers torch.nn's own by fastcells.revert(model)"
+        )
 
     def _mistake(self, input: Any, hx: Any) -> Mistake | None:
         """What is wrong with a call that torch refused, if that can be told."""
@@ -386,19 +401,30 @@ class OverTime(regularise.Dropping, DropIn):
         output) were after every step: one Tensor, laid out as the output with H for its features, or a tuple of them.
 
         Raises TypeError, ValueError for lengths, reset or reset_to of another kind, shape or range; ValueError for
-        reverse with bidirectional layers, and for return_cell_states of a cell that has but a hidden state.
+        reverse with bidirectional layers, and for return_cell_states of a cell that has but a hidden state; under
+        torch.export NotExported, a RuntimeError, for what it cannot take in: reset, reverse, a PackedSequence.
         """
-        whole = lengths is None and reset is None and reset_to is None and not reverse
-        between = not whole or isinstance(input, PackedSequence) or (self.training and self._random())
-        if torch.compiler.is_dynamo_compiling() and between:
-            # How many steps and stretches there are is in the data, and masks belong to a cell made for them.
-            options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "reverse": reverse}
+        ragged = lengths is not None or reset is not None or reset_to is not None or reverse
+        # How many steps and stretches there are is in the data.
+        unknown = (ragged or isinstance(input, PackedSequence)) and not torch.compiler.is_exporting()
+        between = torch.compiler.is_dynamo_compiling() and (unknown or return_cell_states)
+        if not ragged and not return_cell_states and not between:
+            return super().forward(input, hx)
+        options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "reverse": reverse}
+        if isinstance(input, torch.fx.Proxy):
+            return self._leaf(input, hx, **options, return_cell_states=return_cell_states)
+        if ragged and torch.compiler.is_exporting():
+            if lengths is None or reset is not None or reverse or return_cell_states:
+                what = "reset, reverse, and return_cell_states with lengths,"
+                raise NotExported(f"{type(self).__name__}: {what} cannot be exported")
+            return self._exported(input, hx, lengths)
+        if between:
             call = partial(OverTime.forward, self, **options, return_cell_states=return_cell_states)
             return _between_graphs(call, input, hx)
         plain = self._with_cell_states if return_cell_states else super().forward
-        if whole:
+        if not ragged:
             return plain(input, hx)
-        input, hx, finish = self._ragged(input, hx, lengths, reset, reset_to, reverse)
+        input, hx, finish = self._ragged(input, hx, **options)
         return finish(plain(input, hx))
 
     def _with_cell_states(self, input: Any, hx: Any) -> Any:
@@ -415,6 +441,26 @@ class OverTime(regularise.Dropping, DropIn):
                 super().forward(input, hx)  # raises what torch.nn raises
                 raise
             return self._run(input, call, unrolled.layer, return_cell_states=True)
+
+    def _exported(self, input: Any, hx: Any, lengths: Any) -> Any:
+        """The call with lengths in an exported program, where they are not known yet."""
+        try:
+            call = self._read(input, hx)
+        except NotTaken as reason:
+            raise NotExported(f"{type(self).__name__}: a call with lengths is not exported: {reason}") from None
+        ends = torch.as_tensor(lengths).reshape(-1)
+        if ends.shape != (call.batch.size,) or ends.is_floating_point() or ends.dtype is torch.bool:
+            raise ValueError(
+                f"lengths must be integers of shape ({call.batch.size},), one for each sequence, "
+                f"got {ends.dtype} of shape {tuple(ends.shape)}"
+            )
+
+        def layer(cell: Cell, x: Tensor, states: Any, parameters: Sequence, batch_sizes: None) -> tuple:
+            given = cell.key, x, list(states or ()), flat(parameters), ends, len(parameters)
+            y, *finals = torch.ops.fastcells.layer_of_lengths(*given)
+            return y, tuple(finals)
+
+        return self._run(input, call, layer)
 
     def stream(self, batch_size: int = 1) -> Stream:
         """The layers as a `Stream`: one time step of `batch_size` sequences at a time, the state kept inside.
@@ -490,6 +536,8 @@ class OverTime(regularise.Dropping, DropIn):
     def _batch(self, input: Any) -> Batch:
         rows = self.num_layers * (2 if self.bidirectional else 1)
         if isinstance(input, PackedSequence):
+            if torch.compiler.is_exporting():
+                raise NotExported(f"{type(self).__name__}: a PackedSequence cannot be exported: pad it, give lengths=")
             size = _packed_size(input)
             return Batch(input.data, size, (rows, size), input.batch_sizes)
         if not isinstance(input, Tensor):

@@ -3,6 +3,9 @@
 `fastcells::layer` is `functional.layer` with flat arguments, `fastcells::layer_backward` its gradient. Plain eager
 calls do not come here; both ways end in the same kernels. Under forward-mode differentiation, and for derivatives of
 derivatives, the layer is taken apart into torch's operations (`unrolled`).
+
+`fastcells::layer_of_lengths` is the call with lengths in exported programs: how many tokens there are is in the data.
+Its gradient runs the layer anew, and is not itself differentiable.
 """
 
 from __future__ import annotations
@@ -30,6 +33,11 @@ LIBRARY.define(f"layer({CALL}, bool training=False) -> Tensor[]", tags=torch.Tag
 LIBRARY.define(
     f"layer_backward({CALL}, bool feed, Tensor[] kept, Tensor?[] cotangents, bool[] wanted) -> Tensor[]",
     tags=torch.Tag.pt2_compliant_tag,
+)
+OF_LENGTHS = "str cell, Tensor x, Tensor[] states, Tensor?[] parameters, Tensor lengths, int directions"
+LIBRARY.define(f"layer_of_lengths({OF_LENGTHS}) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag)
+LIBRARY.define(
+    f"layer_of_lengths_backward({OF_LENGTHS}, Tensor?[] cotangents) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag
 )
 OPS: Any = torch.ops.fastcells
 
@@ -176,8 +184,28 @@ def _chosen(wanted: Sequence[bool], *groups: Sequence[Tensor | None]) -> list[Te
     return [g for group, want in zip(groups, wanted, strict=True) if want for g in group if g is not None]
 
 
+def _layer_of_lengths(cell, x, states, parameters, lengths, directions) -> list[Tensor]:
+    call = Call(cell, x, states, [], parameters, None, directions)
+    y, finals = functional.layer(call.cell, call.x, call.states, call.parameters, lengths=lengths)
+    return [y, *finals]
+
+
+def _layer_of_lengths_backward(cell, x, states, parameters, lengths, directions, cotangents) -> list[Tensor]:
+    """Of x, states and those parameters that are given."""
+    split = _Split(1, len(states), len(parameters))
+    tensors = [None if t is None else t.detach().requires_grad_() for t in (x, *states, *parameters)]
+    (x,), states, parameters = split(tensors)
+    with torch.inference_mode(False), torch.enable_grad():  # the former: although within an operation
+        results = _layer_of_lengths(cell, x, states, parameters, lengths, directions)
+    given = [k for k, d in enumerate(cotangents) if d is not None]
+    inputs = [t for t in tensors if t is not None]
+    return list(torch.autograd.grad([results[k] for k in given], inputs, [cotangents[k] for k in given]))
+
+
 LIBRARY.impl("layer", _layer, "CPU")
 LIBRARY.impl("layer_backward", _layer_backward, "CPU")
+LIBRARY.impl("layer_of_lengths", _layer_of_lengths, "CPU")
+LIBRARY.impl("layer_of_lengths_backward", _layer_of_lengths_backward, "CPU")
 
 
 # What stands in for them while something traces
@@ -195,6 +223,16 @@ def _(cell, x, states, inputs, parameters, batch_sizes, directions, feed, kept, 
         return None if t is None else t.new_empty(t.shape)
 
     return _chosen(wanted, *([like(t) for t in group] for group in ([x], states, inputs, parameters)))
+
+
+@torch.library.register_fake("fastcells::layer_of_lengths", lib=LIBRARY)
+def _(cell, x, states, parameters, lengths, directions):
+    return [*Call(cell, x, states, [], parameters, None, directions).results()]
+
+
+@torch.library.register_fake("fastcells::layer_of_lengths_backward", lib=LIBRARY)
+def _(cell, x, states, parameters, lengths, directions, cotangents):
+    return [t.new_empty(t.shape) for t in (x, *states, *parameters) if t is not None]
 
 
 # Differentiation
@@ -261,6 +299,25 @@ class _Layer(Function):
         return None, None, None, None, None, *grads
 
 
+class _LayerOfLengths(Function):
+    @staticmethod
+    def forward(ctx, cell, lengths, directions, split, *tensors):
+        (x,), states, parameters = split(tensors)
+        ctx.set_materialize_grads(False)
+        ctx.cell, ctx.directions, ctx.split = cell, directions, split
+        ctx.save_for_backward(lengths, *tensors)
+        return tuple(_below_autograd(OPS.layer_of_lengths, cell, x, states, parameters, lengths, directions))
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        lengths, *tensors = ctx.saved_tensors
+        (x,), states, parameters = ctx.split(tensors)
+        call = ctx.cell, x, states, parameters, lengths, ctx.directions
+        found = iter(OPS.layer_of_lengths_backward(*call, cotangents))
+        grads = [None if t is None else next(found) for t in tensors]
+        return None, None, None, None, *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[4:], strict=True))
+
+
 class _Gradient(Function):
     @staticmethod
     def forward(ctx, cell, batch_sizes, directions, feed, wanted, split, *tensors):
@@ -317,8 +374,25 @@ def _layer_backward_autograd(
     return _below_autograd(OPS.layer_backward, *args)
 
 
+def _layer_of_lengths_autograd(cell, x, states, parameters, lengths, directions):
+    tensors = [x, *states, *parameters]
+    if _differentiable(tensors):
+        split = _Split(1, len(states), len(parameters))
+        return _apply(_LayerOfLengths, cell, lengths, directions, split, *tensors)
+    return _below_autograd(OPS.layer_of_lengths, cell, x, states, parameters, lengths, directions)
+
+
+def _layer_of_lengths_backward_autograd(cell, x, states, parameters, lengths, directions, cotangents):
+    if _differentiable([x, *states, *parameters, *cotangents]):
+        raise RuntimeError("an exported program has no second derivatives of layers with lengths")
+    args = cell, x, states, parameters, lengths, directions, cotangents
+    return _below_autograd(OPS.layer_of_lengths_backward, *args)
+
+
 LIBRARY.impl("layer", _layer_autograd, "Autograd")
 LIBRARY.impl("layer_backward", _layer_backward_autograd, "Autograd")
+LIBRARY.impl("layer_of_lengths", _layer_of_lengths_autograd, "Autograd")
+LIBRARY.impl("layer_of_lengths_backward", _layer_of_lengths_backward_autograd, "Autograd")
 
 
 # Autocast: computed in float32 (or float64), whatever autocast would have its products be

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
 
 from .cell import Cell, Names, Recurrent, cell
+from .dynamo import constant
 from .expression import less, where
 from .functional import Parameters, unchecked_layer
 
@@ -91,11 +92,16 @@ def _rate(name: str, rate: Any) -> float:
     return float(rate)
 
 
-@lru_cache(maxsize=256)
+@constant
 def masked(base: Cell, dropped: bool, zoned: tuple[str, ...]) -> Cell:
     """The cell whose products take in `recurrent_mask` times their vector (Gal & Ghahramani 2016), if dropped, and
     whose states named in zoned stay as they were where `zoneout_<state>` is 1 (Krueger et al. 2017).
     """
+    return _masked(base, dropped, zoned)
+
+
+@lru_cache(maxsize=256)
+def _masked(base: Cell, dropped: bool, zoned: tuple[str, ...]) -> Cell:
 
     @cell(
         " ".join(base.gates),

@@ -5,13 +5,14 @@ import re
 
 import pytest
 import torch
-from helpers import Case, cast, check, compare, record, relative_error
+from helpers import Case, cast, check, compare, cotangents, leaves, outputs, record, relative_error
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_map
 
 import fastcells
-from fastcells import cells
+from fastcells import cell, cells
 from fastcells.cell import registered
+from fastcells.expression import sigmoid, tanh
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -128,6 +129,106 @@ def test_compiled(case, operations):
             assert relative_error(got[name], t) < 1e-6, name
 
 
+@cell(gates="f z", parameters="slope=1", scalars="beta=0.5")
+def own(x, u, s, p):
+    """A minimal gated unit with parameters."""
+    f = sigmoid(x.f + u.f)
+    return s.h + p.beta * f * (tanh(p.slope * x.z + u.z(f * s.h)) - s.h)
+
+
+def recurrent(cell, **options):
+    torch.manual_seed(0)
+    return fastcells.nn.Recurrent(cell, 4, 6, **options, dtype=torch.float64)
+
+
+OPTIONS = {
+    **{f"{name} {layout}": Case(name, bias=False, layout=layout, states=True, **DEEP)
+       for name in ("lstm", "lstm_proj", "gru", "rnn_tanh") for layout in ("padded", "strided", "unbatched")},
+    "batch_first": Case("gru", num_layers=3, batch_first=True, states=True),
+    "dropout": Case("lstm", num_layers=3, bidirectional=True, dropout=0.4),
+    "own cell": lambda: recurrent(own),
+    "own cell, deep": lambda: recurrent(own, batch_first=True, bias=False, **DEEP),
+    "own cell, dropout": lambda: recurrent(own, num_layers=2, dropout=0.4),
+    "own cell, projected": lambda: recurrent(cells.lstm, proj_size=3, **DEEP),
+    "weight dropout": lambda: recurrent(own, weight_dropout=0.4),
+    "recurrent dropout, zoneout": lambda: recurrent(cells.gru_reset_before, recurrent_dropout=0.3, zoneout=0.2),
+    "zoneout": lambda: recurrent(cells.peephole_lstm, zoneout=(0.0, 0.5)),
+}  # fmt: skip
+"""What changes a gradient, and is not above."""
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_compiled_option(option, operations):
+    """With the same draws from the same seed."""
+    made = OPTIONS[option]
+    module, (x, hx) = (made.module(fastcells.nn), made.data()) if isinstance(made, Case) else (made(), Case().data())
+    expected = record(module, x, hx)
+    operations.clear()
+    got = record(Compiled(module, backend="aot_eager"), x, hx)
+    assert len(operations) == module.num_layers
+    check({name.replace("module.", ""): t for name, t in got.items()}, expected)
+
+
+@pytest.mark.parametrize("name", ["output", "h_n", "c_n", "input", "weight_hh_l0", "bias_ih_l1_reverse", "c_0"])
+def test_compiled_for_one_output_or_gradient(name):
+    """As one loss uses one output; as all but one leaf are frozen."""
+    module, (x, hx) = (case := Case("lstm", states=True, **DEEP)).module(fastcells.nn), case.data()
+    if name in ("output", "h_n", "c_n"):
+        got = record(Compiled(module, backend="aot_eager"), x, hx, [name])
+        check({name.replace("module.", ""): t for name, t in got.items()}, record(module, x, hx, [name]))
+        return
+    module.requires_grad_(False)
+    x, hx, named = leaves(module, x, hx)
+    for other, leaf in named.items():
+        leaf.requires_grad_(other == name)
+    results = []
+    for run in (torch.compile(module, backend="aot_eager", fullgraph=True), module):
+        y, (h, c) = run(x, hx)
+        (gradient,) = torch.autograd.grad(y.square().sum() + h.sin().sum() + c.cos().sum(), named[name])
+        results.append({name: gradient})
+    check(*results)
+
+
+BETWEEN = {
+    "lengths": {"lengths": torch.tensor([5, 2, 3])},
+    "reset": {"reset": torch.rand(5, 3, generator=torch.Generator().manual_seed(0)) < 0.3, "reset_to": 0},
+    "reverse": {"reverse": True},
+    "cell states": {"return_cell_states": True},
+    "cell states, lengths": {"return_cell_states": True, "lengths": torch.tensor([5, 2, 3])},
+}
+
+
+@pytest.mark.parametrize("options", BETWEEN)
+def test_compiled_around(options, operations):
+    """Calls that run between the graphs, with something to compile before and after."""
+    module, x = Case("lstm", num_layers=2).module(fastcells.nn), Case().data()[0]
+
+    def loss(x):
+        results = module(x * 2, **BETWEEN[options])
+        y, (h, c), *series = results
+        return (y.sin() * 3).sum() + h.square().sum() + c.cos().sum() + sum(t.square().sum() for t in series)
+
+    found = []
+    for run in (loss, torch.compile(loss, backend="aot_eager")):
+        operations.clear()
+        given = x.clone().requires_grad_()
+        value = run(given)
+        found.append(dict(zip(["x", *dict(module.named_parameters())],
+                              torch.autograd.grad(value, [given, *module.parameters()]), strict=True)))  # fmt: skip
+        found[-1]["loss"] = value.detach()
+        assert len(operations) == 2
+    check(*found)
+
+
+def test_compiled_packed():
+    """Torch's own packing breaks the graph; the results are those of the eager layer."""
+    module, (x, hx) = (case := Case("gru", layout="shuffled", states=True, **DEEP)).module(fastcells.nn), case.data()
+    compiled = Compiled(module, backend="aot_eager")
+    compiled.run = torch.compile(module, backend="aot_eager")
+    got = record(compiled, x, hx)
+    check({name.replace("module.", ""): t for name, t in got.items()}, record(module, x, hx))
+
+
 class Compiled(torch.nn.RNNBase):
     """A module compiled with fullgraph=True, as `record` takes it."""
 
@@ -238,6 +339,63 @@ def test_mistakes_are_told_when_compiled():
     compiled = torch.compile(fastcells.nn.GRU(4, 5), backend="eager")
     with pytest.raises(RuntimeError, match=r"input_size|input.size"):
         compiled(torch.randn(6, 3, 7))
+
+
+# torch.export
+
+
+class WithLengths(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, lengths, hx=None):
+        return self.layer(x, hx, lengths=lengths)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_exported_and_loaded(cell, strict, tmp_path):
+    module, (x, hx) = (case := Case(cell, states=True, **DEEP)).module(fastcells.nn), case.data()
+    torch.export.save(torch.export.export(module, (x, hx), strict=strict), tmp_path / "model.pt2")
+    loaded = Compiled(module, backend="eager")
+    loaded.module = loaded.run = torch.export.load(tmp_path / "model.pt2").module()
+    got = {name.replace("module.", ""): t for name, t in record(loaded, x, hx).items()}
+    expected = record(module, x, hx)
+    check({name: got[name] for name in expected}, expected)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_exported_with_lengths(cell):
+    """Lengths of any kind afterwards; gradients too, and those of the compiled program."""
+    module, (x, hx) = (case := Case(cell, states=True, **DEEP)).module(fastcells.nn), case.data()
+    program = torch.export.export(WithLengths(module), (x, torch.tensor([5, 5, 5]), hx)).module()
+    program.load_state_dict(WithLengths(module).state_dict())
+    compiled = torch.compile(program, backend="aot_eager", fullgraph=True)
+
+    def gradients(run, owner, lengths):
+        given_x, given_hx, _ = leaves(module, x, hx)
+        result = outputs(module, run(given_x, torch.tensor(lengths), given_hx))
+        states = given_hx if isinstance(given_hx, tuple) else (given_hx,)
+        wanted = [given_x, *states, *owner.parameters()]
+        found = torch.autograd.grad(list(result.values()), wanted, list(cotangents(result).values()))
+        return {**result, **{f"gradient {k}": g for k, g in enumerate(found)}}
+
+    for lengths in ([5, 2, 3], [0, 5, 1]):
+        expected = gradients(WithLengths(module), module, lengths)
+        check(gradients(program, program, lengths), expected)
+        check(gradients(compiled, program, lengths), expected)
+    with pytest.raises(ValueError, match="lengths must be between 0 and 5"):
+        program(x, torch.tensor([6, 1, 1]), hx)
+    y = program(x, torch.tensor([5, 2, 3]), hx)[0]
+    with pytest.raises(RuntimeError, match="no second derivatives of layers with lengths"):
+        torch.autograd.grad(y.sum(), list(program.parameters()), create_graph=True)
+
+
+@pytest.mark.parametrize("lengths", [[5, 2], [5.0, 2.0, 1.0]])
+def test_exported_with_wrong_lengths(lengths):
+    with pytest.raises(ValueError, match=r"lengths must be integers of shape \(3,\), .* got torch"):
+        torch.export.export(WithLengths(fastcells.nn.GRU(4, 6)), (torch.randn(5, 3, 4), torch.tensor(lengths)))
 
 
 # Modes that look at operations

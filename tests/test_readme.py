@@ -10,6 +10,24 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"<!-- runs -->\n```python\n(.*?)```", README, re.DOTALL)
 
 
+NAMED = re.findall(r"`(tests/\w+\.py)::(\w+)`", README)
+
+
+def test_the_tests_that_are_named_exist():
+    assert len(NAMED) > 30
+    for file, name in NAMED:
+        defined = re.findall(r"^def (test_\w+)\(", (Path(__file__).parent.parent / file).read_text(), re.MULTILINE)
+        assert name in defined, f"{file} has no {name}"
+
+
+def test_every_capability_names_a_test_or_says_no():
+    (table,) = re.findall(r"<!-- capabilities -->\n(.*?)<!-- /capabilities -->", README, re.DOTALL)
+    _, _, *rows = table.strip().splitlines()
+    for row in rows:
+        *_, ours = row.strip("|").split("|")
+        assert "::test_" in ours or ours.strip().startswith("no:"), row
+
+
 def run(example):
     torch.manual_seed(0)
     scope = {"__name__": "example"}

@@ -630,7 +630,7 @@ def _derived_gradients(
     their gradients, [N, H] each, to which is added.
     """
     count = len(r.cell.states)
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():  # the former: also within a registered operation
         given = [s.detach().requires_grad_() for s in states[:count]]
         wide = {n: (t.detach().expand(totals[n].shape) if n in totals else t.detach()) for n, t in own.items()}
         wide = {n: t.requires_grad_() for n, t in wide.items()}
