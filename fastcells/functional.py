@@ -161,9 +161,11 @@ def unchecked_layer(
     batch_sizes: Tensor | None = None,
     inputs: Sequence[Tensor] = (),
     return_cell_states: bool = False,
+    recompute: bool = False,
 ) -> tuple[Any, ...]:
     """`layer` for callers that have checked the arguments themselves: kernels go by raw addresses.
 
+    recompute: keep only the arguments for the backward pass, which runs forward once more.
     Under torch.profiler it is named after the cell, fastcells::lstm, and its backward fastcells::lstm_backward.
     """
     if observer() is not None:
@@ -174,8 +176,8 @@ def unchecked_layer(
         return y, tuple(finals)
     if torch.autograd._profiler_enabled():
         with record_function(f"fastcells::{cell.name}"):
-            return _run(cell, x, states, parameters, batch_sizes, inputs, return_cell_states)
-    return _run(cell, x, states, parameters, batch_sizes, inputs, return_cell_states)
+            return _run(cell, x, states, parameters, batch_sizes, inputs, return_cell_states, recompute)
+    return _run(cell, x, states, parameters, batch_sizes, inputs, return_cell_states, recompute)
 
 
 def _run(
@@ -186,10 +188,11 @@ def _run(
     batch_sizes: Tensor | None,
     inputs: Sequence[Tensor],
     return_cell_states: bool,
+    recompute: bool,
 ) -> tuple[Any, ...]:
     tensors = [x, *(states or ()), *inputs, *flat(parameters)]
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
-        call = Invocation(cell, batch_sizes, len(parameters), states is not None, return_cell_states)
+        call = Invocation(cell, batch_sizes, len(parameters), states is not None, return_cell_states, recompute)
         y, *more = call(tensors)
         count = len(cell.states)
         return (y, tuple(more[:count]), tuple(more[count:])) if return_cell_states else (y, tuple(more))
@@ -317,10 +320,11 @@ class Invocation:
         directions: int,
         given: bool,
         return_cell_states: bool = False,
+        recompute: bool = False,
         again: cpu.Forward | None = None,
     ) -> None:
         self.cell, self.batch_sizes, self.directions, self.given = cell, batch_sizes, directions, given
-        self.return_cell_states, self.again = return_cell_states, again
+        self.return_cell_states, self.recompute, self.again = return_cell_states, recompute, again
         self._known: dict[tuple, Known] = {}
 
     def __call__(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -334,20 +338,26 @@ class Invocation:
         if self.again is None:
             x, states, inputs, parameters = self.split(tensors)
             ctx.sequences, ctx.feed = cpu.Sequences(x, self.batch_sizes), any([t.requires_grad for t in inputs])
-            arguments = self.cell, x, states, parameters, ctx.sequences, True, inputs, ctx.feed
+            training = self.return_cell_states or not self.recompute
+            arguments = self.cell, x, states, parameters, ctx.sequences, training, inputs, ctx.feed
             forward, whole = cpu.prepared(*arguments)
         else:
             forward, whole = self.again, list(tensors)
         y, finals, saved = forward.start(whole)
         ctx.call, ctx.plan, ctx.inputs = self, saved.plan, len(tensors)
-        ctx.save_for_backward(*tensors, y, *saved.slots, *saved.series)
+        ctx.save_for_backward(*tensors, *([] if self.recompute else [y, *saved.slots, *saved.series]))
         return y, *finals, *(_others(self.cell, y, saved) if self.return_cell_states else ())
 
     def backward(self, ctx: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        if self.recompute:
+            x, states, inputs, parameters = self.split(tensors)
+            with torch.no_grad():
+                y, _, saved = cpu.forward(self.cell, x, states, parameters, ctx.sequences, True, inputs, ctx.feed)
+            tensors = *tensors, y, *saved.slots, *saved.series
         if torch.is_grad_enabled():  # create_graph: the derivative must itself be differentiable
             return self._differentiable(ctx, tensors[: ctx.inputs], needs, cotangents, tensors[ctx.inputs :])
-        keeps = _keeps_graph()
+        keeps = _keeps_graph() and not self.recompute
         key: tuple = ()
         if self.again is not None:
             cotangents = tuple([cpu.usable(t) for t in cotangents])

@@ -373,6 +373,15 @@ class OverTime(regularise.Dropping, DropIn):
     batch_first: bool
     bidirectional: bool
     proj_size: int
+    recompute: bool = False  # on the class, for layers that were torch.nn's
+
+    def _steady(self) -> bool:
+        return super()._steady() and not (self.recompute and torch.is_grad_enabled())
+
+    def _run(self, input: Any, call: Call, layer: Callable = unchecked_layer, return_cell_states: bool = False) -> Any:
+        if self.recompute and layer is unchecked_layer:
+            layer = partial(unchecked_layer, recompute=True)
+        return super()._run(input, call, layer, return_cell_states)
 
     def forward(
         self,
@@ -600,13 +609,17 @@ class LayerModule(OverTime, original.RNNBase):
         recurrent_dropout: float = 0.0,
         zoneout: float | Sequence[float] = 0.0,
         weight_dropout: float = 0.0,
+        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
-        """torch.nn's arguments, and by name those of `Recurrent` for what training drops. Raises what torch.nn raises,
-        and ValueError for rates out of range and for recurrent_dropout or zoneout with a projection."""
+        """torch.nn's arguments, and by name those of `Recurrent` for what training drops and keeps. Raises what
+        torch.nn raises, and ValueError for rates out of range and for recurrent_dropout or zoneout with a projection.
+        """
         super().__init__(*args, **kwargs)
+        self.recompute = bool(recompute)
         if recurrent_dropout or zoneout or weight_dropout:
             self._regularise(recurrent_dropout, zoneout, weight_dropout)
+        self.recompute = bool(recompute)
 
     def _forward_in_torch(self, input: Any, hx: Any) -> Any:
         if self.training and self._random():  # which torch.nn's layers have no notion of
@@ -738,6 +751,10 @@ class Recurrent(OverTime):
 
     After a `reset` the masks are those of a new sequence.
 
+    recompute: keep nothing but the arguments of a call for the backward pass, which runs forward once more (Chen et al.
+    2016): between the passes there is nothing in memory besides the output. May be set at any time; what compiles the
+    layers decides for itself.
+
     The layer runs on the engine, and where that does not take the call (other devices and formats, torch.func,
     torch.compile) as a loop of torch operations over the cell's function.
 
@@ -762,6 +779,7 @@ class Recurrent(OverTime):
         recurrent_dropout: float = 0.0,
         zoneout: float | Sequence[float] = 0.0,
         weight_dropout: float = 0.0,
+        recompute: bool = False,
     ) -> None:
         if not isinstance(cell, Cell):
             raise TypeError(f"cell must be a Cell, as the decorator fastcells.cell makes, got {type(cell).__name__}")

@@ -100,15 +100,15 @@ def _fresh():
 
 @pytest.fixture
 def operations(monkeypatch):
-    """The calls of the registered operation."""
+    """The forward calls of the engine."""
     calls = []
-    original = fastcells.cpu.layer.forward
+    original = fastcells.cpu.layer.Forward.start
 
-    def counted(cell, *args, **options):
-        calls.append(cell.name)
-        return original(cell, *args, **options)
+    def counted(call, tensors):
+        calls.append(call.cell.name)
+        return original(call, tensors)
 
-    monkeypatch.setattr(fastcells.cpu.layer, "forward", counted)
+    monkeypatch.setattr(fastcells.cpu.layer.Forward, "start", counted)
     return calls
 
 

@@ -94,6 +94,7 @@ class Forward(Call):
     ) -> None:
         super().__init__()
         p, item, dtype = r.programs, r.item, r.dtype
+        self.cell = r.cell
         self.plan = schedule = planned(r.cell, parameters[0], sequences, len(parameters))
         operands = Operands(item)
         x_, given = operands.given(x), [operands.given(s) for s in states or ()]
