@@ -18,15 +18,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import __version__, cells, nn, roof
+from . import __version__, cells, nn, roof, warmup
 from .cell import Cell
-from .cpu import layer as cpu
 from .cpu import store, team
 from .cpu.engine import DTYPES
 from .cpu.host import host
+from .warmup import CELLS, find_cell
 
 DTYPE = {name: dtype for dtype, name in DTYPES.items()}
-CELLS = {name: cell for name, cell in vars(cells).items() if isinstance(cell, Cell)}
 LAYERS: dict[str, tuple[Callable[..., nn.DropIn], Cell]] = {
     "lstm": (nn.LSTM, cells.lstm),
     "gru": (nn.GRU, cells.gru),
@@ -341,48 +340,19 @@ def add_warmup(commands: Any) -> None:
     parser.set_defaults(run=run_warmup, fail=parser.error)
 
 
-def find_cell(name: str, names: Sequence[str] = tuple(CELLS)) -> Cell:
-    """A built-in cell by name, or another one by MODULE:NAME. names: to choose from, for the message. Raises ValueError
-    where there is none."""
-    if name in CELLS:
-        return CELLS[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ValueError(f"invalid choice: {name!r} (choose from {', '.join(names)}, or give MODULE:NAME)")
-    sys.path.insert(0, "")  # as python -c: modules of the current folder
-    try:
-        found = getattr(importlib.import_module(module), attribute, None)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"cannot import {module!r}: {error}") from error
-    finally:
-        sys.path.remove("")
-    if not isinstance(found, Cell):
-        raise ValueError(f"{name!r} must name a Cell, got {type(found).__name__}")
-    return found
-
-
 def run_warmup(arguments: argparse.Namespace) -> None:
-    from .cpu.engine import _pack, plain
-    from .cpu.script import driver
-
-    profiler = importlib.import_module("fastcells.profile")
-    chosen = []
     for name in arguments.cells:
         try:
-            chosen.append(find_cell(name))
+            find_cell(name)
         except ValueError as error:
             arguments.fail(f"argument CELL: {error}")
     os.environ.setdefault("FASTCELLS_QUIET", "1")  # each kernel has a line of its own
-    width = max(len(cell.name) for cell in chosen) + len("_projected_backward_float64")
-    for name in arguments.dtype or ["float32"]:
-        dtype = DTYPE[name]
-        makers: list = [driver, partial(_pack, dtype), *[partial(getattr, r, "kernel") for r in plain(dtype)]]
-        for cell in chosen:
-            ready = cpu.ready(cell, arguments.projection, dtype)
-            makers += [partial(getattr, r, "kernel") for r in (ready.forward, ready.backward)]
-        for make in makers:
-            kernel = make()
-            print(f"{kernel.name:{width}}  {profiler.compiled(kernel.compiled)}", flush=True)
+    compiled = importlib.import_module("fastcells.profile").compiled
+    wants = warmup.wanted(
+        arguments.cells, [DTYPE[name] for name in arguments.dtype or ["float32"]], arguments.projection
+    )
+    for name, seconds in warmup.run(wants):
+        print(f"{name:36} {compiled(seconds)}", flush=True)
     print(f"kept in {cache()['folder']}")
 
 

@@ -237,7 +237,7 @@ class Runner:
         strides = (self.item, row) if transposed else (row, self.item)
         words: list[Address] = [address, weight.at, units, depth, *strides, self.shapes[stage].block, gates]
         words += [o * row for o in offsets]
-        script.launch(_pack(self.dtype), words, threads=threads if count > 1 << 14 else 1, first=first, wait=wait)
+        script.launch(packing(self.dtype), words, threads=threads if count > 1 << 14 else 1, first=first, wait=wait)
         return Product(depth, address, depth * gates * self.vector, 0, gates * self.vector)
 
     def readable(self, transposed: bool, units: int) -> bool:
@@ -254,7 +254,7 @@ class Runner:
 
 
 @lru_cache
-def _pack(dtype: torch.dtype) -> store.Kernel:
+def packing(dtype: torch.dtype) -> store.Kernel:
     def make():
         from .copies import make_pack
 
@@ -264,7 +264,7 @@ def _pack(dtype: torch.dtype) -> store.Kernel:
 
 
 @lru_cache
-def _turn(dtype: torch.dtype) -> store.Kernel:
+def turning(dtype: torch.dtype) -> store.Kernel:
     def make():
         from .copies import make_turn
 
@@ -277,7 +277,7 @@ def turned(script: Script, dtype: torch.dtype, source: Buffer, target: Buffer, *
     """target = source.T. target: rows of whole vectors, what is past their end is lost."""
     rows, columns = source.shape
     words: list[Address] = [target.at, target.strides[0], source.at, source.strides[0], rows, columns]
-    script.launch(_turn(dtype), words, **options)
+    script.launch(turning(dtype), words, **options)
 
 
 # ---- plain linear algebra, of the same tiles ----

@@ -5,9 +5,9 @@ A kernel is `member(frame, thread, team)`: what one thread of a team does of a c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -27,13 +27,27 @@ from .geometry import (
     tile_shape,
 )
 from .simd import FORMATS, I64, i64
-from .tile import make_tile
+from .store import Linked
+from .tile import TILE, TILE_ARGUMENTS, TILE_TYPE, tile_module
 
 STEPS, ROWS, SHARES, THREADS = WORD["steps"], WORD["rows"], WORD["shares"], WORD["threads"]
 POSITIONS, FIRST, DELTA = WORD["positions"], WORD["first"], WORD["delta"]
 COUNTS, SPLIT, BARRIER, YIELD = WORD["counts"], WORD["split"], WORD["barrier"], WORD["yield"]
 ROW_BLOCK, DEPTH_BLOCK = WORD["row_block"], WORD["depth_block"]
 SCRATCH, SCRATCH_THREAD = WORD["scratch"], WORD["scratch_thread"]
+
+# Of the program, read from tables that are linked in: numbers, then one for each stage (widths: MAX_WIDTHS for each).
+TABLES = (
+    "stages",
+    "lanes",
+    "looks_ahead",
+    "stage_word",
+    "by_row",
+    "max_rows",
+    "widths",
+    "partial_width",
+    "row_scratch",
+)
 
 SPINS = 4000  # of a waiting thread, some 20 us, before it offers the processor to others
 
@@ -187,133 +201,176 @@ def make_driver() -> Callable:
     return member
 
 
-def make_recurrence(program: Program, dtype: str, registers: int, lanes: int) -> Callable:
+UNITS_AT, SKIP_AT, DEPTH_AT, DOT_AT = (STAGE_WORDS.index(n) for n in ("units", "skip", "depth", "dot"))
+
+
+def _table(name: str) -> Any:
+    """An intrinsic that reads a number of a table of the program's, by its index."""
+
+    @intrinsic
+    def read(typingctx, index):
+        def emit(context, b, signature, args):
+            symbol = TABLE.format(name)
+            if (table := b.module.globals.get(symbol)) is None:
+                table = ir.GlobalVariable(b.module, ir.ArrayType(I64, 1), symbol)
+                table.global_constant = True
+            return b.load(b.gep(table, [i64(0), args[0]]))
+
+        return types.int64(types.int64), emit
+
+    return read
+
+
+TABLE = "fastcells_{}"
+stages, lanes, looks_ahead, stage_word, by_row, max_rows, widths, partial_width, row_scratch = map(_table, TABLES)
+
+
+def make_recurrence(program: Program, dtype: str, registers: int, vector_lanes: int) -> Linked:
     """The kernel that runs a program over time."""
-    shapes = [tile_shape(s, registers, lanes) for s in program.stages]
-    tile = make_tile(program, dtype, shapes)
-    stages = len(shapes)
-    looks_ahead = any(p.when == "after" for s in program.stages for part in s.parts for p in part.loads.values())
-    vector_bytes = lanes * FORMATS[dtype].bytes
-    stage_word = np.array(Layout(program).stage)
-    max_rows = np.array([s.rows for s in shapes])
-    widths = np.zeros((stages, MAX_WIDTHS), np.int64)
-    for k, s in enumerate(shapes):
-        widths[k, : len(s.widths)] = s.widths
-    advance = np.maximum(widths, 1)  # the last width, 0, is a vector of which not all lanes exist
-    partial_width = np.array([len(s.widths) - 1 for s in shapes])
-    by_row = np.array([bool(s.passes) for s in program.stages])  # all units of a row at once, as if they were a vector
-    row_scratch = np.array([scratch_row_bytes(program, s, k, vector_bytes) for k, s in enumerate(shapes)])
-    units_at, skip_at, depth_at, dot_at = (STAGE_WORDS.index(n) for n in ("units", "skip", "depth", "dot"))
+    shapes = [tile_shape(s, registers, vector_lanes) for s in program.stages]
+    vector_bytes = vector_lanes * FORMATS[dtype].bytes
+    ahead = any(p.when == "after" for s in program.stages for part in s.parts for p in part.loads.values())
+    tables: tuple[Sequence[int], ...] = (
+        [len(shapes)],
+        [vector_lanes],
+        [ahead],
+        Layout(program).stage,
+        [bool(s.passes) for s in program.stages],  # all units of a row at once, as if they were a vector
+        [s.rows for s in shapes],
+        [w for s in shapes for w in (*s.widths, *[0] * (MAX_WIDTHS - len(s.widths)))],
+        [len(s.widths) - 1 for s in shapes],
+        [scratch_row_bytes(program, s, k, vector_bytes) for k, s in enumerate(shapes)],
+    )
+    module = tile_module(program, dtype, shapes)
+    for name, numbers in zip(TABLES, tables, strict=True):
+        kind = ir.ArrayType(I64, len(numbers))
+        table = ir.GlobalVariable(module, kind, TABLE.format(name))
+        table.global_constant, table.initializer = True, ir.Constant(kind, [int(n) for n in numbers])
+    return Linked(over_time, str(module))
 
-    @njit(inline="always")
-    def sweep(frame, stage, unit, unit_end, row, row_end, back, single, is_first, is_last, now, before, after, scratch):
-        """One stage at one step for some units and rows. back: from the last units to the first, as every other step
-        does: the weights that were read last are still in the cache."""
-        words = stage_word[stage]
-        full = 1 if by_row[stage] else peek(frame, words + units_at) // lanes
-        start = peek(frame, words + skip_at) if is_first else 0
-        depth, depth_block = peek(frame, words + depth_at), peek(frame, DEPTH_BLOCK)
-        dot = peek(frame, words + dot_at) == 1
-        if dot:
-            depth_block = depth
-        piece = widths[stage, 0] if single else widths[stage, 1]
-        pieces = (unit_end - unit + piece - 1) // piece
-        for p in range(pieces):
-            at = unit + (pieces - 1 - p if back else p) * piece
-            stop = least(at + piece, unit_end)
-            while at < stop:
-                width = partial_width[stage] - 1 if dot else 0 if single else 1
-                left = least(full, stop) - at
-                if left <= 0:
-                    width = partial_width[stage]
-                else:
-                    while widths[stage, width] > left:
-                        width += 1
-                base = (stage * MAX_WIDTHS + width) * MAX_ROWS
-                begin = start
-                while True:
-                    end = least(begin + depth_block, depth)
-                    ends = end >= depth
-                    n = row
-                    while n < row_end:
-                        rows = 1 if dot else row_end - n
-                        if rows >= 2 * max_rows[stage]:
-                            rows = max_rows[stage]
-                        elif rows > max_rows[stage]:
-                            rows = (rows + 1) >> 1  # even: 4 rows are 2 + 2, not 3 + 1
-                        variant = base + DOT if dot else base if single else base + rows
-                        sums = scratch + (n - row) * row_scratch[stage]
-                        tile(
-                            frame, variant, n, at, now, before, after, is_first, is_last,
-                            begin, end, begin == start, ends, sums,
-                        )  # fmt: skip
-                        n += rows
-                    if ends:
-                        break
-                    begin = end
-                at += advance[stage, width]
 
-    @njit(inline="always")
-    def position(frame, step):
-        table = peek(frame, POSITIONS)
-        return peek(table, step) if table != 0 else peek(frame, FIRST) + step * peek(frame, DELTA)
+@intrinsic
+def tile(typingctx, frame, variant, row, unit, now, before, after, is_first, is_last, begin, end, fresh, last, scratch):
+    """One tile of the program, by `TILE_ARGUMENTS`."""
 
-    @njit(inline="always")
-    def count(frame, step):
-        table = peek(frame, COUNTS)
-        return peek(table, step) if table != 0 else peek(frame, ROWS)
+    def emit(context, b, signature, args):
+        b.call(cgutils.get_or_insert_function(b.module, TILE_TYPE, TILE), args)
+        return context.get_dummy_value()
 
-    def member(frame, thread, team):
-        steps, rows = peek(frame, STEPS), peek(frame, ROWS)
-        by_units = peek(frame, SPLIT) == 1
-        scratch = peek(frame, SCRATCH) + thread * peek(frame, SCRATCH_THREAD)
-        row_begin, row_end = 0, rows
-        if not by_units:
-            shares = peek(frame, SHARES)
-            if shares != 0 and peek(frame, THREADS) == team:
-                row_begin, row_end = peek(shares, thread), peek(shares, thread + 1)
+    return types.void(*[types.int64] * len(TILE_ARGUMENTS)), emit
+
+
+@njit(inline="always")
+def sweep(frame, stage, unit, unit_end, row, row_end, back, single, is_first, is_last, now, before, after, scratch):
+    """One stage at one step for some units and rows. back: from the last units to the first, as every other step
+    does: the weights that were read last are still in the cache."""
+    words = stage_word(stage)
+    full = 1 if by_row(stage) == 1 else peek(frame, words + UNITS_AT) // lanes(0)
+    start = peek(frame, words + SKIP_AT) if is_first else 0
+    depth, depth_block = peek(frame, words + DEPTH_AT), peek(frame, DEPTH_BLOCK)
+    dot = peek(frame, words + DOT_AT) == 1
+    if dot:
+        depth_block = depth
+    piece = widths(stage * MAX_WIDTHS) if single else widths(stage * MAX_WIDTHS + 1)
+    pieces = (unit_end - unit + piece - 1) // piece
+    for p in range(pieces):
+        at = unit + (pieces - 1 - p if back else p) * piece
+        stop = least(at + piece, unit_end)
+        while at < stop:
+            width = partial_width(stage) - 1 if dot else 0 if single else 1
+            left = least(full, stop) - at
+            if left <= 0:
+                width = partial_width(stage)
             else:
-                row_begin, row_end = rows * thread // team, rows * (thread + 1) // team
-        arrivals = 0
-        block = row_begin
-        while block < row_end:
-            block_end = least(block + peek(frame, ROW_BLOCK), row_end)
-            carried, before = 0, 0
-            for step in range(steps):
-                now, active = position(frame, step), count(frame, step)
-                continuing, after = active, 0
-                if looks_ahead:
-                    continuing = 0
-                    if step + 1 < steps:
-                        continuing, after = least(active, count(frame, step + 1)), position(frame, step + 1)
-                for stage in range(stages):
-                    unit, units = 0, (peek(frame, stage_word[stage] + units_at) + lanes - 1) // lanes
-                    if by_row[stage]:
-                        units = 1
-                    if by_units:  # in pieces that do not change which tiles there are, so that sums stay the same
-                        piece = widths[stage, 0] if active == 1 else widths[stage, 1]
-                        pieces = (units + piece - 1) // piece
-                        unit = pieces * thread // team * piece
-                        units = least(units, pieces * (thread + 1) // team * piece)
-                    n, end = block, least(block_end, active)
-                    while n < end:  # rows that begin, go on or end here differ in where they find the other steps
-                        is_first, is_last = n >= carried, n >= continuing
-                        group_end = end
-                        if not is_first:
-                            group_end = least(group_end, carried)
-                        if not is_last:
-                            group_end = least(group_end, continuing)
-                        sweep(
-                            frame, stage, unit, units, n, group_end, step & 1, active == 1,
-                            is_first, is_last, now, before, after, scratch,
-                        )  # fmt: skip
-                        n = group_end
-                    if by_units and team > 1:
-                        arrivals += team
-                        barrier(peek(frame, BARRIER), arrivals, peek(frame, YIELD))
-                carried, before = active, now
-                if step + 1 < steps:
-                    carried = least(active, count(frame, step + 1))
-            block = block_end
+                while widths(stage * MAX_WIDTHS + width) > left:
+                    width += 1
+            base = (stage * MAX_WIDTHS + width) * MAX_ROWS
+            begin = start
+            while True:
+                end = least(begin + depth_block, depth)
+                ends = end >= depth
+                n = row
+                while n < row_end:
+                    rows = 1 if dot else row_end - n
+                    if rows >= 2 * max_rows(stage):
+                        rows = max_rows(stage)
+                    elif rows > max_rows(stage):
+                        rows = (rows + 1) >> 1  # even: 4 rows are 2 + 2, not 3 + 1
+                    variant = base + DOT if dot else base if single else base + rows
+                    sums = scratch + (n - row) * row_scratch(stage)
+                    tile(
+                        frame, variant, n, at, now, before, after, is_first, is_last,
+                        begin, end, begin == start, ends, sums,
+                    )  # fmt: skip
+                    n += rows
+                if ends:
+                    break
+                begin = end
+            at += 1 if left <= 0 else widths(stage * MAX_WIDTHS + width)
 
-    return member
+
+@njit(inline="always")
+def position(frame, step):
+    table = peek(frame, POSITIONS)
+    return peek(table, step) if table != 0 else peek(frame, FIRST) + step * peek(frame, DELTA)
+
+
+@njit(inline="always")
+def count(frame, step):
+    table = peek(frame, COUNTS)
+    return peek(table, step) if table != 0 else peek(frame, ROWS)
+
+
+def over_time(frame, thread, team):
+    """What one thread does of a recurrence. Lowered once for all programs; the tables and the tile are linked in."""
+    steps, rows = peek(frame, STEPS), peek(frame, ROWS)
+    by_units = peek(frame, SPLIT) == 1
+    scratch = peek(frame, SCRATCH) + thread * peek(frame, SCRATCH_THREAD)
+    row_begin, row_end = 0, rows
+    if not by_units:
+        shares = peek(frame, SHARES)
+        if shares != 0 and peek(frame, THREADS) == team:
+            row_begin, row_end = peek(shares, thread), peek(shares, thread + 1)
+        else:
+            row_begin, row_end = rows * thread // team, rows * (thread + 1) // team
+    arrivals = 0
+    block = row_begin
+    while block < row_end:
+        block_end = least(block + peek(frame, ROW_BLOCK), row_end)
+        carried, before = 0, 0
+        for step in range(steps):
+            now, active = position(frame, step), count(frame, step)
+            continuing, after = active, 0
+            if looks_ahead(0) == 1:
+                continuing = 0
+                if step + 1 < steps:
+                    continuing, after = least(active, count(frame, step + 1)), position(frame, step + 1)
+            for stage in range(stages(0)):
+                unit, units = 0, (peek(frame, stage_word(stage) + UNITS_AT) + lanes(0) - 1) // lanes(0)
+                if by_row(stage) == 1:
+                    units = 1
+                if by_units:  # in pieces that do not change which tiles there are, so that sums stay the same
+                    piece = widths(stage * MAX_WIDTHS) if active == 1 else widths(stage * MAX_WIDTHS + 1)
+                    pieces = (units + piece - 1) // piece
+                    unit = pieces * thread // team * piece
+                    units = least(units, pieces * (thread + 1) // team * piece)
+                n, end = block, least(block_end, active)
+                while n < end:  # rows that begin, go on or end here differ in where they find the other steps
+                    is_first, is_last = n >= carried, n >= continuing
+                    group_end = end
+                    if not is_first:
+                        group_end = least(group_end, carried)
+                    if not is_last:
+                        group_end = least(group_end, continuing)
+                    sweep(
+                        frame, stage, unit, units, n, group_end, step & 1, active == 1,
+                        is_first, is_last, now, before, after, scratch,
+                    )  # fmt: skip
+                    n = group_end
+                if by_units and team > 1:
+                    arrivals += team
+                    barrier(peek(frame, BARRIER), arrivals, peek(frame, YIELD))
+            carried, before = active, now
+            if step + 1 < steps:
+                carried = least(active, count(frame, step + 1))
+        block = block_end

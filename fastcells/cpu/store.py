@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 
@@ -101,20 +101,27 @@ def _announce() -> None:
 
 
 # ---- compiling ----
-def compile_object(function: Callable) -> bytes:
+class Linked(NamedTuple):
+    """A kernel of a function that calls and reads what it does not define. text: LLVM's, which does."""
+
+    function: Callable
+    text: str
+
+
+def compile_object(source: Callable | Linked) -> bytes:
     """Object code of `SYMBOL`, from a Python function of three int64 that Numba can type and that never raises."""
-    machine, module = _compile(function)
+    machine, module = _compile(source)
     return machine.emit_object(module)
 
 
-def assembly(function: Callable) -> str:
+def assembly(source: Callable | Linked) -> str:
     """The same to read."""
-    machine, module = _compile(function)
+    machine, module = _compile(source)
     return machine.emit_assembly(module)
 
 
-def _compile(function: Callable) -> tuple[Any, Any]:
-    """The target machine, and the module after all passes."""
+def _lower(function: Callable) -> Any:
+    """The module that Numba makes of a function, without any passes: `SYMBOL` calls it."""
     from numba import types
     from numba.core import compiler, config
     from numba.core.registry import cpu_target
@@ -123,7 +130,7 @@ def _compile(function: Callable) -> tuple[Any, Any]:
     flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
     flags.error_model = "numpy"
     flags.nrt = False
-    level, config.OPT = config.OPT, config._OptLevel(0)  # Numba lowers only; the passes run once, below
+    level, config.OPT = config.OPT, config._OptLevel(0)  # Numba lowers only; the passes run once, on all that is linked
     try:
         result = compiler.compile_extra(
             cpu_target.typing_context, cpu_target.target_context, function, (types.int64,) * 3, types.void, flags, {}
@@ -145,9 +152,26 @@ def _compile(function: Callable) -> tuple[Any, Any]:
         }}"""
     )
     module.link_in(entry)
-    for f in module.functions:
-        if not f.is_declaration and f.name != SYMBOL:
-            f.linkage = "internal"
+    return module
+
+
+@lru_cache
+def _bitcode(function: Callable) -> bytes:
+    """Of what kernels of many programs have in common."""
+    return _lower(function).as_bitcode()
+
+
+def _compile(source: Callable | Linked) -> tuple[Any, Any]:
+    """The target machine, and the module after all passes."""
+    if isinstance(source, Linked):
+        module = llvm.parse_bitcode(_bitcode(source.function))
+        text = f'target datalayout = "{module.data_layout}"\n' + source.text.replace('target datalayout = ""', "")
+        module.link_in(llvm.parse_assembly(text))
+    else:
+        module = _lower(source)
+    for defined in (*module.functions, *module.global_variables):
+        if not defined.is_declaration and defined.name != SYMBOL:
+            defined.linkage = "internal"
     machine = _target_machine()
     # The tile is vector code already; unrolling or vectorising around it only costs registers.
     tuning = llvm.create_pipeline_tuning_options(speed_level=1)

@@ -1,6 +1,6 @@
 """The tile: rows of the batch x vectors of hidden units, with product, cell and stores, all in vector registers.
 
-`make_tile` turns a `Program` into one Numba intrinsic: a switch over variants (stage, rows, width), each of them
+`tile_module` turns a `Program` into one function: a switch over variants (stage, rows, width), each of them
 
     accumulators = start + sum over segments of  rows[k] * panel[k]
     epilogue on the accumulators and on loaded vectors; stores
@@ -14,12 +14,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
 
-from numba import types
-from numba.extending import intrinsic
+from llvmlite import ir
 
 from ..expression import OPERATIONS, Node, is_reduction, is_uniform, topological
 from ..program import Outputs, Pass, Place, Program
 from .geometry import BUFFER_WORDS, LATENCY_CHAINS, LINE, SEGMENT_WORDS, WORD, Layout, Shape, Variant, variants
+from .host import host
 from .simd import FORMATS, I1, I64, Vector, i64
 
 TILE_ARGUMENTS = (
@@ -40,45 +40,33 @@ TILE_ARGUMENTS = (
 )
 
 
-def make_tile(program: Program, dtype: str, shapes: list[Shape]) -> Callable:
-    """The intrinsic `tile(*TILE_ARGUMENTS)`, all int64."""
-    layout = Layout(program)
+TILE = "fastcells_tile"
+TILE_TYPE = ir.FunctionType(ir.VoidType(), [I64] * len(TILE_ARGUMENTS))
 
-    def emit(context, builder, signature, args):
-        arguments = dict(zip(TILE_ARGUMENTS, args, strict=True))
-        done = builder.append_basic_block("tile.done")
-        start = builder.block
-        cases = []
-        for k, (stage, shape) in enumerate(zip(program.stages, shapes, strict=True)):
-            if stage.passes:
-                block = builder.append_basic_block(f"row.{k}")
-                builder.position_at_end(block)
-                numbers = variants(stage, shape, k)
-                _Row(builder, layout, dtype, k, program, shape, numbers[1], arguments).emit()
-                builder.branch(done)
-                cases += [(v.number, block) for v in numbers]
-                continue
-            for variant in variants(stage, shape, k):
-                block = builder.append_basic_block(f"tile.{k}.{variant.kind}.{variant.rows}x{variant.width}")
-                builder.position_at_end(block)
-                _Tile(builder, layout, dtype, k, program, shape, variant, arguments).emit()
-                builder.branch(done)
-                cases.append((variant.number, block))
-        builder.position_at_end(start)
-        switch = builder.switch(arguments["variant"], cases[0][1])
-        for number, block in cases[1:]:
-            switch.add_case(i64(number), block)
-        builder.position_at_end(done)
-        return context.get_dummy_value()
 
-    def typing(typingctx, *args):
-        return types.void(*[types.int64] * len(TILE_ARGUMENTS)), emit
-
-    # numba reads an intrinsic's arity from its signature
-    names = ", ".join(TILE_ARGUMENTS)
-    scope: dict = {"typing": typing}
-    exec(f"def tile(typingctx, {names}):\n    return typing(typingctx, {names})", scope)
-    return intrinsic(scope["tile"])
+def tile_module(program: Program, dtype: str, shapes: list[Shape]) -> ir.Module:
+    """A module with the function `TILE` of `TILE_ARGUMENTS`, which is to be inlined where it is called."""
+    layout, module = Layout(program), ir.Module("tile")
+    module.triple = host().triple  # the loops are linked to it, and bring the layout of data
+    function = ir.Function(module, TILE_TYPE, TILE)
+    function.attributes.add("alwaysinline")
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    arguments = dict(zip(TILE_ARGUMENTS, function.args, strict=True))
+    cases = []
+    for k, (stage, shape) in enumerate(zip(program.stages, shapes, strict=True)):
+        numbers = variants(stage, shape, k)
+        for variant in numbers[1:2] if stage.passes else numbers:
+            block = function.append_basic_block(f"tile.{k}.{variant.kind}.{variant.rows}x{variant.width}")
+            builder.position_at_end(block)
+            emitter = _Row if stage.passes else _Tile
+            emitter(builder, layout, dtype, k, program, shape, variant, arguments).emit()
+            builder.ret_void()
+            cases += [(v.number, block) for v in (numbers if stage.passes else [variant])]
+    builder.position_at_end(function.entry_basic_block)
+    switch = builder.switch(arguments["variant"], cases[0][1])
+    for number, block in cases[1:]:
+        switch.add_case(i64(number), block)
+    return module
 
 
 UNROLL = 2  # steps of the depth in one turn of the inner loop of full tiles, whose loads and multiply-adds alone almost

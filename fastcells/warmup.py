@@ -1,0 +1,90 @@
+"""Compiling kernels ahead of their use, as many at a time as there are processors."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import NamedTuple
+
+import torch
+
+from . import cells
+from .cell import Cell
+from .cpu import engine, script, store
+from .cpu import layer as cpu
+
+CELLS = {name: cell for name, cell in vars(cells).items() if isinstance(cell, Cell)}
+
+
+def find_cell(name: str, names: Sequence[str] = tuple(CELLS)) -> Cell:
+    """A built-in cell by name, or another one by MODULE:NAME. names: to choose from, for the message. Raises ValueError
+    where there is none."""
+    if name in CELLS:
+        return CELLS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"invalid choice: {name!r} (choose from {', '.join(names)}, or give MODULE:NAME)")
+    sys.path.insert(0, "")  # as python -c: modules of the current folder
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"cannot import {module!r}: {error}") from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(found, Cell):
+        raise ValueError(f"{name!r} must name a Cell, got {type(found).__name__}")
+    return found
+
+
+class Wanted(NamedTuple):
+    """A kernel by what it takes to find it in another process: the part "forward" or "backward" of a cell by name, or
+    one of `SHARED`, which all cells use."""
+
+    part: str
+    dtype: torch.dtype
+    cell: str = ""
+    project: bool = False
+
+
+SHARED: dict[str, Callable[[torch.dtype], store.Kernel]] = {
+    "driver": lambda _: script.driver(),
+    "pack": lambda dtype: engine.packing(dtype),
+    "turn": lambda dtype: engine.turning(dtype),
+    "sum": lambda dtype: engine.plain(dtype)[1].kernel,
+    "product": lambda dtype: engine.plain(dtype)[0].kernel,
+}
+
+
+def wanted(names: Sequence[str], dtypes: Sequence[torch.dtype], project: bool) -> list[Wanted]:
+    """Every kernel of layers of these cells, those that take longest to compile first."""
+    parts = ("backward", "forward")
+    found = [Wanted(part, dtype, name, project) for dtype in dtypes for name in names for part in parts]
+    return (
+        found
+        + [Wanted(part, dtype) for dtype in dtypes for part in reversed(SHARED) if part != "driver"]
+        + [Wanted("driver", dtypes[0])]
+    )
+
+
+def obtain(want: Wanted) -> tuple[str, float]:
+    """Compile a kernel or load it: its name, and the seconds it took to compile, 0 if it was stored."""
+    if want.cell:
+        kernel = getattr(cpu.ready(find_cell(want.cell), want.project, want.dtype), want.part).kernel
+    else:
+        kernel = SHARED[want.part](want.dtype)
+    return kernel.name, kernel.compiled
+
+
+def run(wants: Sequence[Wanted]) -> Iterator[tuple[str, float]]:
+    """`obtain` of each, as they are done."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if processors == 1:
+        yield from map(obtain, wants)
+        return
+    with ProcessPoolExecutor(min(processors, len(wants)), multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(obtain, want) for want in wants]
+        yield from (future.result() for future in as_completed(futures))
