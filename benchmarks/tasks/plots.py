@@ -66,7 +66,8 @@ def logarithmic(axes: Axes) -> None:
     """A logarithmic y axis with plain numbers, also where it spans less than a decade. Call it after drawing."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 3.0, 5.0)))
+    some, many = (1.0, 2.0, 3.0, 5.0), (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else some if high > 6 * low else many))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -110,8 +111,8 @@ def losses(axes: Axes, runs: Sequence[Run], log: bool = False) -> None:
     whole_epochs(axes, len(runs[0].epochs))
 
 
-def metrics(axes: Axes, runs: Sequence[Run]) -> None:
-    """The metric by epoch, with the simple answers as lines across."""
+def metrics(axes: Axes, runs: Sequence[Run], name: str | None = None) -> None:
+    """The metric by epoch, with the simple answers as lines across. ``name``: in place of the one for tables."""
     task, count = runs[0].task, len(runs[0].epochs)
     for run in runs:
         values = [epoch.metric for epoch in run.epochs]
@@ -121,7 +122,8 @@ def metrics(axes: Axes, runs: Sequence[Run]) -> None:
         axes.axhline(value, color=GREY, linestyle=line, linewidth=2, label=name)
     if task.metric_format.endswith("%"):
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    style(axes, f"Validation {task.metric_name}", "epoch", task.metric_name)
+    name = name or task.metric_name
+    style(axes, f"Validation: {name}", "epoch", name)
     whole_epochs(axes, count)
 
 
