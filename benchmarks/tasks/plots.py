@@ -111,8 +111,8 @@ def losses(axes: Axes, runs: Sequence[Run], log: bool = False) -> None:
     whole_epochs(axes, len(runs[0].epochs))
 
 
-def metrics(axes: Axes, runs: Sequence[Run], name: str | None = None) -> None:
-    """The metric by epoch, with the simple answers as lines across. ``name``: in place of the one for tables."""
+def metrics(axes: Axes, runs: Sequence[Run], label: str | None = None) -> None:
+    """The metric by epoch, with the simple answers as lines across. ``label``: its name, if not the tables' own."""
     task, count = runs[0].task, len(runs[0].epochs)
     for run in runs:
         values = [epoch.metric for epoch in run.epochs]
@@ -122,8 +122,8 @@ def metrics(axes: Axes, runs: Sequence[Run], name: str | None = None) -> None:
         axes.axhline(value, color=GREY, linestyle=line, linewidth=2, label=name)
     if task.metric_format.endswith("%"):
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    name = name or task.metric_name
-    style(axes, f"Validation: {name}", "epoch", name)
+    label = label or task.metric_name
+    style(axes, f"Validation: {label}", "epoch", label)
     whole_epochs(axes, count)
 
 
