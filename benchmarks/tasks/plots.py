@@ -104,10 +104,15 @@ def losses(axes: Axes, runs: Sequence[Run], log: bool = False) -> None:
             axes.plot(
                 range(1, len(values) + 1), values, label=label, color=color, linestyle=line, linewidth=width, **marker
             )
+    axes.set_yscale("log" if log else "linear")
+    low, high = axes.get_ylim()
+    room = 0.09 * (len(runs) + 1)  # for the legend above the curves
+    axes.set_ylim(low, high * (high / low) ** room if log else high + (high - low) * room)
     if log:
         logarithmic(axes)
     apart = f": apart by at most {max(lab.loss_differences(*runs[:2])):.0e}" if len(runs) > 1 else ""
-    style(axes, "Loss" + apart, "epoch", f"mean loss ({runs[0].task.loss_unit})", {"handlelength": 3}, "validation")
+    unit, legend = runs[0].task.loss_unit, {"handlelength": 3, "loc": "upper right"}
+    style(axes, "Loss" + apart, "epoch", f"mean loss ({unit})", legend, "validation")
     whole_epochs(axes, len(runs[0].epochs))
 
 
