@@ -276,9 +276,10 @@ def cell(
 
     The function takes (x, u, s): `x.g` = W_g x_t + b_g and `u.g` = U_g h_{t-1} + b'_g for each gate g, `u.g(v)` the
     recurrent product of another vector, `s.h` the states of the step before; where the cell has parameters, scalars or
-    extra inputs, a fourth argument p has them, `p.beta`. It returns the new states in order. It may use arithmetic and
-    the functions of `fastcells.expression`; it runs on NumPy arrays, torch tensors and symbols, and forward and
-    backward kernels are derived from it.
+    extra inputs, a fourth argument p has them, `p.beta`. It returns the new states in order. It may use arithmetic,
+    comparisons (with &, |, ~) for `where`, and the functions of `fastcells.expression`, also under torch's and NumPy's
+    names; it runs on NumPy arrays, torch tensors and symbols, and forward and backward kernels are derived from it.
+    Numbers and functions that it reads from outside are part of it: to change them, declare it anew.
 
     Raises ValueError for names that are no identifiers, or repeated.
     """

@@ -310,6 +310,97 @@ def test_layer_norm_against_torchs(cell):
         torch.testing.assert_close(layer(x, hx)[0][t].detach(), h, rtol=1e-9, atol=1e-9)
 
 
+# As the papers write them. x: W x + b by gate; u: the product U v + b' of any vector; p: parameters of the cell's own.
+def peephole_lstm(x, u, p, h, c):
+    i, f = (torch.sigmoid(x[g] + u(g, h) + p[f"peephole_{g}"] * c) for g in "if")
+    new = f * c + i * torch.tanh(x["g"] + u("g", h))
+    return torch.sigmoid(x["o"] + u("o", h) + p["peephole_o"] * new) * torch.tanh(new), new
+
+
+def coupled_lstm(x, u, p, h, c):
+    i, o = (torch.sigmoid(x[g] + u(g, h)) for g in "io")
+    new = (1 - i) * c + i * torch.tanh(x["g"] + u("g", h))
+    return o * torch.tanh(new), new
+
+
+def mgu(x, u, p, h):
+    f = torch.sigmoid(x["f"] + u("f", h))
+    return ((1 - f) * h + f * torch.tanh(x["n"] + u("n", f * h)),)
+
+
+def ligru(x, u, p, h):
+    z = torch.sigmoid(x["z"] + u("z", h))
+    return (z * h + (1 - z) * torch.relu(x["n"] + u("n", h)),)
+
+
+def janet(x, u, p, h):
+    s = x["f"] + u("f", h)
+    return (torch.sigmoid(s) * h + (1 - torch.sigmoid(s - 1)) * torch.tanh(x["g"] + u("g", h)),)
+
+
+def ugrnn(x, u, p, h):
+    g = torch.sigmoid(x["g"] + u("g", h))
+    return (g * h + (1 - g) * torch.tanh(x["c"] + u("c", h)),)
+
+
+def minimal_rnn(x, u, p, h):
+    z = torch.tanh(x["z"])
+    gate = torch.sigmoid(u("u", h) + u("z", z))
+    return (gate * h + (1 - gate) * z,)
+
+
+def indrnn(x, u, p, h):
+    return (torch.relu(x["h"] + p["recurrent"] * h),)
+
+
+def antisymmetric_rnn(x, u, p, h):
+    return (h + 0.1 * torch.tanh(x["h"] + u("h", h) - 0.01 * h),)
+
+
+def slstm(x, u, p, h, c, n, m):
+    """Without the stabiliser, which changes nothing but the scale of c and n: exp(m)."""
+    i, f = torch.exp(x["i"] + u("i", h)), torch.sigmoid(x["f"] + u("f", h))
+    c, n = (i * v + f * state * torch.exp(m) for v, state in ((torch.tanh(x["z"] + u("z", h)), c), (1.0, n)))
+    return torch.sigmoid(x["o"] + u("o", h)) * c / n, c, n, torch.zeros_like(m)
+
+
+PAPERS = {cell: globals()[cell.name] for cell in [*ON_THE_PAGE, VARIANTS[-1]] if cell.name in globals()}
+
+
+@pytest.mark.parametrize("cell", PAPERS, ids=lambda c: c.name)
+def test_equations_are_the_papers(cell):
+    layer = make(cell)
+    x, hx = data(layer)
+    w = {name.removesuffix("_l0"): p.detach() for name, p in layer.named_parameters()}
+    matrices = {kind: w[kind] for kind in KINDS if kind in w}
+    parts = {kind: dict(zip(cell.gates, v.chunk(len(cell.gates)), strict=True)) for kind, v in matrices.items()}
+    recurrent = parts.get("weight_hh", {})
+    if cell.name == "antisymmetric_rnn":
+        recurrent = {g: m - m.T for g, m in recurrent.items()}
+
+    def biased(kind, g, v):
+        return v + parts[kind][g] if kind in parts else v
+
+    def product(g, v):
+        return biased("bias_hh", g, v @ recurrent[g].T)
+
+    states = [s[0] for s in (hx if isinstance(hx, tuple) else (hx,))]
+    y, finals = layer(x, hx)
+    for t in range(T):
+        inputs = {g: biased("bias_ih", g, x[t] @ m.T) for g, m in parts["weight_ih"].items()}
+        states = PAPERS[cell](inputs, product, w, *states)
+        torch.testing.assert_close(y[t].detach(), states[0], rtol=1e-9, atol=1e-9)
+    if cell is not cells.slstm:
+        for final, state in zip(finals if isinstance(finals, tuple) else (finals,), states, strict=True):
+            torch.testing.assert_close(final[0].detach(), state, rtol=1e-9, atol=1e-9)
+
+
+def test_every_cell_of_the_page_is_compared_with_something_else():
+    """With torch's own, its paper's equations or, in other tests, torch's layer_norm and NumPy's reference."""
+    elsewhere = {"lstm", "gru", "rnn_tanh", "rnn_relu", "gru_reset_before", "layer_norm_lstm", "layer_norm_gru"}
+    assert {c.name for c in ON_THE_PAGE} == elsewhere | {c.name for c in PAPERS} - {"antisymmetric_rnn"}
+
+
 # The module
 
 

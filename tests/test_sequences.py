@@ -167,7 +167,7 @@ def calls(draw):
     return module, input, hx, arguments
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(call=calls())
 def test_options_cross(call):
     module, input, hx, arguments = call

@@ -110,6 +110,7 @@ class Memory(lab.Study):
         plots.style(
             curves, "Learning", "epoch", "mean squared error", {"ncols": 2, "fontsize": 13, "loc": "lower center"}
         )
+        plots.whole_epochs(curves, len(run.epochs))
         low, high = curves.get_ylim()
         curves.set_ylim(low / 20, high)  # room for the legend
         plots.style(final, "The longer, the harder", "steps in the sequence", "mean squared error, best epoch")

@@ -66,7 +66,8 @@ def logarithmic(axes: Axes) -> None:
     """A logarithmic y axis with plain numbers, also where it spans less than a decade. Call it after drawing."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 3.0, 5.0)))
+    some, many = (1.0, 2.0, 3.0, 5.0), (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else some if high > 6 * low else many))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -103,15 +104,20 @@ def losses(axes: Axes, runs: Sequence[Run], log: bool = False) -> None:
             axes.plot(
                 range(1, len(values) + 1), values, label=label, color=color, linestyle=line, linewidth=width, **marker
             )
+    axes.set_yscale("log" if log else "linear")
+    low, high = axes.get_ylim()
+    room = 0.09 * (len(runs) + 1)  # for the legend above the curves
+    axes.set_ylim(low, high * (high / low) ** room if log else high + (high - low) * room)
     if log:
         logarithmic(axes)
     apart = f": apart by at most {max(lab.loss_differences(*runs[:2])):.0e}" if len(runs) > 1 else ""
-    style(axes, "Loss" + apart, "epoch", f"mean loss ({runs[0].task.loss_unit})", {"handlelength": 3}, "validation")
+    unit, legend = runs[0].task.loss_unit, {"handlelength": 3, "loc": "upper right"}
+    style(axes, "Loss" + apart, "epoch", f"mean loss ({unit})", legend, "validation")
     whole_epochs(axes, len(runs[0].epochs))
 
 
-def metrics(axes: Axes, runs: Sequence[Run]) -> None:
-    """The metric by epoch, with the simple answers as lines across."""
+def metrics(axes: Axes, runs: Sequence[Run], label: str | None = None) -> None:
+    """The metric by epoch, with the simple answers as lines across. ``label``: its name, if not the tables' own."""
     task, count = runs[0].task, len(runs[0].epochs)
     for run in runs:
         values = [epoch.metric for epoch in run.epochs]
@@ -121,7 +127,8 @@ def metrics(axes: Axes, runs: Sequence[Run]) -> None:
         axes.axhline(value, color=GREY, linestyle=line, linewidth=2, label=name)
     if task.metric_format.endswith("%"):
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    style(axes, f"Validation {task.metric_name}", "epoch", task.metric_name)
+    label = label or task.metric_name
+    style(axes, f"Validation: {label}", "epoch", label)
     whole_epochs(axes, count)
 
 

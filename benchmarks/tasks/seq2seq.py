@@ -124,7 +124,7 @@ class Seq2seq(lab.Task):
     def plot(self, figure: Figure, runs: Sequence[lab.Run]) -> None:
         matches, attention = figure.subplots(1, 2, width_ratios=[1, 1.5])
         figure.set_size_inches(15, 6.5)
-        plots.metrics(matches, runs)
+        plots.metrics(matches, runs, "exact answers")
         source, answer, weights = self.example(runs[-1])
         title = f"Attention: {source!r}"
         plots.heat(figure, attention, weights, title, "read", "written", "weight", cmap="Blues", vmin=0, vmax=1)
