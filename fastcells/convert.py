@@ -10,7 +10,8 @@ import torch
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import subclass
-from .nn import DROP_IN, DropIn, OverTime, Recurrent
+from .dropin import DropIn
+from .nn import DROP_IN, OverTime, Recurrent
 
 BACK = {ours: theirs for theirs, ours in DROP_IN.items()}
 

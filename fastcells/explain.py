@@ -10,8 +10,9 @@ from torch.nn.modules import rnn as original
 
 from .cpu.host import host
 from .cpu.layer import Sequences, planned
+from .dropin import DropIn
 from .functional import flat
-from .nn import DropIn, OverTime, Recurrent
+from .nn import OverTime, Recurrent
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .convert import convert, revert
 from .cpu import engine, script, store
 from .cpu import layer as cpu
+from .dropin import DropIn
 from .explain import explain
-from .nn import DropIn
 from .plan import Plan
 from .ragged import Ragged
 from .roof import bandwidth, best, level, peak_flops, using_threads

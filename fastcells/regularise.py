@@ -19,7 +19,7 @@ from .expression import less, where
 from .functional import Parameters, unchecked_layer
 
 if TYPE_CHECKING:
-    from .nn import DropIn as Base
+    from .dropin import DropIn as Base
 else:
     Base = object
 

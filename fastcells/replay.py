@@ -16,7 +16,7 @@ from .cpu import layer as cpu
 from .functional import Invocation, flat, observer
 
 if TYPE_CHECKING:
-    from .nn import Call, DropIn
+    from .dropin import Call, DropIn
 
 
 class Replay:
