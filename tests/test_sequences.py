@@ -313,13 +313,13 @@ def test_whole_sequences_cost_nothing(options):
 def test_time_follows_the_tokens(monkeypatch):
     """No step is computed for padding: neither in the loop nor in the products over time."""
     seen = []
-    forward = functional.cpu.forward
+    prepared = functional.cpu.prepared
 
     def spy(cell, x, *rest, **options):
         seen.append(tuple(x.shape))
-        return forward(cell, x, *rest, **options)
+        return prepared(cell, x, *rest, **options)
 
-    monkeypatch.setattr(functional.cpu, "forward", spy)
+    monkeypatch.setattr(functional.cpu, "prepared", spy)
     layer = nn.GRU(3, 4, num_layers=2)
     layer(torch.randn(9, 4, 3), lengths=[2, 9, 0, 1])
     assert seen == [(12, 3), (12, 4)]
