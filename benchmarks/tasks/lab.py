@@ -36,7 +36,7 @@ class Lesson(ABC):
     with_reference: ClassVar[bool] = True
     #: The task's own options, each with its choices, the first one the default; without choices: any text.
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    data_name: ClassVar[str]  # a few words for the table of all tasks
+    data_name: str  # a few words for the table of all tasks
 
     def __init__(self, seed: int = 0, cell: str | None = None) -> None:
         """``cell``: in place of the task's own."""

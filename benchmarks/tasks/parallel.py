@@ -35,7 +35,6 @@ class Parallel(Sentiment):
     options: ClassVar = {}
     layers = ("torch", "fastcells", "one process")
     with_reference = False
-    data_name = "4,000 movie-review snippets"
 
     def __init__(self, seed: int = 0, cell: str | None = None, limit: int = 4000) -> None:
         super().__init__(seed, cell, limit=limit)

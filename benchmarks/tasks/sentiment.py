@@ -91,7 +91,6 @@ class Sentiment(lab.Task):
     metric_name = "accuracy"
     metric_format = ".1%"
     options: ClassVar = {"pooling": ("mean", "last", "attention")}
-    data_name = "9,014 movie-review snippets"
 
     def __init__(self, seed: int = 0, cell: str | None = None, pooling: str = "mean", limit: int | None = None) -> None:
         super().__init__(seed, cell)
@@ -99,6 +98,7 @@ class Sentiment(lab.Task):
         examples = [(tokens(text), float(rating > 0)) for text, rating in reviews() if abs(rating) > NEUTRAL]
         random.Random(seed).shuffle(examples)
         examples = examples[:limit]
+        self.data_name = f"{len(examples):,} movie-review snippets"
         split = round(VALIDATION * len(examples))
         # A word seen once in training teaches only what an unknown word means.
         counts = Counter(word for words, _ in examples[split:] for word in words)

@@ -35,7 +35,6 @@ class States(Sentiment):
 
     epochs = 8
     options: ClassVar = {"text": ()}
-    data_name = "4,000 movie-review snippets"
 
     def __init__(self, seed: int = 0, cell: str | None = None, text: str = TEXT, limit: int = 4000) -> None:
         super().__init__(seed, cell, pooling="last", limit=limit)
