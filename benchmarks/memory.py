@@ -33,7 +33,8 @@ def peak(prepared: Prepared) -> int:
         before = field("VmRSS")
     except (OSError, StopIteration) as error:
         raise Unmeasurable("needs /proc/self/clear_refs of Linux") from error
-    result = prepared.call()
+    with prepared.within():
+        result = prepared.call()
     after = field("VmHWM")
     del result
     return max(after - before, 4096)  # a page at least

@@ -40,11 +40,12 @@ def prepare(provider: Provider, problem: Problem, row: Row) -> Prepared | None:
     start = perf_counter()
     try:
         prepared = provider.prepare(problem)
-        if prepared.setup is not None:
-            prepared.setup()
-        result = prepared.call()
-        row.prepare_s = perf_counter() - start
-        result = result if prepared.checked is None else prepared.checked()
+        with prepared.within():
+            if prepared.setup is not None:
+                prepared.setup()
+            result = prepared.call()
+            row.prepare_s = perf_counter() - start
+            result = result if prepared.checked is None else prepared.checked()
         mistake = (prepared.problem or problem).mistake(prepared.answer(result))
     except Unsupported as reason:
         row.status, row.reason = "unsupported", str(reason)
@@ -61,18 +62,20 @@ def prepare(provider: Provider, problem: Problem, row: Row) -> Prepared | None:
 
 def sample(prepared: Prepared, calls: int) -> float:
     """Seconds a call."""
-    if prepared.setup is None:
-        start = perf_counter()
+    call, setup = prepared.call, prepared.setup
+    with prepared.within():
+        if setup is None:
+            start = perf_counter()
+            for _ in range(calls):
+                call()
+            return (perf_counter() - start) / calls
+        total = 0.0
         for _ in range(calls):
-            prepared.call()
-        return (perf_counter() - start) / calls
-    total = 0.0
-    for _ in range(calls):
-        prepared.setup()
-        start = perf_counter()
-        prepared.call()
-        total += perf_counter() - start
-    return total / calls
+            setup()
+            start = perf_counter()
+            call()
+            total += perf_counter() - start
+        return total / calls
 
 
 def turn(prepared: Prepared, estimate: float) -> float:

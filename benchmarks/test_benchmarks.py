@@ -48,7 +48,8 @@ def test_speed(case: Case, provider: str, benchmark: Any, pytestconfig: pytest.C
     assert mistake is None, f"{provider} is wrong: {mistake}"
     benchmark.group = str(case)
     benchmark.extra_info.update(case.fields(), provider=provider)
-    if prepared.setup is None:
-        benchmark(prepared.call)
-    else:
-        benchmark.pedantic(prepared.call, setup=setup, rounds=20, warmup_rounds=2)
+    with prepared.within():
+        if prepared.setup is None:
+            benchmark(prepared.call)
+        else:
+            benchmark.pedantic(prepared.call, setup=setup, rounds=20, warmup_rounds=2)

@@ -17,7 +17,8 @@ AVAILABLE = TensorGuards is not None
 
 def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """A function of as many arguments: whether they are tensors of the same kinds, formats, devices, sizes and
-    strides, and whether each wants a gradient as these do now."""
+    strides, each wanting a gradient as these do now, and torch dispatches on them as it would now: dispatch modes,
+    transforms, traces, autocast and inference mode make the answer False where they were not on, too."""
     if TensorGuards is None:
         return lambda *_: False
     sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]

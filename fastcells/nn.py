@@ -90,6 +90,8 @@ class OverTime(regularise.Dropping, DropIn):
         torch.export NotExported, a RuntimeError, for what it cannot take in: reset, reverse, a PackedSequence.
         """
         ragged = lengths is not None or reset is not None or reset_to is not None or reverse
+        if type(input) is Tensor and not ragged and not return_cell_states:
+            return super().forward(input, hx)
         # How many steps and stretches there are is in the data.
         unknown = (ragged or isinstance(input, PackedSequence)) and not torch.compiler.is_exporting()
         between = torch.compiler.is_dynamo_compiling() and (unknown or return_cell_states)

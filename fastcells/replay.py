@@ -10,10 +10,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_function_stack as function_modes
+from torch.autograd import _profiler_enabled as profiled
+from torch.autograd import forward_ad
 
 from . import guards
 from .cpu import layer as cpu
-from .functional import Invocation, flat, observer
+from .functional import Invocation, flat
 
 if TYPE_CHECKING:
     from .dropin import Call, DropIn
@@ -52,20 +55,20 @@ class Replay:
         """The result of the call, or None where it is another one."""
         if type(hx) is not self.states:
             return None
-        registered = module._parameters
-        given = [input, *_listed(hx), *[registered.get(name) for name in self.names]]
-        if not self.same(*given) or observer() or torch.autograd._profiler_enabled() or cpu.threads() != self.threads:
+        given = [input, *_listed(hx), *map(module._parameters.get, self.names)]
+        if not self.same(*given) or cpu.threads() != self.threads:
+            return None
+        if function_modes() or profiled() or forward_ad._current_level >= 0:  # which leave no mark on tensors
             return None
         if self.views:
             given[0] = module._batch(input).x
             given[1 : len(self.views)] = [t.view(v) for t, v in zip(given[1:], self.views[1:], strict=False)]
         if self.invocation is None:
             made = [make() for make in self.make]
-            addresses = [*map(Tensor.data_ptr, given)]
+            addresses = [*map(data_ptr, given)]
             for k in self.absent:
                 addresses.insert(k, 0)
-            addresses += map(Tensor.data_ptr, made)
-            self.script.run(addresses)
+            self.script.run([*addresses, *map(data_ptr, made)])
             y, finals = made[0], tuple(made[1 : self.end])
         else:
             for k in self.absent:
@@ -75,6 +78,9 @@ class Replay:
             if len(self.batch.leading) != 2:
                 finals = tuple([t.view(*self.batch.leading, t.shape[-1]) for t in finals])
         return module._result(None, self.batch, y, finals if len(finals) > 1 else finals[0])
+
+
+data_ptr = Tensor.data_ptr
 
 
 def _listed(hx: Any) -> Sequence[Any]:

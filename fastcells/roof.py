@@ -69,8 +69,8 @@ def _bandwidth(size: int, threads: int) -> float:
 def _best(kernel: store.Kernel, threads: int, *words: int) -> float:
     """The shortest of several runs of a kernel of `peaks` on a frame of these words, in seconds."""
     sums = torch.zeros(threads + 1, LINE, dtype=torch.uint8)
-    frame = array("q", [*words, sums.data_ptr()])
-    return best(lambda: team.run(kernel, frame.buffer_info()[0], threads), 0.06)
+    frame = array("q", [*words, sums.data_ptr()]).tobytes()
+    return best(lambda: team.run(kernel, frame, threads), 0.06)
 
 
 def best(function: Callable[[], Any], budget: float, least: int = 4) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,7 +71,7 @@ class Stream:
         operands = [*tensors, y, *states, *series]
         memory = torch.empty(forward.script.size + LINE, dtype=torch.uint8)
         addresses = [0 if t is None else t.data_ptr() for t in operands]
-        frame = forward.script.frame(addresses, -(-memory.data_ptr() // LINE) * LINE)
+        frame = array("q", forward.script.frame(addresses, -(-memory.data_ptr() // LINE) * LINE))
         if not self._frames:
             self._first, self._x_at = frame, len(frame) - len(addresses)
         self._kept += [operands, memory, frame, forward]

@@ -136,13 +136,18 @@ class Loop(TorchLike):
     def step(self, case: Case) -> Callable:
         return partial(step, CELLS[case.cell].torch)
 
-    def run(self, layer: Any, x: Any, hx: Any, lengths: Tensor | None, resets: Any) -> Any:
+    def bound(self, layer: Any, x: Any, hx: Any, lengths: Tensor | None, resets: Any) -> Callable[[], Any]:
         one = self.step(layer.case)
-        if not isinstance(x, PackedSequence):
-            return layer(one, x, hx, lengths, resets)
-        padded, lengths = pad_packed_sequence(x)
-        y, final = layer(one, padded, hx, lengths, resets)
-        return pack_padded_sequence(y, lengths), final
+        if isinstance(x, PackedSequence):
+            return partial(padded, partial(layer, one), x, hx, resets)
+        return partial(layer, one, x, hx, lengths, resets)
+
+
+def padded(layer: Callable, x: PackedSequence, hx: Any, resets: Any) -> Any:
+    """A layer of padded input, from packed to packed."""
+    whole, lengths = pad_packed_sequence(x)
+    y, final = layer(whole, hx, lengths, resets)
+    return pack_padded_sequence(y, lengths), final
 
 
 class CompiledLoop(Loop):

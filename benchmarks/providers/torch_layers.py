@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,13 @@ class TorchLike(Provider):
         """A new layer. options: torch.nn's. Raises Unsupported."""
         raise NotImplementedError
 
-    def run(self, layer: torch.nn.Module, x: Any, hx: Any, lengths: torch.Tensor | None, resets: Any) -> Any:
-        """(y, final states) of a layer. x: padded, or a PackedSequence. lengths, resets: None where the case has
-        none."""
+    def bound(
+        self, layer: torch.nn.Module, x: Any, hx: Any, lengths: torch.Tensor | None, resets: Any
+    ) -> Callable[[], Any]:
+        """A function that gives (y, final states) of a layer, with nothing around the layer's call that is not needed.
+
+        x: padded, or a PackedSequence. lengths, resets: None where the case has none.
+        """
         raise NotImplementedError
 
     def prepare(self, problem: Problem) -> Prepared:
@@ -78,17 +83,18 @@ class TorchLike(Provider):
         wanted = [leaf, *layer.parameters()]
         names = ["dx", *(f"d{name}" for name, _ in layer.named_parameters())]
 
-        def forward() -> Any:
-            y, final = self.run(layer, given, hx, lengths if mode.ragged == "lengths" else None, resets)
+        call = self.bound(layer, given, hx, lengths if mode.ragged == "lengths" else None, resets)
+
+        def flat(result: Any) -> tuple:
+            y, final = result
             return y, *(final if isinstance(final, tuple) else (final,))
+
+        def forward() -> tuple:
+            return flat(call())
 
         def backward(outputs: Any) -> Any:
             y, *finals = outputs
             return torch.autograd.grad([y.data if whole else y, *finals], wanted, cotangents)
-
-        def infer() -> Any:
-            with torch.inference_mode():
-                return forward()
 
         def padded(value: Any) -> np.ndarray:
             if isinstance(value, PackedSequence):
@@ -96,7 +102,7 @@ class TorchLike(Provider):
             return value.detach().cpu().numpy()
 
         def outputs(result: Any) -> dict[str, np.ndarray]:
-            return dict(zip(problem.cotangents, map(padded, result), strict=True))
+            return dict(zip(problem.cotangents, map(padded, flat(result)), strict=True))
 
         def gradients(result: Any) -> dict[str, np.ndarray]:
             dx, *others = result
@@ -113,7 +119,7 @@ class TorchLike(Provider):
             return kept_bytes(forward, wanted)
 
         if not training:
-            return Prepared(self.waiting(infer), outputs, note=self.note)
+            return Prepared(self.waiting(call), outputs, within=torch.inference_mode, note=self.note)
         if mode.call == "training":
             step = self.waiting(lambda: backward(forward()))
             checked, note = (sober, "; ".join(filter(None, (self.note, SOBER)))) if case.random else (None, self.note)
@@ -171,9 +177,11 @@ class Fastcells(TorchLike):
             return fastcells.nn.Recurrent(CELLS[case.cell].fastcells, **options)
         return getattr(fastcells.nn, case.cell.upper())(**options)
 
-    def run(self, layer: torch.nn.Module, x: Any, hx: Any, lengths: torch.Tensor | None, resets: Any) -> Any:
+    def bound(
+        self, layer: torch.nn.Module, x: Any, hx: Any, lengths: torch.Tensor | None, resets: Any
+    ) -> Callable[[], Any]:
         options = {"lengths": lengths, "reset": resets}
-        return layer(x, hx, **{name: value for name, value in options.items() if value is not None})
+        return partial(layer, x, hx, **{name: value for name, value in options.items() if value is not None})
 
 
 class PlainLayer(Fastcells):
@@ -197,13 +205,18 @@ class TorchCPU(TorchLike):
         refuse_variants(case, resets=True)
         return getattr(torch.nn, case.cell.upper())(**options)
 
-    def run(self, layer: torch.nn.Module, x: Any, hx: Any, lengths: torch.Tensor | None, resets: Any) -> Any:
-        if lengths is not None:  # the way through a PackedSequence, from padded to padded
-            y, final = layer(pack_padded_sequence(x, lengths, enforce_sorted=False), hx)
-            return pad_packed_sequence(y, total_length=x.shape[0])[0], final
-        if resets is not None:
-            return steps(layer, x, resets)
-        return layer(x, hx)
+    def bound(
+        self, layer: torch.nn.Module, x: Any, hx: Any, lengths: torch.Tensor | None, resets: Any
+    ) -> Callable[[], Any]:
+        if lengths is not None:
+            return partial(through_packed, layer, x, hx, lengths)
+        return partial(layer, x, hx) if resets is None else partial(steps, layer, x, resets)
+
+
+def through_packed(layer: Any, x: torch.Tensor, hx: Any, lengths: torch.Tensor) -> Any:
+    """The way through a PackedSequence, from padded to padded."""
+    y, final = layer(pack_padded_sequence(x, lengths, enforce_sorted=False), hx)
+    return pad_packed_sequence(y, total_length=x.shape[0])[0], final
 
 
 def steps(layer: Any, x: torch.Tensor, resets: torch.Tensor) -> Any:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from struct import Struct
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import store, team
-from .geometry import LAUNCH, LINE
+from .geometry import LAUNCH, LINE, SCRIPT
 
 
 class At(NamedTuple):
@@ -77,7 +78,7 @@ class Script:
         self.launches: list[Launch] = []
         self.threads = 1
         self._memory = 0  # bytes
-        self._header: list[int] | None = None
+        self._pack: Callable[..., bytes] | None = None
 
     def take(self, size: int) -> Address:
         """`size` bytes of the call's memory, on lines of cache of their own."""
@@ -110,8 +111,9 @@ class Script:
         self.launches.append(Launch(label or kernel.name, kernel, frame, at, first, threads, wait))
         self.threads = max(self.threads, first + threads)
 
-    def _finish(self) -> list[int]:
-        """The words of the driver's frame that are the same at every call."""
+    def _finish(self, operands: int) -> Callable[..., bytes]:
+        """A function that makes the driver's frame of the words that differ from call to call: so many addresses, and
+        first that of the call's memory."""
         table: list[int] = []
         self._owned = []
         for launch in self.launches:
@@ -124,31 +126,32 @@ class Script:
             table += [launch.first, launch.threads, launch.wait]
         owned = array("q", table)
         self._owned.append(owned)
-        return [len(self.launches), owned.buffer_info()[0], self.threads, team.give_way(), 0]
+        header = len(self.launches), owned.buffer_info()[0], self.threads, team.give_way(), 0
+        return partial(Struct(f"{len(SCRIPT) + operands}q").pack, *header)
 
     @property
     def size(self) -> int:
         """Bytes of the call's memory."""
         return self._memory
 
-    def frame(self, operands: Sequence[int], memory: int) -> array:
+    def frame(self, operands: Sequence[int], memory: int) -> bytes:
         """What the driver runs on: the addresses of the operands from number 1 on, and of `size` bytes of memory."""
-        if self._header is None:
-            self._header = self._finish()
-        return array("q", [*self._header, memory, *operands])
+        if self._pack is None:
+            self._pack = self._finish(len(operands))
+        return self._pack(memory, *operands)
 
     def run(self, operands: Sequence[int]) -> None:
         """Run on the addresses of the operands from number 1 on."""
         frame = self.frame(operands, arena.take(self._memory))
         if observer is None:
-            team.run(driver(), frame.buffer_info()[0], self.threads)
+            team.run(driver(), frame, self.threads)
             return
-        header = frame[: -1 - len(operands)]
-        table = header[1]
+        words = Struct(f"{len(frame) // 8}q")
+        _, table, _, *rest = words.unpack(frame)
         for launch in self.launches:
             threads = launch.first + launch.threads
-            frame[: len(header)] = array("q", [1, table, threads, header[3], 0])
-            observer(launch, lambda n=threads: team.run(driver(), frame.buffer_info()[0], n))  # type: ignore[misc]
+            one = words.pack(1, table, threads, *rest)
+            observer(launch, lambda one=one, n=threads: team.run(driver(), one, n))  # type: ignore[misc]
             table += 8 * len(LAUNCH)
 
 

@@ -31,12 +31,12 @@ from .host import host
 
 SYMBOL = "fastcells_kernel"
 FILE = re.compile(r".+-[0-9a-f]{32}\.o")  # a name and a digest
-Member = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+Member = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)  # the frame: bytes or an address
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Machine code: `call(frame address, thread, team size)`, at `address`. compiled: seconds it took, 0 if stored."""
+    """Machine code: `call(frame, thread, team size)`, at `address`. compiled: seconds it took, 0 if stored."""
 
     name: str
     address: int

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from array import array
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,15 +38,16 @@ def size() -> int:
     return threads if threads > 1 and not _lost and _openmp() is not None else 1
 
 
-def run(kernel: Kernel, frame: int, threads: int) -> None:
-    """Run `kernel` on a frame's address with a team of `threads`."""
+def run(kernel: Kernel, frame: bytes, threads: int) -> None:
+    """Run `kernel` on a frame with a team of `threads`, which write in a copy of theirs."""
     global _used
     if threads <= 1:
         kernel.call(frame, 0, 1)
         return
+    words = array("q", frame)
     _used = True
     parallel, member, functions, _ = _openmp()  # type: ignore[misc]
-    arguments = (ctypes.c_int64 * 4)(kernel.address, frame, *functions)
+    arguments = (ctypes.c_int64 * 4)(kernel.address, words.buffer_info()[0], *functions)
     parallel(member, ctypes.addressof(arguments), threads, 0)
 
 
