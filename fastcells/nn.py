@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.modules import rnn as original  # the classes themselves: torch.nn.LSTM may be one of ours by now
 from torch.nn.utils.rnn import PackedSequence
 
-from . import cells, regularise, unrolled
+from . import cells, regularise, replay, unrolled
 from .cell import Cell
 from .dropin import (
     Batch,
@@ -59,6 +59,7 @@ class OverTime(regularise.Dropping, DropIn):
             layer = partial(unchecked_layer, recompute=True)
         return super()._run(input, call, layer, return_cell_states)
 
+    @replay.begins
     def forward(
         self,
         input: Any,

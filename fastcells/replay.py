@@ -4,7 +4,7 @@ one comparison with that call's tensors, and what was prepared for it runs on th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._C import _len_torch_function_stack as function_modes
 from torch.autograd import _profiler_enabled as profiled
 from torch.autograd import forward_ad
+from torch.nn.modules import module as module_of_torch
 
 from . import guards
 from .cpu import layer as cpu
@@ -40,6 +41,7 @@ class Replay:
         self.same = guards.alike([input, *_listed(hx), *(t for t in used if t is not None)])
         self.absent = [1 + len(states or ()) + k for k, t in enumerate(used) if t is None]
         self.states, self.threads, self.script, self.end = type(hx), cpu.threads(), forward.script, 1 + len(cell.states)
+        self.forward = getattr(type(module).forward, "straight", False) and type(module).forward
         self.invocation = None
         if training:
             self.invocation = Invocation(cell, None, len(parameters), states is not None, again=forward)
@@ -91,10 +93,33 @@ _replays: WeakKeyDictionary[torch.nn.Module, dict[bool, Replay | torch.Size]] = 
 
 
 def attempt(module: DropIn, input: Any, hx: Any) -> Any:
-    """The result of the call if it is like the module's last one, with gradients or without, else None."""
+    """The result of the call if it is like one before, with gradients or without, else None."""
     replays = _replays.get(module)
     replay = None if replays is None else replays.get(torch.is_grad_enabled())
     return replay(module, input, hx) if type(replay) is Replay else None
+
+
+def begins(forward: Callable) -> Callable:
+    """Mark a module's `forward` as one that begins with an `attempt`, so that this may be made in its place."""
+    forward.straight = True  # type: ignore[attr-defined]
+    return forward
+
+
+MODULE, CALL = module_of_torch.Module, module_of_torch.Module.__call__
+
+
+def straight(module: DropIn, input: Any, hx: Any = None, /) -> Any:
+    """As `attempt`, in place of the module's call, where this does nothing but call a `forward` that begins with it."""
+    replays = _replays.get(module)
+    replay = None if replays is None else replays.get(torch.is_grad_enabled())
+    if type(replay) is not Replay or type(module).forward is not replay.forward:
+        return None
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return None
+    if "forward" in own or "_compiled_call_impl" in own or MODULE.__call__ is not CALL:
+        return None
+    return None if module_of_torch._has_any_global_hook() else replay(module, input, hx)
 
 
 def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:

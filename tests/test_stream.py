@@ -8,6 +8,9 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
+import torch.overrides
+import torch.utils._python_dispatch
 
 import fastcells
 from fastcells import cell, cells, replay, variants
@@ -363,3 +366,87 @@ def test_what_is_made_from_states_or_weights_is_not_streamed(given):
     """It would be made once, and stale at the second step."""
     with pytest.raises(ValueError, match="cannot be streamed"):
         fastcells.nn.Recurrent(given, 5, 7).stream()
+
+
+class Modes(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Functions(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def dual(x, call):
+    with torch.autograd.forward_ad.dual_level():
+        return call(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def within(context):
+    def look(x, call):
+        with context():
+            return call(x)
+
+    return look
+
+
+LOOKS = {
+    "autocast": within(lambda: torch.autocast("cpu")),
+    "dispatch mode": within(Modes),
+    "function mode": within(Functions),
+    "profiler": within(torch.profiler.profile),
+    "inference mode": within(torch.inference_mode),
+    "forward mode": dual,
+    "vmap": lambda x, call: torch.func.vmap(lambda one: call(one))(x[None]),
+    "jit.trace": lambda x, call: torch.jit.trace(call, x, check_trace=False),
+    "make_fx": lambda x, call: torch.fx.experimental.proxy_tensor.make_fx(lambda given: call(given)[0])(x),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_calls_that_something_looks_at_are_not_replayed(look, monkeypatch):
+    layer, x = fastcells.nn.GRU(4, 3), torch.randn(2, 1, 4)
+    replayed = []
+    run = replay.Replay.__call__
+    monkeypatch.setattr(replay.Replay, "__call__", lambda *given: replayed.append(run(*given)) or replayed[-1])
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        assert replayed[-1] is not None
+        replayed.clear()
+        LOOKS[look](x, layer)
+        assert [result for result in replayed if result is not None] == []
+
+
+def test_hooks_and_other_forwards_run_although_calls_are_alike():
+    class Doubled(fastcells.nn.GRU):
+        def forward(self, x, hx=None):
+            y, h = super().forward(2 * x, hx)
+            return y, h + 1
+
+    def of(layer):
+        with torch.no_grad():
+            for _ in range(3):
+                result = layer(x)[1]
+            return result
+
+    layer, x = fastcells.nn.GRU(4, 3), torch.randn(2, 1, 4)
+    doubled = Doubled(4, 3)
+    doubled.load_state_dict(layer.state_dict())
+    plain, twice = of(layer), of(doubled)
+    torch.testing.assert_close(twice, layer(2 * x)[1] + 1)
+    handle = layer.register_forward_hook(lambda module, given, result: (result[0], result[1] + 5))
+    torch.testing.assert_close(of(layer), plain + 5)
+    handle.remove()
+    handle = layer.register_forward_pre_hook(lambda module, given: (2 * given[0],))
+    torch.testing.assert_close(of(layer), twice - 1)
+    handle.remove()
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *rest: seen.append(module))
+    of(layer)
+    handle.remove()
+    assert seen == [layer] * 3
+    torch.testing.assert_close(of(layer), plain)
+    layer.forward = lambda given: (given, plain + 7)
+    torch.testing.assert_close(of(layer), plain + 7)

@@ -35,10 +35,11 @@ def refuse_variants(case: Case, *, resets: bool = False, training: bool = True) 
 class Prepared:
     """A case ready to run.
 
-    call: what is timed. within: what its caller is in for any number of calls, as a program is for all of its inference.
-    answer: its result as arrays by name (see `Problem.truth`). setup: run before each call and not timed. held: bytes that the forward pass keeps for the backward pass. note: what a reader of the time should know.
-    checked: a call to check in place of one that draws at random or goes on from a state. problem: whose truth the
-    answer is to match, where it is not the case's own.
+    call: what is timed. within: what its caller is in for any number of calls, as a program for all of its inference.
+    answer: its result as arrays by name (see `Problem.truth`). setup: run before each call and not timed. held: bytes
+    that the forward pass keeps for the backward pass. note: what a reader of the time should know. checked: a call to
+    check in place of one that draws at random or goes on from a state. problem: whose truth the answer is to match,
+    where it is not the case's own.
     """
 
     call: Callable[[], Any]
