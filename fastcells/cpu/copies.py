@@ -13,6 +13,9 @@ from .loops import least, peek
 from .simd import FORMATS, Vector, i64
 
 
+AHEAD = 256  # bytes along a row that is read by squares, to be fetched early: rows are too many to be foreseen
+
+
 def moves(dtype: str, lanes: int) -> tuple[Any, Any, Any]:
     """Vectors moved as they are, gathered, and a square of them turned."""
     fmt = FORMATS[dtype]
@@ -24,6 +27,7 @@ def moves(dtype: str, lanes: int) -> tuple[Any, Any, Any]:
 
         def emit(context, b, signature, args):
             v = Vector(b, fmt, lanes)
+            v.prefetch(b.add(args[1], i64(AHEAD)))
             whole = b.icmp_signed("==", args[2], i64(lanes))
             with b.if_else(whole) as (then, otherwise):
                 with then:
@@ -57,7 +61,10 @@ def moves(dtype: str, lanes: int) -> tuple[Any, Any, Any]:
         def emit(context, b, signature, args):
             v = Vector(b, fmt, lanes)
             target, target_stride, source, source_stride = args
-            rows = [v.load(b.add(source, b.mul(source_stride, i64(k)))) for k in range(lanes)]
+            at = [b.add(source, b.mul(source_stride, i64(k))) for k in range(lanes)]
+            rows = [v.load(address) for address in at]
+            for address in at:
+                v.prefetch(b.add(address, i64(AHEAD)))
             distance = lanes // 2
             while distance:  # swap the off-diagonal squares, ever smaller ones
                 for i in (k for k in range(lanes) if not k & distance):
