@@ -93,15 +93,20 @@ class OverTime:
         """Compute all terms; sums: what becomes the sum of the first columns over all rows, [1, columns]."""
         script, dtype, item = self.script, self.d.r.dtype, self.grad.item
         options: dict[str, Any] = {"threads": self.d.team, "label": LABEL}
-        total, used = self.grad.shape[0], max(begin + count for begin, count, *_ in self.terms)
+        total, used = self.grad.shape[0], max([begin + count for begin, count, *_ in self.terms], default=0)
         length = total
-        if turn := total * self.grad.strides[0] > NEAR_BYTES:
+        if turn := used and total * self.grad.strides[0] > NEAR_BYTES:
             # Whole time steps, if an operand's rows are apart by two distances.
             whole = max([other.shape[1] for *_, other, _ in self.terms if len(other.shape) == 3], default=1)
             length = max(1, STRETCH // whole) * whole
             lanes = host().lanes(item)
             row = (-(-min(length, total) // lanes) + 1) * lanes  # whole vectors, at a distance that is no power of two
             copy = Buffer.new(script.take(used * row * item), (used, row), item)
+        near = {
+            other: Buffer.new(script.take(length * other.shape[2] * item), (length, other.shape[2]), item)
+            for *_, other, _ in self.terms
+            if len(other.shape) == 3
+        }
         begun: set[Buffer] = set()
 
         def start(target: Buffer) -> Any:
@@ -115,11 +120,15 @@ class OverTime:
             if turn:
                 turned(script, dtype, stretch.columns(0, used), copy, **options)
             rows = copy.narrow(1, 0, end - begin) if turn else stretch.turned()
+            for other, here in near.items():  # which has rows of all steps
+                steps = other.narrow(0, begin // other.shape[1], (end - begin) // other.shape[1])
+                into = here.narrow(0, 0, end - begin).by_time(steps.shape[:2])
+                add(script, dtype, into, steps, **options)
             for column, count, first, other, target in self.terms:
                 low, high = max(begin, first), min(end, first + self._rows(other))
                 if low < high:
                     x = rows.narrow(0, column, count).narrow(1, low - begin, high - low)
-                    weight = self._narrowed(other, low - first, high - first)
+                    weight = near[other] if other in near else other.narrow(0, low - first, high - low)
                     product(
                         script, dtype, x.by_time(), weight, target.by_time(), start(target), transposed=True,
                         pack=False, **options,
@@ -134,16 +143,6 @@ class OverTime:
     @staticmethod
     def _rows(other: Buffer) -> int:
         return other.shape[0] if len(other.shape) == 2 else other.shape[0] * other.shape[1]
-
-    def _narrowed(self, other: Buffer, begin: int, end: int) -> Buffer:
-        """Rows of a term's operand, copied if they are whole time steps."""
-        if len(other.shape) == 2:
-            return other.narrow(0, begin, end - begin)
-        n, width = other.shape[1:]
-        steps = other.narrow(0, begin // n, (end - begin) // n)
-        copy = Buffer.new(self.script.take((end - begin) * width * other.item), (end - begin, width), other.item)
-        add(self.script, self.d.r.dtype, copy.by_time(steps.shape[:2]), steps, threads=self.d.team, label=LABEL)
-        return copy
 
     def _biases(self, sums: Buffer, targets: Sequence[tuple[Buffer, dict[str, int]]]) -> None:
         """Gradients of biases out of the sums over all rows."""
