@@ -239,7 +239,11 @@ def cache() -> dict[str, Any]:
     """State of the kernel cache."""
     files = store.stored()
     folder = files[0].parent if files else store.folders()[0]
-    return {"folder": str(folder), "kernels": len(files), "bytes": sum(f.stat().st_size for f in files)}
+    return {
+        "folder": str(folder),
+        "kernels": len([f for f in files if f.suffix == ".o"]),
+        "bytes": sum(f.stat().st_size for f in files),
+    }
 
 
 def run_info(arguments: argparse.Namespace) -> None:
@@ -369,7 +373,7 @@ def run_clear(arguments: argparse.Namespace) -> None:
     except OSError as error:
         sys.exit(f"cannot delete {error.filename}: {error.strerror}")
     where = ", ".join(sorted({str(f.parent) for f in gone})) or str(store.folders()[0])
-    print(f"deleted {len(gone)} kernels, {size / 1024:.0f} KiB, in {where}")
+    print(f"deleted {len(gone)} files of kernels, {size / 1024:.0f} KiB, in {where}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

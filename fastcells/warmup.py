@@ -85,6 +85,9 @@ def run(wants: Sequence[Wanted]) -> Iterator[tuple[str, float]]:
     if processors == 1:
         yield from map(obtain, wants)
         return
-    with ProcessPoolExecutor(min(processors, len(wants)), multiprocessing.get_context("spawn")) as pool:
+    import numba  # noqa: F401  # once, where processes are copies of this one
+
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(min(processors, len(wants)), context) as pool:
         futures = [pool.submit(obtain, want) for want in wants]
         yield from (future.result() for future in as_completed(futures))

@@ -130,6 +130,7 @@ def test_every_vector_width_compiles(kind, monkeypatch):
     from fastcells.cpu.engine import PRODUCT
     from fastcells.cpu.loops import make_recurrence
 
+    store._base()  # of this machine, once and for all
     monkeypatch.setattr(store, "host", lambda: WIDE[kind])
     lanes = WIDE[kind].lanes(4)
     code = store.compile_object(make_recurrence(PRODUCT, "float32", WIDE[kind].registers, lanes))

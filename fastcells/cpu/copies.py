@@ -12,7 +12,6 @@ from .geometry import PACK, TURN
 from .loops import least, peek
 from .simd import FORMATS, Vector, i64
 
-
 AHEAD = 256  # bytes along a row that is read by squares, to be fetched early: rows are too many to be foreseen
 
 

@@ -30,7 +30,7 @@ import llvmlite.binding as llvm
 from .host import host
 
 SYMBOL = "fastcells_kernel"
-FILE = re.compile(r".+-[0-9a-f]{32}\.o")  # a name and a digest
+FILE = re.compile(r".+-[0-9a-f]{32}\.(o|bc)")  # a name and a digest
 Member = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)  # the frame: bytes or an address
 
 
@@ -54,7 +54,7 @@ def kernel(name: str, describe: Iterable[str], make: Callable[[], Callable]) -> 
 
     describe: whatever the kernel depends on besides the package's source and the machine.
     """
-    digest = hashlib.sha256("\0".join([_base(), name, *describe]).encode()).hexdigest()
+    digest = _digest(name, *describe)
     found = _kernels.get(digest)
     if found is None:
         with _lock:
@@ -79,19 +79,33 @@ def _base() -> str:
     return repr((source.hexdigest(), host(), versions, sys.version_info[:3]))
 
 
+def _digest(*description: str) -> str:
+    return hashlib.sha256("\0".join([_base(), *description]).encode()).hexdigest()
+
+
 def _obtain(name: str, digest: str, make: Callable[[], Callable]) -> Kernel:
-    file = f"{name}-{digest[:32]}.o"
+    began = None
+
+    def compiled() -> bytes:
+        nonlocal began
+        began = time.perf_counter()
+        _announce()
+        return compile_object(make())
+
+    code = _kept(f"{name}-{digest[:32]}.o", compiled)
+    return _load(name, code, 0.0 if began is None else time.perf_counter() - began)
+
+
+def _kept(file: str, make: Callable[[], bytes]) -> bytes:
+    """What a file in the cache holds, or else what is made now, and kept there."""
     for folder in folders():
-        code = _read(folder / file)
-        if code is not None:
-            return _load(name, code, 0.0)
-    began = time.perf_counter()
-    _announce()
-    code = compile_object(make())
+        if (found := _read(folder / file)) is not None:
+            return found
+    made = make()
     for folder in folders():
-        if _write(folder / file, code):
+        if _write(folder / file, made):
             break
-    return _load(name, code, time.perf_counter() - began)
+    return made
 
 
 @lru_cache  # one line a process
@@ -158,7 +172,8 @@ def _lower(function: Callable) -> Any:
 @lru_cache
 def _bitcode(function: Callable) -> bytes:
     """Of what kernels of many programs have in common."""
-    return _lower(function).as_bitcode()
+    name = function.__name__
+    return _kept(f"{name}-{_digest(name)[:32]}.bc", lambda: _lower(function).as_bitcode())
 
 
 def _compile(source: Callable | Linked) -> tuple[Any, Any]:
@@ -216,13 +231,13 @@ def folders() -> list[Path]:
 
 
 def stored() -> list[Path]:
-    """The files of kernels in all folders, of this version and of others."""
+    """The files in all folders, of this version and of others."""
     trusted = [folder for folder in folders() if folder.is_dir() and _trusted(folder)]
-    return [file for folder in trusted for file in sorted(folder.glob("*.o")) if FILE.fullmatch(file.name)]
+    return [file for folder in trusted for file in sorted(folder.iterdir()) if FILE.fullmatch(file.name)]
 
 
 def clear() -> list[Path]:
-    """Delete all stored kernels; the files that are gone. Those in use stay in memory. Raises OSError as `unlink`."""
+    """Delete all that is stored; the files that are gone. Those in use stay in memory. Raises OSError as `unlink`."""
     gone = stored()
     for file in gone:
         file.unlink(missing_ok=True)
