@@ -14,7 +14,7 @@ STEP_ROWS = 32  # of a single step, up to which packing the weights does not pay
 FEW_ROWS = 8  # of several steps together, up to which it does not either
 ROW_BLOCK = 96  # rows that go through all time steps together
 THREAD_FLOPS = 400_000  # of a call, below which waking a team costs more than it brings
-STEP_FLOPS = 60_000  # of a time step, below which a barrier costs more than the second thread brings
+STEP_FLOPS = 36_000  # of a recurrent product, below which a barrier costs more than the second thread brings
 ROWS_A_THREAD = 2  # at least; a tile of a single row cannot keep the multiply-adds busy
 
 
@@ -59,7 +59,9 @@ def plan(shape: Shape) -> Plan:
     flops = step_flops * shape.total // max(shape.rows, 1)
     side_by_side = shape.directions > 1 and shape.threads >= shape.directions and 2 * flops >= THREAD_FLOPS
     available = shape.threads // shape.directions if side_by_side else shape.threads
-    threads, split = share(shape.rows, flops, step_flops, available)
+    # The input's part of a single row's step is there before the loop, or done in the shadow of the rest.
+    waiting = step_flops * shape.depth // (shape.depth + shape.inputs)
+    threads, split = share(shape.rows, flops, waiting, available)
     if side_by_side:
         reasons.append(f"the {shape.directions} directions run side by side, {threads} thread(s) each")
     elif threads == 1:
