@@ -10,6 +10,7 @@ PANEL_BYTES = 32 * 1024  # of weights that a tile may go through at a time: abou
 SINGLE_ROW_DEPTH = 256  # of a single row's products
 FUSED_BYTES = 1 << 19  # of weights that fused time steps may read: half of a common second-level cache
 NEAR_BYTES = 1 << 21  # of recurrent weights, of which such a cache still holds a part from step to step
+FAR_BYTES = 1 << 24  # of all weights, of which a third-level cache still holds a part
 STEP_ROWS = 32  # of a single step, up to which packing the weights does not pay
 FEW_ROWS = 8  # of several steps together, up to which it does not either
 ROW_BLOCK = 96  # rows that go through all time steps together
@@ -89,10 +90,10 @@ def plan(shape: Shape) -> Plan:
         project_ahead, why = False, "its weights are not packed"
     elif shape.rows < 16:
         project_ahead, why = True, f"{shape.rows} row(s) a step do not pay for reading the input weights each time"
-    elif recurrent_bytes > NEAR_BYTES:
+    elif NEAR_BYTES < recurrent_bytes and weight_bytes <= FAR_BYTES:
         project_ahead, why = False, "the recurrent weights alone are more than a cache keeps from step to step"
     elif weight_bytes > FUSED_BYTES:
-        project_ahead, why = True, f"without them, more of the {recurrent_bytes:,} bytes of recurrent weights stay near"
+        project_ahead, why = True, f"without them, more of the {recurrent_bytes:,} bytes of recurrent weights stay in a cache"
     else:
         project_ahead, why = False, "its result never leaves the registers"
     if project_ahead:
