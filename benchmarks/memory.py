@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.providers import Prepared
+from fastcells.cpu.layer import forget
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -25,6 +26,7 @@ def field(name: str) -> int:
 def peak(prepared: Prepared) -> int:
     """Resident bytes at the peak of one call less those before it."""
     gc.collect()
+    forget()  # which fastcells would use again
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # what earlier calls freed goes back to the system, so that this call has to ask for it
         trim(0)

@@ -93,7 +93,10 @@ def plan(shape: Shape) -> Plan:
     elif NEAR_BYTES < recurrent_bytes and weight_bytes <= FAR_BYTES:
         project_ahead, why = False, "the recurrent weights alone are more than a cache keeps from step to step"
     elif weight_bytes > FUSED_BYTES:
-        project_ahead, why = True, f"without them, more of the {recurrent_bytes:,} bytes of recurrent weights stay in a cache"
+        project_ahead, why = (
+            True,
+            f"without them, more of the {recurrent_bytes:,} bytes of recurrent weights stay in a cache",
+        )
     else:
         project_ahead, why = False, "its result never leaves the registers"
     if project_ahead:

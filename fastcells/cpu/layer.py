@@ -16,11 +16,11 @@ from torch import Tensor
 from ..cell import Cell
 from ..expression import Node, apply, leaf
 from ..plan import Plan
-from . import team
+from . import blocks, team
 from .direction import Direction, Operands, Ready, Sequences, fixed, planned, ready, rows_of_initial, usable, view
 from .engine import Buffer, View, add, product
 from .gradients import OverTime, shifted
-from .script import Script, zeros
+from .script import Script, arena, zeros
 
 __all__ = ["Saved", "Sequences", "Wanted", "backward", "forget", "forward", "planned", "prepared", "ready"]
 
@@ -65,14 +65,14 @@ class Call:
                 part.run(addresses)
 
 
-def maker(shape: Sequence[int] | None, dtype: torch.dtype) -> Callable[[], Any]:
+def maker(shape: Sequence[int] | None, dtype: torch.dtype, own: bool = False) -> Callable[[], Any]:
     """A function that makes a tensor of that shape, or None for no shape: for a small one, from another like it, which
-    is the quickest way."""
+    is the quickest way. own: no caller sees it."""
     if shape is None:
         return _nothing
     if torch.Size(shape).numel() <= SMALL:
         return partial(torch.empty_like, torch.empty(tuple(shape), dtype=dtype))
-    return partial(torch.empty, *shape, dtype=dtype)
+    return partial(blocks.empty, tuple(shape), dtype) if own else partial(torch.empty, *shape, dtype=dtype)
 
 
 def _nothing() -> None:
@@ -194,8 +194,9 @@ class Forward(Call):
                     tensors[final].select(0, k).copy_(edge[:, column : column + size])
 
                 self.then(copy)
-        shapes = [self.y, *self.finals, *[self.slots] * (count if training else 0), *[self.series] * count * self.many]
-        self.make = [maker(s, dtype) for s in shapes]
+        kept_shapes = [*[self.slots] * (count if training else 0), *[self.series] * count * self.many]
+        self.make = [maker(s, dtype) for s in (self.y, *self.finals)]
+        self.make += [maker(s, dtype, own=True) for s in kept_shapes]
         self._end = 1 + len(self.finals), 1 + len(self.finals) + (count if training else 0)
 
     def start(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
@@ -376,7 +377,7 @@ class Backward(Call):
         self._groups = [[maker(s, dtype) for s in group] for group in shapes]
         more = [*self.totals * count, *[self.grad] * (0 if overwrite else count), *[self.projected] * count]
         more += list(self.previous.values()) * (count if packed else 0)
-        self._more = [maker(s, dtype) for s in more]
+        self._more = [maker(s, dtype, own=True) for s in more]
         self._states = len(cell.states)
 
     def finish(self, tensors: Sequence[Tensor | None]) -> Gradients:
@@ -503,9 +504,11 @@ threads = team.size
 
 
 def forget() -> None:
-    """Drop all prepared calls."""
+    """Drop all prepared calls, and the memory that is kept for the next ones."""
     with _lock:
         _calls.clear()
+    blocks.pool.release()
+    arena.release()
 
 
 def _flat(parameters: Sequence[Parameters]) -> list[list[Tensor | None]]:

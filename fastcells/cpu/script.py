@@ -39,13 +39,17 @@ class Arena(threading.local):
     """The memory of calls: one block a thread, kept for the next call."""
 
     def __init__(self) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the block."""
         self._block = torch.empty(0, dtype=torch.uint8)
         self._address = self._size = 0
 
     def take(self, size: int) -> int:
         """Address of `size` bytes, aligned to a line of cache."""
         if size > self._size:
-            self._block = torch.empty(0, dtype=torch.uint8)  # first free, then take
+            self.release()  # first free, then take
             self._block = torch.empty(size + LINE, dtype=torch.uint8)
             self._address, self._size = -(-self._block.data_ptr() // LINE) * LINE, size
         return self._address
