@@ -90,12 +90,12 @@ def plan(shape: Shape) -> Plan:
         project_ahead, why = False, "its weights are not packed"
     elif shape.rows < 16:
         project_ahead, why = True, f"{shape.rows} row(s) a step do not pay for reading the input weights each time"
-    elif NEAR_BYTES < recurrent_bytes and weight_bytes <= FAR_BYTES:
+    elif recurrent_bytes > NEAR_BYTES and weight_bytes <= FAR_BYTES:
         project_ahead, why = False, "the recurrent weights alone are more than a cache keeps from step to step"
     elif weight_bytes > FUSED_BYTES:
         project_ahead, why = (
             True,
-            f"without them, more of the {recurrent_bytes:,} bytes of recurrent weights stay in a cache",
+            f"without them, more of the {recurrent_bytes:,} bytes of recurrent weights stay near",
         )
     else:
         project_ahead, why = False, "its result never leaves the registers"
