@@ -38,7 +38,8 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None, **options: Any)
         return Explanation(name, "torch", ("a torch.nn module: fastcells.convert would change that",))
     if not isinstance(module, DropIn):
         raise TypeError(f"explain: module must be a recurrent layer or cell, got {type(module).__name__}")
-    if isinstance(module, OverTime) and options:
+    within = module._within(input, hx, **options) if isinstance(module, OverTime) and options else None
+    if isinstance(module, OverTime) and options and within is None:
         input, hx, _ = module._ragged(input, hx, **options)
     reason = module._route(input, hx)
     if reason is not None:
@@ -46,7 +47,7 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None, **options: Any)
             "the cell as a loop of torch operations" if isinstance(module, Recurrent) else "torch's own implementation"
         )
         return Explanation(name, "torch", (f"{form}: {reason}",))
-    call = module._read(input, hx)
+    call = module._read(input, hx) if within is None else within[0]
     batch = call.batch
     layout = "packed" if batch.batch_sizes is not None else "padded"
     sequences = Sequences(batch.x, batch.batch_sizes)
@@ -54,6 +55,8 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None, **options: Any)
         f"kernels of cell {call.cell.name}, {batch.x.dtype}, vectors of {host().vector_bytes} bytes; "
         f"{layout} input, {sequences.steps} steps, {sequences.rows} sequences, {sequences.total} tokens"
     ]
+    if within is not None:
+        reasons.append(f"lengths and resets inside the time loop, by cell {within[1].cell(call.cell).name}: no packing")
     previous: tuple[str, ...] = ()
     for k, directions in enumerate(call.parameters):
         plan = planned(call.cell, directions[0], sequences, len(directions))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules import rnn as original  # the classes themselves: torch.nn.LSTM may be one of ours by now
@@ -33,9 +34,11 @@ from .dropin import (
     weight_shapes,
 )
 from .dynamo import admit
-from .functional import Parameters, flat, unchecked_layer
+from .functional import Parameters, flat, observer, unchecked_layer
+from .marked import Marked
+from .plan import PADDING_FLOPS
 from .program import build
-from .ragged import Lengths, Ragged, backward_in_time
+from .ragged import Lengths, Ragged, backward_in_time, checked_lengths, checked_reset
 from .stream import Stream
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "Recurrent"]
@@ -112,6 +115,8 @@ class OverTime(regularise.Dropping, DropIn):
         plain = self._with_cell_states if return_cell_states else super().forward
         if not ragged:
             return plain(input, hx)
+        if not return_cell_states and (within := self._within(input, hx, **options)) is not None:
+            return self._run(input, *within)
         input, hx, finish = self._ragged(input, hx, **options)
         return finish(plain(input, hx))
 
@@ -217,6 +222,49 @@ class OverTime(regularise.Dropping, DropIn):
             return unpacked(y), _as_given(finals, batched), *_each(unpacked, others)
 
         return packed, _as_given(entered), finish
+
+    def _within(
+        self,
+        input: Any,
+        hx: Any,
+        lengths: Lengths | None = None,
+        reset: Tensor | None = None,
+        reset_to: Any = None,
+        reverse: bool = False,
+    ) -> tuple[Call, Marked] | None:
+        """A call with lengths and resets inside the time loop, and what runs its layers, where this is the quicker way;
+        else None, as for calls that are wrong."""
+        if (lengths is None and reset is None) or isinstance(input, PackedSequence) or reverse or self.proj_size:
+            return None
+        # Masks begin anew with each stretch, and draws between layers are those of a packed sequence.
+        draws = self._random() or (self.dropout and self.num_layers > 1)
+        if (self.training and draws) or observer() is not None:
+            return None
+        try:
+            call = self._read(input, hx)
+            to = call.states if reset_to is None and reset is not None else None
+            if isinstance(reset_to, (tuple, list, Tensor)):
+                to = self._states(call.cell, input, call.batch, reset_to, self._out(), "reset_to")
+        except NotTaken:
+            return None
+        known = reset_to is None or to is not None or (isinstance(reset_to, int) and reset_to == 0)
+        if call.dtype is not None or not known or (reset is None and reset_to is not None):
+            return None
+        x, directions = call.batch.x, 2 if self.bidirectional else 1
+        steps, size, _ = x.shape
+        batched = input.dim() == 3
+        batch_first = self.batch_first and batched
+        ends, resets = np.full(size, steps) if lengths is None else checked_lengths(lengths, steps, size), None
+        if reset is not None:
+            given = reset.unsqueeze(1) if isinstance(reset, Tensor) and not batched and reset.dim() == 1 else reset
+            resets = checked_reset(given, (size, steps) if batch_first else (steps, size), batch_first)
+        tokens = int(ends.sum())
+        past_end = 2 * (steps * size - tokens) * self.hidden_size * (self.input_size + self.hidden_size)
+        whole = tokens == steps * size and (resets is None or not resets[:, 1:].any())
+        if whole or not tokens or past_end * len(call.cell.gates) > PADDING_FLOPS:
+            return None
+        layer = partial(unchecked_layer, recompute=True) if self.recompute else unchecked_layer
+        return call, Marked(resets, ends, steps, to, directions, self.hidden_size, x.dtype, layer)
 
     def _out(self) -> int:
         return self.proj_size or self.hidden_size

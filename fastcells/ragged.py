@@ -43,8 +43,8 @@ class Ragged:
     ) -> None:
         self._shape = (size, steps) if batch_first else (steps, size)
         self._device = device
-        ends = np.full(size, steps) if lengths is None else _checked_lengths(lengths, steps, size)
-        resets = None if reset is None else _checked_reset(reset, self._shape, batch_first)
+        ends = np.full(size, steps) if lengths is None else checked_lengths(lengths, steps, size)
+        resets = None if reset is None else checked_reset(reset, self._shape, batch_first)
         self.tokens, self._empty = int(ends.sum()), ends == 0
         never = np.zeros(size, bool)
         self._after_reset = [never if resets is None else resets[:, 0], never]
@@ -204,7 +204,7 @@ class _Rows(torch.autograd.Function):
         return _Rows.apply(tangent, *ctx.saved_tensors)
 
 
-def _checked_lengths(lengths: Lengths, steps: int, size: int) -> np.ndarray:
+def checked_lengths(lengths: Lengths, steps: int, size: int) -> np.ndarray:
     if isinstance(lengths, Tensor):
         kind, given = str(lengths.dtype), _numpy(lengths)
     else:
@@ -223,7 +223,7 @@ def _checked_lengths(lengths: Lengths, steps: int, size: int) -> np.ndarray:
     return given
 
 
-def _checked_reset(reset: Tensor, shape: tuple[int, int], batch_first: bool) -> np.ndarray:
+def checked_reset(reset: Tensor, shape: tuple[int, int], batch_first: bool) -> np.ndarray:
     """[N, T]"""
     if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
         given = f"a Tensor of {reset.dtype}" if isinstance(reset, Tensor) else type(reset).__name__

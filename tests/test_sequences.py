@@ -167,13 +167,14 @@ def calls(draw):
     return module, input, hx, arguments
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
-@given(call=calls())
-def test_options_cross(call):
+@settings(max_examples=160, deadline=None, derandomize=True)
+@given(call=calls(), packing=st.booleans())
+def test_options_cross(call, packing):
     module, input, hx, arguments = call
     named = leaves_of(module, input, hx=hx, reset_to=arguments.get("reset_to"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "dropout", keep_some)
+        patch.setattr(nn, "PADDING_FLOPS", -1 if packing else nn.PADDING_FLOPS)
         ours = outputs_and_gradients(lambda: module(input, hx, **arguments), named)
         truth = outputs_and_gradients(lambda: module_by_steps(module, input, hx, **arguments), named)
     for name, value in truth.items():
@@ -311,7 +312,8 @@ def test_whole_sequences_cost_nothing(options):
 
 
 def test_time_follows_the_tokens(monkeypatch):
-    """No step is computed for padding: neither in the loop nor in the products over time."""
+    """No step is computed for padding that is worth the packing: neither in the loop nor in the products over time."""
+    monkeypatch.setattr(nn, "PADDING_FLOPS", -1)
     seen = []
     prepared = functional.cpu.prepared
 
@@ -463,8 +465,30 @@ def test_packed_sequences_have_lengths_of_their_own():
         functional.layer(c, x, states, parameters, sizes, lengths=[3, 1])
 
 
-def test_explain_counts_the_tokens():
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_what_lies_past_an_end_is_never_read(kind, packing, monkeypatch):
+    monkeypatch.setattr(nn, "PADDING_FLOPS", -1 if packing else nn.PADDING_FLOPS)
+    layer = getattr(nn, kind)(3, 4, bidirectional=True)
+    x, lengths = torch.randn(5, 3, 3), torch.tensor([5, 2, 0])
+    other = torch.where(torch.arange(5)[:, None] < lengths, 0.0, float("nan"))[..., None] + x
+    x, other = x.requires_grad_(), other.detach().requires_grad_()
+    results = []
+    for side in (x, other):
+        y, states = layer(side, lengths=lengths)
+        outputs = [y, *(states if isinstance(states, tuple) else (states,))]
+        grads = torch.autograd.grad([t.square().sum() for t in outputs], [side, *layer.parameters()])
+        results.append([*outputs, *grads])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_explain_counts_the_tokens(monkeypatch):
     layer, x = nn.LSTM(2, 6), torch.randn(9, 3, 2)
+    within = "lengths and resets inside the time loop, by cell lstm_marked: no packing"
+    assert within in str(explain(layer, x, lengths=[1, 9, 3]))
+    assert within not in str(explain(layer, x, lengths=[9, 9, 9]))
+    monkeypatch.setattr(nn, "PADDING_FLOPS", -1)
     assert "packed input, 9 steps, 3 sequences, 13 tokens" in str(explain(layer, x, lengths=[1, 9, 3]))
     reset = torch.zeros(9, 3, dtype=torch.bool)
     assert "padded input, 9 steps, 3 sequences, 27 tokens" in str(explain(layer, x, reset=reset))
