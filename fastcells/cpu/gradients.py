@@ -12,6 +12,7 @@ from .script import Script, ones, zeros
 
 LABEL = "weight gradients"
 STRETCH = 256  # rows of all steps taken at a time, which stay in the second-level cache
+LONG_STRETCH, LONG_BYTES = 1024, 10 << 20  # and so many for more gradients than that, which are read for each stretch
 NEAR_BYTES = 1 << 19  # of gradients, which are there as they are
 
 
@@ -98,7 +99,8 @@ class OverTime:
         if turn := used and total * self.grad.strides[0] > NEAR_BYTES:
             # Whole time steps, if an operand's rows are apart by two distances.
             whole = max([other.shape[1] for *_, other, _ in self.terms if len(other.shape) == 3], default=1)
-            length = max(1, STRETCH // whole) * whole
+            size = sum([count * other.shape[-1] * item for _, count, _, other, _ in self.terms])
+            length = max(1, (STRETCH if size <= LONG_BYTES else LONG_STRETCH) // whole) * whole
             lanes = host().lanes(item)
             row = (-(-min(length, total) // lanes) + 1) * lanes  # whole vectors, at a distance that is no power of two
             copy = Buffer.new(script.take(used * row * item), (used, row), item)
