@@ -175,6 +175,7 @@ def scaling(results: Results) -> Figure | None:
     for panel in grid.flat:
         panel.set_visible(False)
     by_case, names = results.by_case, show.columns(results)
+    colors = {name: f"C{k}" for k, name in enumerate(names)}
     for mode, axis, cases in drawn:
         panel = grid[rows.index(mode)][columns.index(axis)]
         panel.set_visible(True)
@@ -182,8 +183,8 @@ def scaling(results: Results) -> Figure | None:
             found = [(getattr(case, axis), by_case[case][name]) for case in cases if name in by_case[case]]
             points = [(at, row.median * 1e6) for at, row in found if row.median is not None]
             if points:
-                width = 2.5 if name == OURS else 1.2
-                panel.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=width, label=name)
+                width, color = 2.5 if name == OURS else 1.2, colors[name]
+                panel.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=width, label=name)
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter("{x:g}")
         panel.set_yscale("log")

@@ -405,6 +405,17 @@ def test_the_report_marks_losses_and_has_plots(tmp_path):
     assert "![scaling](scaling.png)" in text
 
 
+def test_a_provider_has_one_colour_in_all_plots_of_growth():
+    rows = []
+    for mode, others in (("inference", ("torch.nn", "ONNX Runtime", "JAX scan")), ("training", ("JAX scan",))):
+        for case in [replace(SMALL, T=t, mode=mode) for t in (2, 4, 8, 16)]:
+            rows += [row(OURS, [1e-3], case), *(row(name, [2e-3], case) for name in others)]
+    lines = [line for panel in report.scaling(measured(*rows)).axes for line in panel.lines]
+    seen = {(line.get_label(), line.get_color()) for line in lines}
+    assert len(lines) == 4 + 2
+    assert len(seen) == len(dict(seen)) == 4
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_renew_the_readme(tmp_path, name):
     readme = tmp_path / "README.md"
