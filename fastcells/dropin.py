@@ -107,6 +107,11 @@ class DropIn(torch.nn.Module):
             return result
         return super().__call__(*args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "training":  # which changes no call that is made again
+            replay.forget(self)
+        super().__setattr__(name, value)
+
     @replay.begins
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As the torch.nn class of the same name: same arguments, results and exceptions."""

@@ -261,7 +261,8 @@ class OverTime(regularise.Dropping, DropIn):
         tokens = int(ends.sum())
         past_end = 2 * (steps * size - tokens) * self.hidden_size * (self.input_size + self.hidden_size)
         whole = tokens == steps * size and (resets is None or not resets[:, 1:].any())
-        if whole or not tokens or past_end * len(call.cell.gates) > PADDING_FLOPS:
+        worth = PADDING_FLOPS * (2 if torch.is_grad_enabled() else 1)  # packing costs more with a backward pass
+        if whole or not tokens or past_end * len(call.cell.gates) > worth:
             return None
         layer = partial(unchecked_layer, recompute=True) if self.recompute else unchecked_layer
         return call, Marked(resets, ends, steps, to, directions, self.hidden_size, x.dtype, layer)

@@ -16,7 +16,7 @@ FEW_ROWS = 8  # of several steps together, up to which it does not either
 ROW_BLOCK = 96  # rows that go through all time steps together
 THREAD_FLOPS = 400_000  # of a call, below which waking a team costs more than it brings
 STEP_FLOPS = 36_000  # of a recurrent product, below which a barrier costs more than the second thread brings
-PADDING_FLOPS = 40_000_000  # past the ends of sequences, up to which they take less time than packing the rest
+PADDING_FLOPS = 45_000_000  # past the ends of sequences, up to which they take less time than packing the rest
 ROWS_A_THREAD = 2  # at least; a tile of a single row cannot keep the multiply-adds busy
 
 

@@ -118,7 +118,7 @@ class Ragged:
         """Tokens [T, N, F] ([N, T, F] with batch_first) -> packed rows [rows, F]."""
         if not self.tokens:
             return x.new_zeros(1, x.shape[-1])
-        return _Rows.apply(x.reshape(-1, x.shape[-1]), self._token, self._row)
+        return _rows(x.reshape(-1, x.shape[-1]), self._token, self._row)
 
     def spread(self, t: Tensor) -> Tensor:
         """What belongs to each sequence, [R, N, F] -> to each of its stretches, [R, stretches, F]."""
@@ -126,7 +126,7 @@ class Ragged:
 
     def unpack(self, y: Tensor) -> Tensor:
         """Packed rows [rows, F] -> tokens [T, N, F] ([N, T, F]), zero past the end of a sequence."""
-        return _Rows.apply(y[: self.tokens], self._row, self._token).view(*self._shape, -1)
+        return _rows(y[: self.tokens], self._row, self._token).view(*self._shape, -1)
 
     def enter(self, states: States | None, reset_to: States | Literal[0] | None, directions: int) -> States | None:
         """Initial states of the sequences, [R, N, F] each -> those of the stretches, [R, stretches, F].
@@ -174,7 +174,13 @@ def backward_in_time(rows: Tensor, batch_sizes: Tensor) -> Tensor:
     sequence = np.arange(len(rows)) - np.repeat(begin, counts)
     lengths = len(counts) - np.searchsorted(counts[::-1], np.arange(counts[0]), side="right")
     other = torch.from_numpy(begin[lengths[sequence] - 1 - np.repeat(steps, counts)] + sequence).to(rows.device)
-    return _Rows.apply(rows, other, other)
+    return _rows(rows, other, other)
+
+
+def _rows(source: Tensor, row: Tensor, inverse: Tensor) -> Tensor:
+    """`_Rows`, whose way through autograd takes longer than a small table."""
+    wanted = torch.is_grad_enabled() and source.requires_grad
+    return _Rows.apply(source, row, inverse) if wanted else _Rows.forward(source, row, inverse)
 
 
 class _Rows(torch.autograd.Function):
@@ -197,7 +203,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         row, inverse = ctx.saved_tensors
-        return _Rows.apply(grad, inverse, row), None, None
+        return _rows(grad, inverse, row), None, None
 
     @staticmethod
     def jvp(ctx, tangent, *_):

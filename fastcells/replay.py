@@ -45,6 +45,9 @@ class Replay:
         self.invocation = None
         if training:
             self.invocation = Invocation(cell, None, len(parameters), states is not None, again=forward)
+        sample = torch.empty(1, 1, 0)
+        result = module._result(None, batch, sample, sample)
+        self.as_made = isinstance(result, tuple) and len(result) == 2 and result[0] is result[1] is sample
         self.batch, self.views = batch._replace(x=batch.x[:0]), list[torch.Size]()
         self.make = list(forward.make)
         if training:  # what is given and what is made are seen through views, where they are not as the caller's
@@ -57,7 +60,8 @@ class Replay:
         """The result of the call, or None where it is another one."""
         if type(hx) is not self.states:
             return None
-        given = [input, *_listed(hx), *map(module._parameters.get, self.names)]
+        states = hx if self.states is tuple else _listed(hx)
+        given = [input, *states, *map(module._parameters.get, self.names)]
         if not self.same(*given) or cpu.threads() != self.threads:
             return None
         if function_modes() or profiled() or forward_ad._current_level >= 0:  # which leave no mark on tensors
@@ -79,7 +83,8 @@ class Replay:
             finals = tuple(results)
             if len(self.batch.leading) != 2:
                 finals = tuple([t.view(*self.batch.leading, t.shape[-1]) for t in finals])
-        return module._result(None, self.batch, y, finals if len(finals) > 1 else finals[0])
+        last = finals if len(finals) > 1 else finals[0]
+        return (y, last) if self.as_made else module._result(None, self.batch, y, last)
 
 
 data_ptr = Tensor.data_ptr
@@ -97,6 +102,11 @@ def attempt(module: DropIn, input: Any, hx: Any) -> Any:
     replays = _replays.get(module)
     replay = None if replays is None else replays.get(torch.is_grad_enabled())
     return replay(module, input, hx) if type(replay) is Replay else None
+
+
+def forget(module: DropIn) -> None:
+    """Make the module's next calls as if they were its first."""
+    _replays.pop(module, None)
 
 
 def begins(forward: Callable) -> Callable:

@@ -450,3 +450,30 @@ def test_hooks_and_other_forwards_run_although_calls_are_alike():
     torch.testing.assert_close(of(layer), plain)
     layer.forward = lambda given: (given, plain + 7)
     torch.testing.assert_close(of(layer), plain + 7)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_attributes_that_are_set_between_calls_hold(grad):
+    layer, x = fastcells.nn.LSTM(4, 4), torch.randn(3, 3, 4)
+
+    def settle():
+        with torch.set_grad_enabled(grad):
+            for _ in range(3):
+                y = layer(x)[0]
+        assert type(replay._replays[layer][grad]) is replay.Replay
+        return y
+
+    plain = settle()
+    layer.batch_first = True
+    torch.testing.assert_close(settle(), fastcells.nn.LSTM.forward(layer, x)[0])
+    assert not torch.equal(settle(), plain)
+    layer.batch_first = False
+    layer.train(False).train()
+    assert torch.equal(settle(), plain)
+    layer.recurrent_dropout = 0.5
+    with torch.set_grad_enabled(grad):
+        assert not torch.equal(layer(x)[0], layer(x)[0]), "drawn anew"
+        layer.recurrent_dropout, layer.recompute = 0.0, grad
+        y = layer(x)[0]
+    assert (layer in replay._replays) != grad
+    assert torch.equal(y, plain)

@@ -491,7 +491,13 @@ def test_compare_and_report_from_the_command_line(tmp_path, capsys):
 def test_a_run_that_is_stopped_leaves_valid_results(tmp_path):
     path = tmp_path / "a.jsonl"
     command = [sys.executable, "-m", "benchmarks", "run", "--quick", "--provider", "torch.nn", "--out", str(path)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
+    )
     end = monotonic() + 100
     while process.poll() is None and monotonic() < end and not (path.exists() and path.read_text().count("\n") > 2):
         sleep(0.05)

@@ -130,6 +130,7 @@ class Script:
             table += [launch.first, launch.threads, launch.wait]
         owned = array("q", table)
         self._owned.append(owned)
+        self._driver = driver()
         header = len(self.launches), owned.buffer_info()[0], self.threads, team.give_way(), 0
         return partial(Struct(f"{len(SCRIPT) + operands}q").pack, *header)
 
@@ -146,16 +147,23 @@ class Script:
 
     def run(self, operands: Sequence[int]) -> None:
         """Run on the addresses of the operands from number 1 on."""
-        frame = self.frame(operands, arena.take(self._memory))
-        if observer is None:
-            team.run(driver(), frame, self.threads)
-            return
+        if self._pack is None:
+            self._pack = self._finish(len(operands))
+        frame = self._pack(arena.take(self._memory), *operands)
+        if observer is not None:
+            self._observed(frame)
+        elif self.threads == 1:
+            self._driver.call(frame, 0, 1)
+        else:
+            team.run(self._driver, frame, self.threads)
+
+    def _observed(self, frame: bytes) -> None:
         words = Struct(f"{len(frame) // 8}q")
         _, table, _, *rest = words.unpack(frame)
         for launch in self.launches:
             threads = launch.first + launch.threads
             one = words.pack(1, table, threads, *rest)
-            observer(launch, lambda one=one, n=threads: team.run(driver(), one, n))  # type: ignore[misc]
+            observer(launch, lambda one=one, n=threads: team.run(self._driver, one, n))  # type: ignore[misc]
             table += 8 * len(LAUNCH)
 
 
