@@ -496,7 +496,7 @@ def test_a_run_that_is_stopped_leaves_valid_results(tmp_path):
         cwd=Path(__file__).parents[1],
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in the background
     )
     end = monotonic() + 100
     while process.poll() is None and monotonic() < end and not (path.exists() and path.read_text().count("\n") > 2):
