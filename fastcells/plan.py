@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-PANEL_BYTES = 32 * 1024  # of weights that a tile may go through at a time: about a first-level cache
-SINGLE_ROW_DEPTH = 256  # of a single row's products
+DEPTH, SINGLE_ROW_DEPTH = 512, 256  # of the products of several rows, and of one, that are summed up at a time
 FUSED_BYTES = 1 << 19  # of weights that fused time steps may read: half of a common second-level cache
 NEAR_BYTES = 1 << 21  # of recurrent weights, of which such a cache still holds a part from step to step
 FAR_BYTES = 1 << 24  # of all weights, of which a third-level cache still holds a part
@@ -121,12 +120,7 @@ def share(rows: int, flops: int, step_flops: int, threads: int) -> tuple[int, st
     return threads, "units"
 
 
-def depth_block(rows: int, line_bytes: int) -> int:
-    """Depth of a product taken at a time. line_bytes: of weights for one k of the widest tile.
-
-    The part of a panel stays in the first-level cache while all rows pass, and partial sums keep float32 as exact as a
-    blocked matrix product is; a single row reads each weight once, so only the latter counts.
-    """
-    if rows == 1:
-        return SINGLE_ROW_DEPTH
-    return max(32, PANEL_BYTES // line_bytes // 8 * 8)
+def depth_block(rows: int) -> int:
+    """Depth of a product taken at a time: partial sums keep float32 as exact as a blocked matrix product is, and of the
+    weights all rows read what a second-level cache holds."""
+    return SINGLE_ROW_DEPTH if rows == 1 else DEPTH

@@ -123,14 +123,6 @@ class Runner:
         self.before = [[s.rows.when == "before" for s in stage.segments] for stage in program.stages]
         self.shapes = [tile_shape(s, host().registers, self.lanes) for s in program.stages]
         self.scratch_row = max(scratch_row_bytes(program, s, k, self.vector) for k, s in enumerate(self.shapes))
-        self.line = max(
-            [
-                len(segment.targets) * shape.block * self.vector
-                for stage, shape in zip(program.stages, self.shapes, strict=True)
-                for segment in stage.segments
-            ],
-            default=self.vector,
-        )
         self._kernel: store.Kernel | None = None
 
     @property
@@ -172,7 +164,7 @@ class Runner:
         address of the rows at which their shares begin, if not even. dot: weights are read as they are.
         """
         row_block = row_block or times.rows
-        block = depth_block(row_block, self.line)
+        block = depth_block(row_block)
         words: list[Address] = [0] * self.layout.size
         at, deepest = self.layout.stage[0], 0
         for parts, before, unit in zip(products, self.before, units, strict=True):
