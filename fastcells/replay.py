@@ -60,8 +60,7 @@ class Replay:
         """The result of the call, or None where it is another one."""
         if type(hx) is not self.states:
             return None
-        states = hx if self.states is tuple else _listed(hx)
-        given = [input, *states, *map(module._parameters.get, self.names)]
+        given = [input, *_listed(hx), *map(module._parameters.get, self.names)]
         if not self.same(*given) or cpu.threads() != self.threads:
             return None
         if function_modes() or profiled() or forward_ad._current_level >= 0:  # which leave no mark on tensors
