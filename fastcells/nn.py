@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules import rnn as original  # the classes themselves: torch.nn.LSTM may be one of ours by now
@@ -36,9 +35,9 @@ from .dropin import (
 from .dynamo import admit
 from .functional import Parameters, flat, observer, unchecked_layer
 from .marked import Marked
-from .plan import PADDING_FLOPS
+from .plan import worth_packing
 from .program import build
-from .ragged import Lengths, Ragged, backward_in_time, checked_lengths, checked_reset
+from .ragged import Lengths, Ragged, backward_in_time, ends_and_resets
 from .stream import Stream
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "Recurrent"]
@@ -202,9 +201,7 @@ class OverTime(regularise.Dropping, DropIn):
                 fail(mistake)
         steps, size, _ = batch.x.shape
         batched, directions = input.dim() == 3, 2 if self.bidirectional else 1
-        if not batched and isinstance(reset, Tensor) and reset.dim() == 1:
-            reset = reset.unsqueeze(1)
-        batch_first = self.batch_first and batched
+        reset, batch_first = _with_batch(reset, batched), self.batch_first and batched
         ragged = Ragged(steps, size, lengths, reset, batch_first=batch_first, reverse=reverse, device=batch.x.device)
         entered = ragged.enter(states, reset_to, directions)
         if ragged.whole:
@@ -253,16 +250,12 @@ class OverTime(regularise.Dropping, DropIn):
         x, directions = call.batch.x, 2 if self.bidirectional else 1
         steps, size, _ = x.shape
         batched = input.dim() == 3
-        batch_first = self.batch_first and batched
-        ends, resets = np.full(size, steps) if lengths is None else checked_lengths(lengths, steps, size), None
-        if reset is not None:
-            given = reset.unsqueeze(1) if isinstance(reset, Tensor) and not batched and reset.dim() == 1 else reset
-            resets = checked_reset(given, (size, steps) if batch_first else (steps, size), batch_first)
-        tokens = int(ends.sum())
-        past_end = 2 * (steps * size - tokens) * self.hidden_size * (self.input_size + self.hidden_size)
-        whole = tokens == steps * size and (resets is None or not resets[:, 1:].any())
-        worth = PADDING_FLOPS * (2 if torch.is_grad_enabled() else 1)  # packing costs more with a backward pass
-        if whole or not tokens or past_end * len(call.cell.gates) > worth:
+        reset = _with_batch(reset, batched)
+        ends, resets = ends_and_resets(steps, size, lengths, reset, self.batch_first and batched)
+        padding = steps * size - int(ends.sum())
+        whole = not padding and (resets is None or not resets[:, 1:].any())
+        flops = 2 * padding * len(call.cell.gates) * self.hidden_size * (self.input_size + self.hidden_size)
+        if whole or not ends.any() or worth_packing(flops, torch.is_grad_enabled()):
             return None
         layer = partial(unchecked_layer, recompute=True) if self.recompute else unchecked_layer
         return call, Marked(resets, ends, steps, to, directions, self.hidden_size, x.dtype, layer)
@@ -303,6 +296,11 @@ class OverTime(regularise.Dropping, DropIn):
         if len(batch.leading) == 1:
             return y.squeeze(1), states
         return y.transpose(0, 1) if self.batch_first else y, states
+
+
+def _with_batch(reset: Any, batched: bool) -> Any:
+    """A reset as [T, 1] where input has no batch, and it has the shape that goes with that."""
+    return reset.unsqueeze(1) if isinstance(reset, Tensor) and not batched and reset.dim() == 1 else reset
 
 
 def _each(function: Callable, results: Sequence[Any]) -> list[Any]:

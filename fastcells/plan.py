@@ -93,10 +93,7 @@ def plan(shape: Shape) -> Plan:
     elif recurrent_bytes > NEAR_BYTES and weight_bytes <= FAR_BYTES:
         project_ahead, why = False, "the recurrent weights alone are more than a cache keeps from step to step"
     elif weight_bytes > FUSED_BYTES:
-        project_ahead, why = (
-            True,
-            f"without them, more of the {recurrent_bytes:,} bytes of recurrent weights stay near",
-        )
+        project_ahead, why = True, f"without them, more of the {recurrent_bytes:,} bytes of recurrent weights stay near"
     else:
         project_ahead, why = False, "its result never leaves the registers"
     if project_ahead:
@@ -118,6 +115,11 @@ def share(rows: int, flops: int, step_flops: int, threads: int) -> tuple[int, st
     if step_flops < STEP_FLOPS:
         return 1, "rows"
     return threads, "units"
+
+
+def worth_packing(padding_flops: int, training: bool) -> bool:
+    """Whether running packed sequences saves more than packing them takes, which is more with a backward pass."""
+    return padding_flops > PADDING_FLOPS * (2 if training else 1)
 
 
 def depth_block(rows: int) -> int:

@@ -43,8 +43,7 @@ class Ragged:
     ) -> None:
         self._shape = (size, steps) if batch_first else (steps, size)
         self._device = device
-        ends = np.full(size, steps) if lengths is None else checked_lengths(lengths, steps, size)
-        resets = None if reset is None else checked_reset(reset, self._shape, batch_first)
+        ends, resets = ends_and_resets(steps, size, lengths, reset, batch_first)
         self.tokens, self._empty = int(ends.sum()), ends == 0
         never = np.zeros(size, bool)
         self._after_reset = [never if resets is None else resets[:, 0], never]
@@ -210,7 +209,16 @@ class _Rows(torch.autograd.Function):
         return _Rows.apply(tangent, *ctx.saved_tensors)
 
 
-def checked_lengths(lengths: Lengths, steps: int, size: int) -> np.ndarray:
+def ends_and_resets(
+    steps: int, size: int, lengths: Lengths | None, reset: Tensor | None, batch_first: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Steps of each sequence, [N], and bool [N, T] or None. Raises as `Ragged`."""
+    ends = np.full(size, steps) if lengths is None else _checked_lengths(lengths, steps, size)
+    shape = (size, steps) if batch_first else (steps, size)
+    return ends, None if reset is None else _checked_reset(reset, shape, batch_first)
+
+
+def _checked_lengths(lengths: Lengths, steps: int, size: int) -> np.ndarray:
     if isinstance(lengths, Tensor):
         kind, given = str(lengths.dtype), _numpy(lengths)
     else:
@@ -229,7 +237,7 @@ def checked_lengths(lengths: Lengths, steps: int, size: int) -> np.ndarray:
     return given
 
 
-def checked_reset(reset: Tensor, shape: tuple[int, int], batch_first: bool) -> np.ndarray:
+def _checked_reset(reset: Tensor, shape: tuple[int, int], batch_first: bool) -> np.ndarray:
     """[N, T]"""
     if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
         given = f"a Tensor of {reset.dtype}" if isinstance(reset, Tensor) else type(reset).__name__

@@ -41,7 +41,6 @@ class Replay:
         self.same = guards.alike([input, *_listed(hx), *(t for t in used if t is not None)])
         self.absent = [1 + len(states or ()) + k for k, t in enumerate(used) if t is None]
         self.states, self.threads, self.script, self.end = type(hx), cpu.threads(), forward.script, 1 + len(cell.states)
-        self.forward = getattr(type(module).forward, "straight", False) and type(module).forward
         self.invocation = None
         if training:
             self.invocation = Invocation(cell, None, len(parameters), states is not None, again=forward)
@@ -108,9 +107,12 @@ def forget(module: DropIn) -> None:
     _replays.pop(module, None)
 
 
+_beginning: set[Callable] = set()
+
+
 def begins(forward: Callable) -> Callable:
-    """Mark a module's `forward` as one that begins with an `attempt`, so that this may be made in its place."""
-    forward.straight = True  # type: ignore[attr-defined]
+    """Note a class's `forward` as one that begins with an `attempt`, so that this may be made in its place."""
+    _beginning.add(forward)
     return forward
 
 
@@ -118,17 +120,15 @@ MODULE, CALL = module_of_torch.Module, module_of_torch.Module.__call__
 
 
 def straight(module: DropIn, input: Any, hx: Any = None, /) -> Any:
-    """As `attempt`, in place of the module's call, where this does nothing but call a `forward` that begins with it."""
-    replays = _replays.get(module)
-    replay = None if replays is None else replays.get(torch.is_grad_enabled())
-    if type(replay) is not Replay or type(module).forward is not replay.forward:
+    """An `attempt` in place of the module's call, where this does nothing but call a `forward` that begins with one."""
+    if type(module).forward not in _beginning:
         return None
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return None
     if "forward" in own or "_compiled_call_impl" in own or MODULE.__call__ is not CALL:
         return None
-    return None if module_of_torch._has_any_global_hook() else replay(module, input, hx)
+    return None if module_of_torch._has_any_global_hook() else attempt(module, input, hx)
 
 
 def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:

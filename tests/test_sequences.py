@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_engine import everything, invented, problem
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fastcells import cells, explain, functional, nn, unrolled
+from fastcells import cells, explain, functional, nn, plan, unrolled
 
 
 def by_steps(cell, x, states, parameters, lengths=None, reset=None, reset_to=None, reverse=False):
@@ -174,7 +174,7 @@ def test_options_cross(call, packing):
     named = leaves_of(module, input, hx=hx, reset_to=arguments.get("reset_to"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "dropout", keep_some)
-        patch.setattr(nn, "PADDING_FLOPS", -1 if packing else nn.PADDING_FLOPS)
+        patch.setattr(plan, "PADDING_FLOPS", -1 if packing else plan.PADDING_FLOPS)
         ours = outputs_and_gradients(lambda: module(input, hx, **arguments), named)
         truth = outputs_and_gradients(lambda: module_by_steps(module, input, hx, **arguments), named)
     for name, value in truth.items():
@@ -313,7 +313,7 @@ def test_whole_sequences_cost_nothing(options):
 
 def test_time_follows_the_tokens(monkeypatch):
     """No step is computed for padding that is worth the packing: neither in the loop nor in the products over time."""
-    monkeypatch.setattr(nn, "PADDING_FLOPS", -1)
+    monkeypatch.setattr(plan, "PADDING_FLOPS", -1)
     seen = []
     prepared = functional.cpu.prepared
 
@@ -468,7 +468,7 @@ def test_packed_sequences_have_lengths_of_their_own():
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_what_lies_past_an_end_is_never_read(kind, packing, monkeypatch):
-    monkeypatch.setattr(nn, "PADDING_FLOPS", -1 if packing else nn.PADDING_FLOPS)
+    monkeypatch.setattr(plan, "PADDING_FLOPS", -1 if packing else plan.PADDING_FLOPS)
     layer = getattr(nn, kind)(3, 4, bidirectional=True)
     x, lengths = torch.randn(5, 3, 3), torch.tensor([5, 2, 0])
     other = torch.where(torch.arange(5)[:, None] < lengths, 0.0, float("nan"))[..., None] + x
@@ -488,7 +488,7 @@ def test_explain_counts_the_tokens(monkeypatch):
     within = "lengths and resets inside the time loop, by cell lstm_marked: no packing"
     assert within in str(explain(layer, x, lengths=[1, 9, 3]))
     assert within not in str(explain(layer, x, lengths=[9, 9, 9]))
-    monkeypatch.setattr(nn, "PADDING_FLOPS", -1)
+    monkeypatch.setattr(plan, "PADDING_FLOPS", -1)
     assert "packed input, 9 steps, 3 sequences, 13 tokens" in str(explain(layer, x, lengths=[1, 9, 3]))
     reset = torch.zeros(9, 3, dtype=torch.bool)
     assert "padded input, 9 steps, 3 sequences, 27 tokens" in str(explain(layer, x, reset=reset))
