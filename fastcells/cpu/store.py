@@ -84,28 +84,21 @@ def _digest(*description: str) -> str:
 
 
 def _obtain(name: str, digest: str, make: Callable[[], Callable]) -> Kernel:
-    began = None
-
-    def compiled() -> bytes:
-        nonlocal began
-        began = time.perf_counter()
-        _announce()
-        return compile_object(make())
-
-    code = _kept(f"{name}-{digest[:32]}.o", compiled)
-    return _load(name, code, 0.0 if began is None else time.perf_counter() - began)
+    return _load(name, *_kept(f"{name}-{digest[:32]}.o", lambda: compile_object(make())))
 
 
-def _kept(file: str, make: Callable[[], bytes]) -> bytes:
-    """What a file in the cache holds, or else what is made now, and kept there."""
+def _kept(file: str, make: Callable[[], bytes]) -> tuple[bytes, float]:
+    """What a file in the cache holds, or else what is made now, and kept there; and the seconds that making it took."""
     for folder in folders():
         if (found := _read(folder / file)) is not None:
-            return found
+            return found, 0.0
+    began = time.perf_counter()
+    _announce()
     made = make()
     for folder in folders():
         if _write(folder / file, made):
             break
-    return made
+    return made, time.perf_counter() - began
 
 
 @lru_cache  # one line a process
@@ -173,7 +166,8 @@ def _lower(function: Callable) -> Any:
 def _bitcode(function: Callable) -> bytes:
     """Of what kernels of many programs have in common."""
     name = function.__name__
-    return _kept(f"{name}-{_digest(name)[:32]}.bc", lambda: _lower(function).as_bitcode())
+    code, _ = _kept(f"{name}-{_digest(name)[:32]}.bc", lambda: _lower(function).as_bitcode())
+    return code
 
 
 def _compile(source: Callable | Linked) -> tuple[Any, Any]:
