@@ -102,9 +102,10 @@ class DropIn(torch.nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's modules, hooks and all; a call like one before is made without the way through these."""
-        alike = not kwargs and len(args) in (1, 2) and not torch.compiler.is_compiling()
-        if alike and (result := replay.straight(self, *args)) is not None:
-            return result
+        if not kwargs and not torch.compiler.is_compiling():
+            result = replay.attempt(self, *args, straight=True)
+            if result is not None:
+                return result
         return super().__call__(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:

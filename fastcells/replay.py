@@ -1,10 +1,10 @@
-"""A call like the one before: where a layer is called again with tensors laid out the same way, all checks come down to
-one comparison with that call's tensors, and what was prepared for it runs on the new addresses.
+"""A call like the one before: where a layer is called again with tensors laid out the same way, one compiled method
+(`cpu.again`) compares them with that call's, and what was prepared for it runs on the new addresses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -16,90 +16,109 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_of_torch
 
 from . import guards
+from .cpu import again, script, team
 from .cpu import layer as cpu
 from .functional import Invocation, flat
 
 if TYPE_CHECKING:
     from .dropin import Call, DropIn
 
+SAME = again.Same(
+    answers=[function_modes, profiled, torch.get_num_threads],  # the first two leave no mark on tensors
+    attributes=[(forward_ad, "_current_level"), (script, "observer"), (team, "_lost")],
+    empty=[],
+    own=[],
+)
+HOOKS = [
+    hooks for name, hooks in vars(module_of_torch).items() if name.startswith("_global_") and isinstance(hooks, dict)
+]
+OWN_HOOKS = ["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"]
+MODULE, CALL = torch.nn.Module, torch.nn.Module.__call__
+
 
 class Replay:
-    """A call of a module, ready to be made again. `whole` is false where that cannot be."""
+    """A call of a module, ready to be made again. `forward(module, input)`, or with states, gives the result of the
+    module's `forward`, or None where it is another call; `straight` does so in place of the module's call, where this
+    does nothing but call `forward`. Either may be None: then it cannot be made again."""
 
     def __init__(self, module: DropIn, input: Tensor, hx: Any, call: Call) -> None:
+        self.forward = self.straight = None
         cell, batch, states, (parameters,), *_ = call
         used = flat(parameters)
         tensors: list[Tensor | None] = [batch.x, *(states or ()), *used]
         training = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
         sequences = cpu.Sequences(batch.x, None)
         forward, given = cpu.prepared(cell, batch.x, states, parameters, sequences, training)
-        names = {id(t): name for name, t in module._parameters.items() if t is not None}
-        self.names = [names.get(id(t), "") for t in used if t is not None]
+        registered = {id(t): name for name, t in module._parameters.items() if t is not None}
+        names = [registered.get(id(t), "") for t in used if t is not None]
         # Tensors that the script takes as the caller and the module hold them, nothing made from them.
         same = len(given) == len(tensors) and all(map(guards.same_memory, given, tensors))
-        self.whole = same and forward.whole and all(self.names)
-        self.same = guards.alike([input, *_listed(hx), *(t for t in used if t is not None)])
-        self.absent = [1 + len(states or ()) + k for k, t in enumerate(used) if t is None]
-        self.states, self.threads, self.script, self.end = type(hx), cpu.threads(), forward.script, 1 + len(cell.states)
-        self.invocation = None
+        if not (same and forward.whole and all(names)):
+            return
+        listed = hx if type(hx) is tuple else () if hx is None else (hx,)
+        alike = guards.alike([input, *listed, *(t for t in used if t is not None)])
+        places = [k for k, t in enumerate(tensors) if t is not None]
+        taken = again.Taken(hx, names, alike, places, len(tensors))
         if training:
-            self.invocation = Invocation(cell, None, len(parameters), states is not None, again=forward)
-        sample = torch.empty(1, 1, 0)
-        result = module._result(None, batch, sample, sample)
-        self.as_made = isinstance(result, tuple) and len(result) == 2 and result[0] is result[1] is sample
-        self.batch, self.views = batch._replace(x=batch.x[:0]), list[torch.Size]()
-        self.make = list(forward.make)
-        if training:  # what is given and what is made are seen through views, where they are not as the caller's
-            self.views = [] if batch.x is input else [t.shape for t in (batch.x, *(states or ()))]
-        else:  # only their memory counts
-            shapes = [(*batch.leading, s[-1]) for s in forward.finals]
-            self.make[1 : 1 + len(shapes)] = [cpu.maker(s, input.dtype) for s in shapes]
+            made, finish = None, Training(module, input, call, forward).__call__
+        else:
+            examples = [torch.empty(shape, device="meta") for shape in forward.shapes]
+            finals = tuple([t.view(*batch.leading, t.shape[-1]) for t in examples[1 : 1 + len(cell.states)]])
+            result = module._result(None, batch, examples[0], finals if len(finals) > 1 else finals[0])
+            made, finish = again.Made(forward.script, examples, result, input.dtype), None
+        self.forward = _then(again.method(SAME, taken, made), finish)
+        own = module.__dict__
+        if type(module).forward in _beginning and "forward" not in own and "_compiled_call_impl" not in own:
+            attributes = [*SAME.attributes, (type(module), "forward"), (MODULE, "__call__")]
+            straight = SAME._replace(attributes=attributes, empty=HOOKS, own=OWN_HOOKS)
+            self.straight = _then(again.method(straight, taken, made), finish)
 
-    def __call__(self, module: DropIn, input: Any, hx: Any) -> Any:
-        """The result of the call, or None where it is another one."""
-        if type(hx) is not self.states:
-            return None
-        given = [input, *_listed(hx), *map(module._parameters.get, self.names)]
-        if not self.same(*given) or cpu.threads() != self.threads:
-            return None
-        if function_modes() or profiled() or forward_ad._current_level >= 0:  # which leave no mark on tensors
-            return None
+
+def _then(method: Callable | None, finish: Callable | None) -> Callable | None:
+    """The method, and what its results go through that are not None."""
+    if method is None or finish is None:
+        return method
+
+    def both(module: DropIn, *given: Any) -> Any:
+        tensors = method(module, *given)
+        return None if tensors is None else finish(module, given[0], tensors)
+
+    return both
+
+
+class Training:
+    """The rest of a call with gradients, of its operands."""
+
+    def __init__(self, module: DropIn, input: Tensor, call: Call, forward: cpu.Forward) -> None:
+        cell, batch, states, parameters, _ = call
+        self.invocation = Invocation(cell, None, len(parameters[0]), states is not None, again=forward)
+        # What is given is seen through views, where these are not as the caller's.
+        self.views = [] if batch.x is input else [t.shape for t in (batch.x, *(states or ()))]
+        self.batch = batch._replace(x=batch.x[:0])
+
+    def __call__(self, module: DropIn, input: Tensor, tensors: tuple[Tensor | None, ...]) -> Any:
+        given = list(tensors)
         if self.views:
             given[0] = module._batch(input).x
             given[1 : len(self.views)] = [t.view(v) for t, v in zip(given[1:], self.views[1:], strict=False)]
-        if self.invocation is None:
-            made = [make() for make in self.make]
-            addresses = [*map(data_ptr, given)]
-            for k in self.absent:
-                addresses.insert(k, 0)
-            self.script.run([*addresses, *map(data_ptr, made)])
-            y, finals = made[0], tuple(made[1 : self.end])
-        else:
-            for k in self.absent:
-                given.insert(k, None)
-            y, *results = self.invocation(given)
-            finals = tuple(results)
-            if len(self.batch.leading) != 2:
-                finals = tuple([t.view(*self.batch.leading, t.shape[-1]) for t in finals])
-        last = finals if len(finals) > 1 else finals[0]
-        return (y, last) if self.as_made else module._result(None, self.batch, y, last)
-
-
-data_ptr = Tensor.data_ptr
-
-
-def _listed(hx: Any) -> Sequence[Any]:
-    return hx if type(hx) is tuple else () if hx is None else (hx,)
+        y, *finals = self.invocation(given)
+        if len(self.batch.leading) != 2:
+            finals = [t.view(*self.batch.leading, t.shape[-1]) for t in finals]
+        return module._result(None, self.batch, y, tuple(finals) if len(finals) > 1 else finals[0])
 
 
 _replays: WeakKeyDictionary[torch.nn.Module, dict[bool, Replay | torch.Size]] = WeakKeyDictionary()
 
 
-def attempt(module: DropIn, input: Any, hx: Any) -> Any:
-    """The result of the call if it is like one before, with gradients or without, else None."""
+def attempt(module: DropIn, *given: Any, straight: bool = False) -> Any:
+    """The result of the module's `forward`, or `straight` of its call, if that is like one before, with gradients or
+    without, else None."""
     replays = _replays.get(module)
     replay = None if replays is None else replays.get(torch.is_grad_enabled())
-    return replay(module, input, hx) if type(replay) is Replay else None
+    if type(replay) is not Replay:
+        return None
+    again = replay.straight if straight else replay.forward
+    return None if again is None else again(module, *given)
 
 
 def forget(module: DropIn) -> None:
@@ -116,21 +135,6 @@ def begins(forward: Callable) -> Callable:
     return forward
 
 
-MODULE, CALL = module_of_torch.Module, module_of_torch.Module.__call__
-
-
-def straight(module: DropIn, input: Any, hx: Any = None, /) -> Any:
-    """An `attempt` in place of the module's call, where this does nothing but call a `forward` that begins with one."""
-    if type(module).forward not in _beginning:
-        return None
-    own = module.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return None
-    if "forward" in own or "_compiled_call_impl" in own or MODULE.__call__ is not CALL:
-        return None
-    return None if module_of_torch._has_any_global_hook() else attempt(module, input, hx)
-
-
 def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:
     """Make the call ready to be made again, at its second time."""
     if not guards.AVAILABLE or call.batch.batch_sizes is not None:
@@ -143,5 +147,5 @@ def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:
         replays[kind] = input.shape
         return
     replay = Replay(module, input, hx, call)
-    if replay.whole:
+    if replay.forward is not None:
         replays[kind] = replay

@@ -195,8 +195,8 @@ class Forward(Call):
 
                 self.then(copy)
         kept_shapes = [*[self.slots] * (count if training else 0), *[self.series] * count * self.many]
-        self.make = [maker(s, dtype) for s in (self.y, *self.finals)]
-        self.make += [maker(s, dtype, own=True) for s in kept_shapes]
+        self.shapes = [self.y, *self.finals, *kept_shapes]
+        self.make = [maker(s, dtype, own=k > len(self.finals)) for k, s in enumerate(self.shapes)]
         self._end = 1 + len(self.finals), 1 + len(self.finals) + (count if training else 0)
 
     def start(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...], Saved]:

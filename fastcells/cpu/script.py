@@ -7,6 +7,7 @@ function, which fills in the frames and runs the launches, all on one team of th
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from array import array
 from collections.abc import Callable, Sequence
@@ -39,21 +40,30 @@ class Arena(threading.local):
     """The memory of calls: one block a thread, kept for the next call."""
 
     def __init__(self) -> None:
+        self._words = array("q", [0, 0])
+        own = ctypes.cast(_thread_dict(), ctypes.py_object).value  # a borrowed reference
+        own[KEY] = self._words.buffer_info()[0]
         self.release()
 
     def release(self) -> None:
         """Let go of the block."""
+        self._words[0] = self._words[1] = 0
         self._block = torch.empty(0, dtype=torch.uint8)
-        self._address = self._size = 0
 
     def take(self, size: int) -> int:
         """Address of `size` bytes, aligned to a line of cache."""
-        if size > self._size:
+        if size > self._words[1]:
             self.release()  # first free, then take
             self._block = torch.empty(size + LINE, dtype=torch.uint8)
-            self._address, self._size = -(-self._block.data_ptr() // LINE) * LINE, size
-        return self._address
+            self._words[0], self._words[1] = -(-self._block.data_ptr() // LINE) * LINE, size
+        return self._words[0]
 
+
+KEY = "fastcells.arena"
+"""Where the thread's own dict, in which Python keeps what is local to it, has the address of (address, size)."""
+
+_thread_dict = ctypes.pythonapi.PyThreadState_GetDict
+_thread_dict.restype = ctypes.c_void_p
 
 arena = Arena()
 

@@ -116,7 +116,8 @@ class Linked(NamedTuple):
 
 
 def compile_object(source: Callable | Linked) -> bytes:
-    """Object code of `SYMBOL`, from a Python function of three int64 that Numba can type and that never raises."""
+    """Object code of `SYMBOL`, from a Python function of three int64 that Numba can type, that returns one or nothing, and
+    that never raises."""
     machine, module = _compile(source)
     return machine.emit_object(module)
 
@@ -140,22 +141,24 @@ def _lower(function: Callable) -> Any:
     level, config.OPT = config.OPT, config._OptLevel(0)  # Numba lowers only; the passes run once, on all that is linked
     try:
         result = compiler.compile_extra(
-            cpu_target.typing_context, cpu_target.target_context, function, (types.int64,) * 3, types.void, flags, {}
+            cpu_target.typing_context, cpu_target.target_context, function, (types.int64,) * 3, None, flags, {}
         )
     finally:
         config.OPT = level
     module = llvm.parse_assembly(str(result.library._final_module))
     native = result.fndesc.llvm_func_name
-    # Numba's calling convention returns a status and takes places for result and exception: neither is ever used.
+    # Numba's calling convention returns a status and takes places for result and exception: the latter is never used.
     entry = llvm.parse_assembly(
         f"""
         target triple = "{module.triple}"
         target datalayout = "{module.data_layout}"
         declare i32 @"{native}"(ptr, ptr, i64, i64, i64)
-        define void @{SYMBOL}(i64 %frame, i64 %thread, i64 %team) {{
-            %result = alloca ptr
-            %status = call i32 @"{native}"(ptr %result, ptr %result, i64 %frame, i64 %thread, i64 %team)
-            ret void
+        define i64 @{SYMBOL}(i64 %a, i64 %b, i64 %c) {{
+            %result = alloca i64
+            store i64 0, ptr %result
+            %status = call i32 @"{native}"(ptr %result, ptr %result, i64 %a, i64 %b, i64 %c)
+            %value = load i64, ptr %result
+            ret i64 %value
         }}"""
     )
     module.link_in(entry)

@@ -51,6 +51,12 @@ def run(kernel: Kernel, frame: bytes, threads: int) -> None:
     parallel(member, ctypes.addressof(arguments), threads, 0)
 
 
+def parts() -> tuple[int, int, list[int]]:
+    """How `run` does it with more than one thread: `parallel(member, [kernel, frame, *functions], threads, 0)`."""
+    parallel, member, functions, _ = _openmp()  # type: ignore[misc]
+    return ctypes.cast(parallel, ctypes.c_void_p).value or 0, member, functions
+
+
 def give_way() -> int:
     """Address of the function with which a waiting thread offers its processor to others."""
     return _give_way()[0]

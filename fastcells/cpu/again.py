@@ -1,0 +1,290 @@
+"""Calls made again without Python: for a call of a layer like one before, one compiled method that compares what it is
+given with that call, fills in the script's frame, makes the tensors of the result, and runs.
+
+It speaks to Python and torch through their interfaces for C (torch's is the one for code compiled ahead) and goes by a
+record of 64-bit words. Where there is no such interface, or not as it is known here, there are no methods, and every
+call is made as if it were the first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import llvmlite.binding as llvm
+import torch
+from torch import Tensor
+
+from . import store, team
+from .geometry import LINE, SCRIPT
+from .script import KEY, Script, arena, driver
+
+RECORD = (
+    "none",
+    "true",
+    "answers",  # from here to there pairs: a function, and what it has to return
+    "answers_end",
+    "attributes",  # triples: an object, a name, and what the attribute has to be
+    "attributes_end",
+    "empty",  # dicts that have to be
+    "empty_end",
+    "own",  # names of the module's dicts that have to be
+    "own_end",
+    "dict",  # names of two of its attributes
+    "parameters",
+    "names",  # of the parameters that are used
+    "names_end",
+    "kind",  # the type of the states,
+    "states",  # and how many they are: -1 for one that is not in a tuple
+    "check",  # tells whether tensors are laid out as they have to be
+    "places",  # the operand that each of them is
+    "operands",
+    "offset",  # bytes from a tensor's object to its handle
+    "driver",  # 0: all that is wanted are the call's tensors
+    "threads",
+    "parallel",  # with more than one thread: functions,
+    "member",
+    "team",  # and addresses that a member needs
+    "arena",  # the key of the thread's memory in its dict,
+    "size",  # and how much of it there has to be
+    "frame",  # in which addresses are still missing,
+    "length",  # its words,
+    "memory",  # and the one from which on they are
+    "make",  # what has to be made
+    "make_end",
+    "result",  # numbers of what was made, in order, and lengths of tuples, negative, after what is in them
+    "result_end",
+)
+MADE = ("operand", "dimensions", "sizes", "strides", "dtype")  # without dimensions: at `sizes` of the call's memory
+ROOM = 96  # words, for tensors and for the frame
+
+PYTHON = (  # of its functions, those that the method uses
+    "Py_IncRef",
+    "Py_DecRef",
+    "PyErr_Clear",
+    "PyObject_CallNoArgs",
+    "PyObject_GetAttr",
+    "PyObject_Type",
+    "PyObject_Vectorcall",
+    "PyLong_AsSsize_t",
+    "PyDict_GetItem",
+    "PyDict_Size",
+    "PyTuple_GetItem",
+    "PyTuple_New",
+    "PyTuple_SetItem",
+    "PyTuple_Size",
+    "PyThreadState_GetDict",
+    "PyEval_RestoreThread",
+    "PyEval_SaveThread",
+)
+TORCH = ("aoti_torch_empty_strided", "aoti_torch_get_data_ptr", "aoti_torch_delete_tensor_object")
+WRAP = ("_Z16THPVariable_WrapRKN2at10TensorBaseE", "_Z16THPVariable_WrapN2at10TensorBaseE")  # of newer torch, of older
+DTYPES = {torch.float32: "aoti_torch_dtype_float32", torch.float64: "aoti_torch_dtype_float64"}
+
+
+class Same(NamedTuple):
+    """What has to be as it is now for a call to be like another one."""
+
+    answers: list[Callable[[], object]]  # of these functions
+    attributes: list[tuple[object, str]]
+    empty: list[dict]  # that are, and stay
+    own: list[str]  # of the module's dicts, too
+
+
+class Taken(NamedTuple):
+    """What a call takes: states like `hx`, and parameters of these names. check: of all its tensors, in this order.
+    places: the operand that each of them is, of so many."""
+
+    hx: Any
+    names: list[str]
+    check: Callable[..., bool]
+    places: list[int]
+    operands: int
+
+
+class Made(NamedTuple):
+    """What it makes: operands of these shapes, and of some of them, or views of all of one, the result. Examples are
+    on the device "meta", as these have no memory."""
+
+    script: Script
+    examples: list[Tensor]
+    result: Any
+    dtype: torch.dtype
+
+
+def method(same: Same, taken: Taken, made: Made | None) -> Callable[..., Any] | None:
+    """A function of a module, an input, and states if there are any. It returns the result of the call, or without
+    `made` a tuple of its operands (None where there is none), and None if the call is another one. There is none at all
+    where calls cannot be made so."""
+    machine = _machine()
+    if machine is None:
+        return None
+    return Record(machine, same, taken, made).method()
+
+
+class Record:
+    """The words that a method goes by, and the owners of what they point to."""
+
+    def __init__(self, machine: Machine, same: Same, taken: Taken, made: Made | None) -> None:
+        self.machine, self.owned, self.word = machine, list[Any](), dict.fromkeys(RECORD, 0)
+        self._set("none", id(None))
+        self._set("true", id(True))
+        self._list("answers", [part for f in same.answers for part in (f, f())])
+        self._list("attributes", [part for o, name in same.attributes for part in (o, name, getattr(o, name))])
+        self._list("empty", same.empty)
+        self._list("own", same.own)
+        self._set("dict", self._object("__dict__"))
+        self._set("parameters", self._object("_parameters"))
+        self._list("names", taken.names)
+        self._set("kind", self._object(type(taken.hx)))
+        self._set("states", len(taken.hx) if type(taken.hx) is tuple else -isinstance(taken.hx, Tensor))
+        self._set("check", self._object(taken.check))
+        self._set("places", self._words(taken.places))
+        self._set("operands", taken.operands)
+        self._set("offset", machine.offset)
+        self.fits = len(taken.places) <= ROOM
+        if made is not None:
+            self._make(taken.operands, made)
+
+    def method(self) -> Callable[..., Any] | None:
+        if not self.fits:
+            return None
+        owner = self._words(self.word.values()), self.owned
+        return self.machine.new(ctypes.addressof(self.machine.definition), owner, None)
+
+    def _set(self, name: str, word: int) -> None:
+        self.word[name] = word
+
+    def _words(self, words: Iterable[int]) -> int:
+        self.owned.append(array("q", words))
+        return self.owned[-1].buffer_info()[0]
+
+    def _object(self, value: Any) -> int:
+        value = sys.intern(value) if type(value) is str else value
+        self.owned.append(value)
+        return id(value)
+
+    def _range(self, name: str, words: Sequence[int]) -> None:
+        begin = self._words(words)
+        self._set(name, begin)
+        self._set(f"{name}_end", begin + 8 * len(words))
+
+    def _list(self, name: str, values: Iterable[Any]) -> None:
+        self._range(name, [*map(self._object, values)])
+
+    def _make(self, taken: int, made: Made) -> None:
+        shown: dict[int, Tensor] = {}
+        memory = [t.untyped_storage()._cdata for t in made.examples]
+
+        def codes(result: Any) -> list[int]:
+            if isinstance(result, tuple):
+                return [*(code for part in result for code in codes(part)), -len(result)]
+            number = memory.index(result.untyped_storage()._cdata)
+            shown[number] = result
+            return [number]
+
+        order, size, make = codes(made.result), made.script.size, list[int]()
+        for number, example in enumerate(made.examples):
+            view, make = shown.get(number), [*make, 1 + taken + number]
+            if view is not None:
+                make += [view.dim(), *map(self._words, (view.shape, view.stride())), self.machine.dtypes[made.dtype]]
+            else:
+                make += [-1, size, 0, 0]
+                size += -(-example.numel() * made.dtype.itemsize // LINE) * LINE
+        self._range("make", make)
+        rank = {number: k for k, number in enumerate(sorted(shown))}
+        self._range("result", [code if code < 0 else rank[code] for code in order])
+        frame = array("q", made.script.frame([0] * (taken + len(made.examples)), 0))
+        self._set("frame", self._words(frame))
+        self._set("length", len(frame))
+        self._set("memory", len(SCRIPT) - 1)
+        self._set("size", size)
+        self._set("arena", self._object(KEY))
+        self._set("driver", driver().address)
+        self._set("threads", made.script.threads)
+        if made.script.threads > 1:
+            parallel, member, functions = team.parts()
+            self._set("parallel", parallel)
+            self._set("member", member)
+            self._set("team", self._words(functions))
+        self.owned.append(made.script)
+        each_once = sorted(rank) == sorted(code for code in order if code >= 0)
+        self.fits &= len(frame) <= ROOM and each_once
+        arena.take(size)
+
+
+class Definition(ctypes.Structure):
+    """CPython's PyMethodDef."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("method", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    )
+
+
+FASTCALL = 0x80  # CPython's METH_FASTCALL: a method of (owner, address of the arguments, their count)
+
+
+class Machine(NamedTuple):
+    """What all methods have in common. new: makes one, of its definition and owner."""
+
+    definition: Definition
+    new: Any
+    offset: int
+    dtypes: dict[torch.dtype, int]
+    kernel: store.Kernel
+
+
+@lru_cache(maxsize=1)
+def _machine() -> Machine | None:
+    """None where Python or torch are not as they are known here."""
+    known = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
+    if not known or ctypes.sizeof(ctypes.c_void_p) != 8:
+        return None
+    try:
+        folder = Path(torch.__file__).parent / "lib"
+        torch_cpu, torch_python = (ctypes.CDLL(str(folder / f"libtorch_{part}.so")) for part in ("cpu", "python"))
+        symbols = {name: getattr(ctypes.pythonapi, name) for name in PYTHON}
+        symbols |= {name: getattr(torch_cpu, name) for name in TORCH}
+        symbols["THPVariable_Wrap"] = getattr(torch_python, next(name for name in WRAP if hasattr(torch_python, name)))
+        dtypes = {dtype: getattr(torch_cpu, name)() for dtype, name in DTYPES.items()}
+        new = ctypes.pythonapi.PyCFunction_NewEx
+    except (OSError, AttributeError, StopIteration):
+        return None
+    offset = _offset()
+    if offset is None:
+        return None
+    for name, function in symbols.items():
+        llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+    new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
+    kernel = store.kernel("recall", [], _make_recall)
+    return Machine(Definition(b"again", kernel.address, FASTCALL, None), new, offset, dtypes, kernel)
+
+
+def _make_recall() -> Callable:
+    from .recall import make_recall
+
+    return make_recall()
+
+
+def _offset() -> int | None:
+    """Bytes from a tensor's object to its handle, which is the address of where the object holds the tensor itself."""
+    handles = getattr(getattr(torch._C, "_aoti", None), "unsafe_alloc_void_ptrs_from_tensors", None)
+    if handles is None:
+        return None
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    found = set()
+    for tensor in (torch.empty(1), torch.nn.Parameter(torch.empty(2, 3, dtype=torch.float64))):
+        (handle,) = handles([tensor])  # of another holder of the same tensor
+        tensor_itself = ctypes.c_int64.from_address(pointer(handle, None)).value
+        words = range(object.__basicsize__, torch.Tensor.__basicsize__, 8)
+        found.add(tuple(at for at in words if ctypes.c_int64.from_address(id(tensor) + at).value == tensor_itself))
+    return None if len(found) > 1 or len(places := found.pop()) != 1 else places[0]

@@ -1,0 +1,331 @@
+"""The method that makes a call again (see `again`), compiled by Numba: a function in terms of Python's interface for C,
+where objects are addresses. The references that it takes it gives back, or on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from .again import MADE, RECORD, ROOM
+from .loops import call, peek, poke
+from .simd import I64
+
+WORD, STATUS, NONE = types.int64, types.int32, types.void
+
+
+def _external(name: str, arguments: int, returns: types.Type = WORD) -> types.ExternalFunction:
+    return types.ExternalFunction(name, returns(*[WORD] * arguments))
+
+
+hold, let_go, clear_error = (
+    _external("Py_IncRef", 1, NONE),
+    _external("Py_DecRef", 1, NONE),
+    _external("PyErr_Clear", 0, NONE),
+)
+answer, attribute = _external("PyObject_CallNoArgs", 1), _external("PyObject_GetAttr", 2)
+type_of, vectorcall = _external("PyObject_Type", 1), _external("PyObject_Vectorcall", 4)
+integer, dict_size, dict_item = (
+    _external("PyLong_AsSsize_t", 1),
+    _external("PyDict_Size", 1),
+    _external("PyDict_GetItem", 2),
+)
+new_tuple, tuple_size = _external("PyTuple_New", 1), _external("PyTuple_Size", 1)
+tuple_item, set_item = _external("PyTuple_GetItem", 2), _external("PyTuple_SetItem", 3, STATUS)
+thread_dict = _external("PyThreadState_GetDict", 0)
+release, acquire = _external("PyEval_SaveThread", 0), _external("PyEval_RestoreThread", 1, NONE)
+new_tensor = types.ExternalFunction("aoti_torch_empty_strided", STATUS(WORD, WORD, WORD, STATUS, STATUS, STATUS, WORD))
+data_pointer, drop_tensor = (
+    _external("aoti_torch_get_data_ptr", 2, STATUS),
+    _external("aoti_torch_delete_tensor_object", 1, STATUS),
+)
+wrap = _external("THPVariable_Wrap", 1)
+
+inlined = njit(inline="always")  # what is lowered here is lowered alone
+
+
+def _word(name: str) -> Callable:
+    """An intrinsic that reads a word of a record."""
+    index = RECORD.index(name)
+
+    @intrinsic
+    def read(typingctx, record):
+        def emit(context, b, signature, args):
+            return b.load(b.inttoptr(b.add(args[0], I64(8 * index)), I64.as_pointer()))
+
+        return WORD(WORD), emit
+
+    return read
+
+
+(
+    none,
+    true,
+    answers,
+    answers_end,
+    attributes,
+    attributes_end,
+    empty,
+    empty_end,
+    own,
+    own_end,
+    dict_name,
+    parameters_name,
+    names,
+    names_end,
+    kind,
+    states,
+    check,
+    places,
+    operands,
+    offset,
+    driver,
+    threads,
+    parallel,
+    member,
+    team,
+    arena,
+    size,
+    frame,
+    length,
+    memory,
+    make,
+    make_end,
+    result,
+    result_end,
+) = map(_word, RECORD)
+
+
+@intrinsic
+def room(typingctx):
+    """The address of ROOM words, which last as long as the function that asks for them runs."""
+
+    def emit(context, b, signature, args):
+        with b.goto_entry_block():
+            return b.ptrtoint(b.alloca(ir.ArrayType(I64, ROOM)), I64)
+
+    return WORD(), emit
+
+
+@intrinsic
+def fork(typingctx, function, member, arguments, threads):
+    """Run member(arguments) on a team of so many threads."""
+
+    def emit(context, b, signature, args):
+        status = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [I64, I64, status, status])
+        given = [args[1], args[2], b.trunc(args[3], status), status(0)]
+        b.call(b.inttoptr(args[0], kind.as_pointer()), given)
+        return context.get_dummy_value()
+
+    return NONE(*[WORD] * 4), emit
+
+
+@inlined
+def as_before(record, attributes_of_module):
+    """Whether all but the arguments is as it has to be."""
+    at = answers(record)
+    while at < answers_end(record):
+        found = answer(peek(at, 0))
+        if found == 0:
+            return False
+        let_go(found)  # what it has to be lives on
+        if found != peek(at, 1):
+            return False
+        at += 16
+    at = attributes(record)
+    while at < attributes_end(record):
+        found = attribute(peek(at, 0), peek(at, 1))
+        if found == 0:
+            return False
+        let_go(found)
+        if found != peek(at, 2):
+            return False
+        at += 24
+    at = empty(record)
+    while at < empty_end(record):
+        if dict_size(peek(at, 0)) != 0:
+            return False
+        at += 8
+    at = own(record)
+    while at < own_end(record):
+        if dict_size(dict_item(attributes_of_module, peek(at, 0))) != 0:
+            return False
+        at += 8
+    return True
+
+
+@inlined
+def gathered(record, attributes_of_module, args, count, tensors):
+    """How many tensors the call has, input, states, and parameters in order, whose addresses are written down; 0 where
+    they are others than before."""
+    hx = peek(args, 2) if count == 3 else none(record)
+    type_ = type_of(hx)
+    let_go(type_)
+    if type_ != kind(record):
+        return 0
+    poke(tensors, 0, peek(args, 1))
+    n = 1
+    if states(record) < 0:
+        poke(tensors, n, hx)
+        n += 1
+    elif states(record) > 0:
+        if tuple_size(hx) != states(record):
+            return 0
+        for k in range(states(record)):
+            poke(tensors, n, tuple_item(hx, k))
+            n += 1
+    parameters = dict_item(attributes_of_module, parameters_name(record))
+    at = names(record)
+    while at < names_end(record):
+        found = 0 if parameters == 0 else dict_item(parameters, peek(at, 0))
+        if found == 0:
+            return 0
+        poke(tensors, n, found)
+        n += 1
+        at += 8
+    return n
+
+
+@inlined
+def alike(record, tensors, count):
+    """Whether tensors are laid out as before."""
+    found = vectorcall(check(record), tensors, count, 0)
+    if found == 0:
+        return False
+    let_go(found)
+    return found == true(record)
+
+
+@inlined
+def held(address):
+    """An object, as what a function returns."""
+    hold(address)
+    return address
+
+
+@inlined
+def listed(record, tensors, count):
+    """A tuple of the operands, None where there is no tensor."""
+    several = new_tuple(operands(record))
+    for k in range(operands(record)):
+        set_item(several, k, held(none(record)))
+    for k in range(count):
+        set_item(several, peek(places(record), k), held(peek(tensors, k)))
+    return several
+
+
+@inlined
+def own_memory(record):
+    """The address of the thread's own memory, 0 if there is not enough of it."""
+    things = thread_dict()
+    found = 0 if things == 0 else dict_item(things, arena(record))
+    if found == 0:
+        return 0
+    block = integer(found)
+    return peek(block, 0) if peek(block, 1) >= size(record) else 0
+
+
+@inlined
+def address_of(handle):
+    """Of a tensor's first element."""
+    place = room()
+    data_pointer(handle, place)
+    return peek(place, 0)
+
+
+@inlined
+def made(record, addresses, own_memory, handles):
+    """Make the tensors of the result: how many were made, and whether they all were. Their handles are written down,
+    and their addresses among the operands'."""
+    at, n = make(record), 0
+    while at < make_end(record):
+        dimensions, address = peek(at, 1), own_memory + peek(at, 2)
+        if dimensions >= 0:
+            if new_tensor(dimensions, peek(at, 2), peek(at, 3), peek(at, 4), 0, 0, handles + 8 * n) != 0:
+                return n, False
+            address = address_of(peek(handles, n))
+            n += 1
+        poke(addresses, peek(at, 0), address)
+        at += 8 * len(MADE)
+    return n, True
+
+
+@inlined
+def run(record, script):
+    """Run the script, while Python's other threads go on."""
+    state = release()
+    if threads(record) == 1:
+        call(driver(record), script, 0, 1)
+    else:
+        given = room()
+        poke(given, 0, driver(record))
+        poke(given, 1, script)
+        poke(given, 2, peek(team(record), 0))
+        poke(given, 3, peek(team(record), 1))
+        fork(parallel(record), member(record), given, threads(record))
+    acquire(state)
+
+
+@inlined
+def arranged(record, objects, stack):
+    """The objects as the call returns them."""
+    at, n = result(record), 0
+    while at < result_end(record):
+        code = peek(at, 0)
+        if code >= 0:
+            one = peek(objects, code)
+        else:
+            one = new_tuple(-code)
+            n += code
+            for k in range(-code):
+                set_item(one, k, peek(stack, n + k))
+        poke(stack, n, one)
+        n += 1
+        at += 8
+    return peek(stack, 0)
+
+
+def make_recall() -> Callable:
+    """The method, of its owner, the address of its arguments (a module, an input, states if there are any), and their
+    count."""
+
+    def recall(owner, args, count):
+        record = integer(tuple_item(owner, 0))
+        nothing = none(record)
+        if count != 2 and count != 3:
+            return held(nothing)
+        tensors, handles, script = room(), room(), room()
+        own = attribute(peek(args, 0), dict_name(record))
+        taken = 0
+        if own != 0 and as_before(record, own):
+            taken = gathered(record, own, args, count, tensors)
+        if own != 0:
+            let_go(own)
+        if taken == 0 or not alike(record, tensors, taken):
+            clear_error()
+            return held(nothing)
+        if driver(record) == 0:
+            return listed(record, tensors, taken)
+        block = own_memory(record)
+        if block == 0:
+            return held(nothing)
+        for k in range(length(record)):
+            poke(script, k, peek(frame(record), k))
+        addresses = script + 8 * memory(record)
+        poke(addresses, 0, block)
+        for k in range(taken):
+            poke(addresses, 1 + peek(places(record), k), address_of(peek(tensors, k) + offset(record)))
+        n, whole = made(record, addresses, block, handles)
+        if whole:
+            run(record, script)
+        for k in range(n):
+            if whole:
+                poke(tensors, k, wrap(peek(handles, k)))
+            drop_tensor(peek(handles, k))
+        return arranged(record, tensors, handles) if whole else held(nothing)
+
+    return recall
