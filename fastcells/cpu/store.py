@@ -116,8 +116,8 @@ class Linked(NamedTuple):
 
 
 def compile_object(source: Callable | Linked) -> bytes:
-    """Object code of `SYMBOL`, from a Python function of three int64 that Numba can type, that returns one or nothing, and
-    that never raises."""
+    """Object code of `SYMBOL`, from a Python function of three int64 that Numba can type, that returns one or nothing,
+    and that never raises."""
     machine, module = _compile(source)
     return machine.emit_object(module)
 

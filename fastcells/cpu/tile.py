@@ -154,13 +154,17 @@ class _Tile:
             self.row_addresses(p)
         self.look_ahead()
         accumulators = dict.fromkeys(self.columns, self.v.const(0.0))
-        offset = i64(0)
+        offset, parts = i64(0), list[tuple]()
         for j, segment in enumerate(self.stage.segments):
             depth = self.word(self.layout.segment[self.index, j])
             clip = lambda x, depth=depth, offset=offset: self.clamp(b.sub(x, offset), depth)  # noqa: E731
-            product = self.dots if self.kind == "dot" else self.product
-            accumulators = product(j, segment, accumulators, clip(self.arg["begin"]), clip(self.arg["end"]))
+            parts.append((j, segment, clip(self.arg["begin"]), clip(self.arg["end"])))
             offset = b.add(offset, depth)
+        if self.kind == "dot":
+            accumulators = self.dots(accumulators, parts)
+        else:
+            for part in parts:
+                accumulators = self.product(accumulators, *part)
         accumulators = self.add_partial_sums(accumulators)
         epilogue, keep, done = (b.append_basic_block(n) for n in ("epilogue", "keep", "variant.done"))
         b.cbranch(self.true(self.arg["last"]), epilogue, keep)
@@ -225,7 +229,7 @@ class _Tile:
     def segment_word(self, j: int, name: str):
         return self.word(self.layout.segment[self.index, j] + SEGMENT_WORDS.index(name))
 
-    def product(self, j: int, segment, accumulators: dict, begin, end) -> dict:
+    def product(self, accumulators: dict, j: int, segment, begin, end) -> dict:
         """accumulators + rows[begin:end] @ weights[begin:end].
 
         Several rows: the rows' broadcasts stay in registers and the weights pass one vector at a time. A single row has
@@ -256,45 +260,50 @@ class _Tile:
             ]
         return {**accumulators, **total[0]}
 
-    def dots(self, j: int, segment, accumulators: dict, begin, end) -> dict:
-        """The same for one row and one vector of units, by dot products with the weight matrix's own rows."""
+    def dots(self, accumulators: dict, parts: list) -> dict:
+        """accumulators + rows @ weights for one row and one vector of units, by dot products with the weight matrices'
+        own rows. parts: of the depth, (number of a segment, segment, begin, end)."""
         b, v = self.b, self.v
-        line, grow = self.segment_word(j, "line"), self.segment_word(j, "grow")
-        unit = b.add(self.segment_word(j, "weights"), b.mul(self.arg["unit"], self.segment_word(j, "vector")))
-        (row,) = self.row_addresses(segment.rows)
-        lines = []
-        for i in range(v.lanes):
-            at = i64(i)
-            if self.partial:  # units that do not exist repeat the last one that does; nobody stores their results
-                last = b.sub(
-                    b.sub(self.word(self.layout.stage[self.index]), b.mul(self.arg["unit"], i64(v.lanes))), i64(1)
-                )
-                at = b.select(b.icmp_signed("<", at, last), at, last)
-            lines.append(b.mul(at, line))
+        units = [i64(i) for i in range(v.lanes)]
+        if self.partial:  # units that do not exist repeat the last one that does; nobody stores their results
+            end = b.sub(self.word(self.layout.stage[self.index]), b.mul(self.arg["unit"], i64(v.lanes)))
+            last = b.sub(end, i64(1))
+            units = [b.select(b.icmp_signed("<", i, last), i, last) for i in units]
         found = dict(accumulators)
-        for a, gate in zip(segment.targets, segment.weights.gates, strict=True):
-            block = self.gates.index(gate) if gate in self.gates else 0
-            base = b.add(unit, b.mul(grow, i64(block)))
-            pointers = [b.add(base, at) for at in lines]
+        for a in range(self.count):
             sums = [v.const(0.0)] * v.lanes
-
-            def part(k, sums, mask=None, pointers=pointers):
-                at = b.mul(k, i64(self.bytes))
-                x = v.load(b.add(row, at), mask)
-                return [v.fma(v.load(b.add(p, at), mask), x, s) for p, s in zip(pointers, sums, strict=True)]
-
-            whole, sums = self.counted(begin, end, v.lanes, sums, part)
-            rest = b.sub(end, whole)
-            before, tail, done = b.block, b.append_basic_block("tail"), b.append_basic_block("tail.done")
-            b.cbranch(b.icmp_signed(">", rest, i64(0)), tail, done)
-            b.position_at_end(tail)
-            more = part(whole, sums, v.first_lanes(rest))
-            end_of_tail = b.block
-            b.branch(done)
-            b.position_at_end(done)
-            sums = [self.phi((x, before), (y, end_of_tail)) for x, y in zip(sums, more, strict=True)]
-            found[0, 0, a] = b.fadd(found[0, 0, a], v.sums(sums))
+            for j, segment, begin, end in parts:
+                if a not in segment.targets:
+                    continue
+                gate = segment.weights.gates[segment.targets.index(a)]
+                block = self.gates.index(gate) if gate in self.gates else 0
+                weights, vector, line, grow = (self.segment_word(j, n) for n in ("weights", "vector", "line", "grow"))
+                base = b.add(b.add(weights, b.mul(self.arg["unit"], vector)), b.mul(grow, i64(block)))
+                pointers = [b.add(base, b.mul(unit, line)) for unit in units]
+                sums = self.dot(self.row_addresses(segment.rows)[0], pointers, begin, end, sums)
+            if any(a in segment.targets for _, segment, *_ in parts):
+                found[0, 0, a] = b.fadd(found[0, 0, a], v.sums(sums))
         return found
+
+    def dot(self, row, pointers: list, begin, end, sums: list) -> list:
+        """sums + row[begin:end] * the numbers that each of the pointers points to."""
+        b, v = self.b, self.v
+
+        def add(k, sums, mask=None):
+            at = b.mul(k, i64(self.bytes))
+            x = v.load(b.add(row, at), mask)
+            return [v.fma(v.load(b.add(p, at), mask), x, s) for p, s in zip(pointers, sums, strict=True)]
+
+        whole, sums = self.counted(begin, end, v.lanes, sums, add)
+        rest = b.sub(end, whole)
+        before, tail, done = b.block, b.append_basic_block("tail"), b.append_basic_block("tail.done")
+        b.cbranch(b.icmp_signed(">", rest, i64(0)), tail, done)
+        b.position_at_end(tail)
+        more = add(whole, sums, v.first_lanes(rest))
+        end_of_tail = b.block
+        b.branch(done)
+        b.position_at_end(done)
+        return [self.phi((x, before), (y, end_of_tail)) for x, y in zip(sums, more, strict=True)]
 
     def counted(self, begin, end, stride: int, values: list, body):
         """values = body(k, values) for k from begin on in strides that fit below end; (where it ended, values)."""
