@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.modules import rnn as original  # the classes themselves: torch.nn.LSTM may be one of ours by now
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
@@ -99,13 +100,14 @@ class DropIn(torch.nn.Module):
     input_size: int
     hidden_size: int
     dropout: float  # of layers: cells have no layer to drop between
+    _replays = replay.NONE
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's modules, hooks and all; a call like one before is made without the way through these."""
-        if not kwargs and not torch.compiler.is_compiling():
-            result = replay.attempt(self, *args, straight=True)
-            if result is not None:
-                return result
+        if not kwargs and not is_compiling():
+            for again in self._replays.straight:
+                if (result := again(self, *args)) is not None:
+                    return result
         return super().__call__(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -116,8 +118,10 @@ class DropIn(torch.nn.Module):
     @replay.begins
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As the torch.nn class of the same name: same arguments, results and exceptions."""
-        if not torch.compiler.is_compiling() and (result := replay.attempt(self, input, hx)) is not None:
-            return result
+        if not is_compiling():
+            for again in self._replays.forward:
+                if (result := again(self, input, hx)) is not None:
+                    return result
         try:
             call = self._read(input, hx)
         except NotTaken as caught:

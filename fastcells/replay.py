@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from .dropin import Call, DropIn
 
 SAME = again.Same(
-    answers=[function_modes, profiled, torch.get_num_threads],  # the first two leave no mark on tensors
+    answers=[torch.is_grad_enabled, torch.get_num_threads, function_modes, profiled],  # the last two leave no mark
     attributes=[(forward_ad, "_current_level"), (script, "observer"), (team, "_lost")],
     empty=[],
     own=[],
@@ -107,30 +106,37 @@ class Training:
         return module._result(None, self.batch, y, tuple(finals) if len(finals) > 1 else finals[0])
 
 
-_replays: WeakKeyDictionary[torch.nn.Module, dict[bool, Replay | torch.Size]] = WeakKeyDictionary()
+class Replays:
+    """The calls of one module that can be made again. A copy of a module begins with none."""
+
+    def __init__(self) -> None:
+        self.known: dict[bool, Replay | torch.Size] = {}  # by grad mode; the shape of the input if seen but once
+        self.forward: tuple[Callable, ...] = ()
+        self.straight: tuple[Callable, ...] = ()
+
+    def __reduce__(self) -> tuple:
+        return Replays, ()
+
+    def __setitem__(self, kind: bool, replay: Replay | torch.Size) -> None:
+        self.known[kind] = replay
+        replays = [r for r in self.known.values() if type(r) is Replay]
+        self.forward = tuple([r.forward for r in replays if r.forward is not None])
+        self.straight = tuple([r.straight for r in replays if r.straight is not None])
 
 
-def attempt(module: DropIn, *given: Any, straight: bool = False) -> Any:
-    """The result of the module's `forward`, or `straight` of its call, if that is like one before, with gradients or
-    without, else None."""
-    replays = _replays.get(module)
-    replay = None if replays is None else replays.get(torch.is_grad_enabled())
-    if type(replay) is not Replay:
-        return None
-    again = replay.straight if straight else replay.forward
-    return None if again is None else again(module, *given)
+NONE = Replays()
 
 
 def forget(module: DropIn) -> None:
     """Make the module's next calls as if they were its first."""
-    _replays.pop(module, None)
+    module.__dict__.pop("_replays", None)
 
 
 _beginning: set[Callable] = set()
 
 
 def begins(forward: Callable) -> Callable:
-    """Note a class's `forward` as one that begins with an `attempt`, so that this may be made in its place."""
+    """Note a class's `forward` as one that begins with the module's replays, so that these may be made in its place."""
     _beginning.add(forward)
     return forward
 
@@ -141,9 +147,9 @@ def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:
         return
     if len(call.parameters) > 1 or not (hx is None or type(hx) in (Tensor, tuple)):
         return
-    replays = _replays.setdefault(module, {})
+    replays = module.__dict__.setdefault("_replays", Replays())
     kind = torch.is_grad_enabled()
-    if replays.get(kind) != input.shape:
+    if replays.known.get(kind) != input.shape:
         replays[kind] = input.shape
         return
     replay = Replay(module, input, hx, call)
