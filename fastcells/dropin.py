@@ -111,7 +111,7 @@ class DropIn(torch.nn.Module):
         return super().__call__(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "training":  # which changes no call that is made again
+        if name != "training" or self.__dict__.get("dropout"):  # without, that changes no call that is made again
             replay.forget(self)
         super().__setattr__(name, value)
 

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,35 +42,84 @@ class Replay:
 
     def __init__(self, module: DropIn, input: Tensor, hx: Any, call: Call) -> None:
         self.forward = self.straight = None
-        cell, batch, states, (parameters,), *_ = call
-        used = flat(parameters)
-        tensors: list[Tensor | None] = [batch.x, *(states or ()), *used]
-        training = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
-        sequences = cpu.Sequences(batch.x, None)
-        forward, given = cpu.prepared(cell, batch.x, states, parameters, sequences, training)
-        registered = {id(t): name for name, t in module._parameters.items() if t is not None}
-        names = [registered.get(id(t), "") for t in used if t is not None]
-        # Tensors that the script takes as the caller and the module hold them, nothing made from them.
-        same = len(given) == len(tensors) and all(map(guards.same_memory, given, tensors))
-        if not (same and forward.whole and all(names)):
+        held = {id(t): name for name, t in module._parameters.items() if t is not None}
+        used = [t for directions in call.parameters for t in flat(directions) if t is not None]
+        names = [held.get(id(t), "") for t in used]
+        tensors = [input, *(hx if type(hx) is tuple else () if hx is None else (hx,)), *used]
+        training = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
+        draws = len(call.parameters) > 1 and module.dropout and module.training
+        stack = Stack(call, tensors, training)
+        if not (stack.whole and all(names)) or (draws and not training):
             return
-        listed = hx if type(hx) is tuple else () if hx is None else (hx,)
-        alike = guards.alike([input, *listed, *(t for t in used if t is not None)])
-        places = [k for k, t in enumerate(tensors) if t is not None]
-        taken = again.Taken(hx, names, alike, places, len(tensors))
-        if training:
-            made, finish = None, Training(module, input, call, forward).__call__
-        else:
-            examples = [torch.empty(shape, device="meta") for shape in forward.shapes]
-            finals = tuple([t.view(*batch.leading, t.shape[-1]) for t in examples[1 : 1 + len(cell.states)]])
-            result = module._result(None, batch, examples[0], finals if len(finals) > 1 else finals[0])
-            made, finish = again.Made(forward.script, examples, result, input.dtype), None
+        taken = again.Taken(hx, names, guards.alike(tensors))
+        made = None if training else stack.made(module)
+        finish = Training(module, input, call, stack.forwards).__call__ if training else None
         self.forward = _then(again.method(SAME, taken, made), finish)
         own = module.__dict__
         if type(module).forward in _beginning and "forward" not in own and "_compiled_call_impl" not in own:
             attributes = [*SAME.attributes, (type(module), "forward"), (MODULE, "__call__")]
             straight = SAME._replace(attributes=attributes, empty=HOOKS, own=OWN_HOOKS)
             self.straight = _then(again.method(straight, taken, made), finish)
+
+
+class Stack:
+    """The layers of a call, each prepared. whole: whether scripts are all of it, and take the tensors as the caller and
+    the module hold them, with nothing made from them.
+
+    tensors: the input, the states, and all parameters that there are.
+    """
+
+    def __init__(self, call: Call, tensors: list[Tensor], training: bool) -> None:
+        self.call, self.dtype = call, tensors[0].dtype
+        cell, batch, states, layers, _ = call
+        self.taken = len(tensors)
+        self.forwards: list[cpu.Forward] = []
+        self.operands: list[list[again.Operand | None]] = []  # of each layer's script: states and parameters
+        self.whole = True
+        directions, x = len(layers[0]), batch.x
+        numbers = {id(t): k for k, t in enumerate(tensors)}
+        for k, parameters in enumerate(layers):
+            part = None if states is None else tuple([s[k * directions : (k + 1) * directions] for s in states])
+            forward, given = cpu.prepared(cell, x, part, parameters, cpu.Sequences(x, None), training)
+            used = flat(parameters)
+            known: list[Tensor | None] = [x, *(part or ()), *used]
+            self.whole &= forward.whole and len(given) == len(known) and all(map(guards.same_memory, given, known))
+            at: list[again.Operand | None] = [
+                again.Operand(j, t.data_ptr() - tensors[j].data_ptr()) for j, t in enumerate(part or (), 1)
+            ]
+            at += [None if t is None else again.Operand(numbers[id(t)]) for t in used]
+            self.forwards.append(forward)
+            self.operands.append(at)
+            if k + 1 < len(layers):
+                x = x.new_empty(forward.y)
+
+    def made(self, module: DropIn) -> again.Made:
+        """What the call makes, and how."""
+        cell, batch, _, layers, _ = self.call
+        count = len(cell.states)
+
+        def example(shape: Sequence[int]) -> Tensor:
+            return torch.empty(shape, device="meta", dtype=self.dtype)
+
+        rows = len(layers) * len(layers[0])
+        examples = [example(self.forwards[-1].y), *(example((rows, *s[1:])) for s in self.forwards[-1].finals)]
+        scripts, x = [], again.Operand(0)
+        for k, (forward, at) in enumerate(zip(self.forwards, self.operands, strict=True)):
+            y = again.Operand(self.taken)
+            if k + 1 < len(layers):  # nobody sees it
+                y = again.Operand(self.taken + len(examples))
+                examples.append(example(forward.y))
+            operands = [x, *at, y]
+            for j, shape in enumerate(forward.finals, 1):
+                operands.append(again.Operand(self.taken + j, k * torch.Size(shape).numel() * self.dtype.itemsize))
+            for shape in forward.shapes[1 + count :]:
+                operands.append(again.Operand(self.taken + len(examples)))
+                examples.append(example(shape))
+            scripts.append((forward.script, operands))
+            x = y
+        finals = tuple([t.view(*batch.leading, t.shape[-1]) for t in examples[1 : 1 + count]])
+        result = module._result(None, batch, examples[0], finals if count > 1 else finals[0])
+        return again.Made(scripts, examples, result, self.dtype)
 
 
 def _then(method: Callable | None, finish: Callable | None) -> Callable | None:
@@ -86,24 +135,30 @@ def _then(method: Callable | None, finish: Callable | None) -> Callable | None:
 
 
 class Training:
-    """The rest of a call with gradients, of its operands."""
+    """The rest of a call with gradients, of its tensors."""
 
-    def __init__(self, module: DropIn, input: Tensor, call: Call, forward: cpu.Forward) -> None:
-        cell, batch, states, parameters, _ = call
-        self.invocation = Invocation(cell, None, len(parameters[0]), states is not None, again=forward)
-        # What is given is seen through views, where these are not as the caller's.
-        self.views = [] if batch.x is input else [t.shape for t in (batch.x, *(states or ()))]
-        self.batch = batch._replace(x=batch.x[:0])
+    def __init__(self, module: DropIn, input: Tensor, call: Call, forwards: list[cpu.Forward]) -> None:
+        cell, batch, states, layers, _ = call
+        self.call = call._replace(batch=batch._replace(x=torch.empty(0)), states=None, parameters=[])
+        self.shapes = [s.shape for s in states or ()]
+        self.same = batch.x is input
+        given = states is not None
+        self.layers = [Invocation(cell, None, len(p), given, again=f) for p, f in zip(layers, forwards, strict=True)]
+        self.present = [[[t is not None for t in flat([p])] for p in directions] for directions in layers]
 
-    def __call__(self, module: DropIn, input: Tensor, tensors: tuple[Tensor | None, ...]) -> Any:
-        given = list(tensors)
-        if self.views:
-            given[0] = module._batch(input).x
-            given[1 : len(self.views)] = [t.view(v) for t, v in zip(given[1:], self.views[1:], strict=False)]
-        y, *finals = self.invocation(given)
-        if len(self.batch.leading) != 2:
-            finals = [t.view(*self.batch.leading, t.shape[-1]) for t in finals]
-        return module._result(None, self.batch, y, tuple(finals) if len(finals) > 1 else finals[0])
+    def __call__(self, module: DropIn, input: Tensor, tensors: tuple[Tensor, ...]) -> Any:
+        x = input if self.same else module._batch(input).x
+        each, invocations = iter(tensors[1:]), iter(self.layers)
+        states = tuple([next(each).view(shape) for shape in self.shapes]) or None
+        parameters = [[[next(each) if t else None for t in p] for p in directions] for directions in self.present]
+
+        def layer(cell: Any, x: Tensor, states: Any, parameters: Any, batch_sizes: None) -> tuple:
+            y, *finals = next(invocations)([x, *(states or ()), *(t for p in parameters for t in p)])
+            return y, tuple(finals)
+
+        rest: dict[str, Any] = {"states": states, "parameters": parameters}
+        call = self.call._replace(batch=self.call.batch._replace(x=x), **rest)
+        return module._run(input, call, layer)
 
 
 class Replays:
@@ -145,7 +200,7 @@ def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:
     """Make the call ready to be made again, at its second time."""
     if not guards.AVAILABLE or call.batch.batch_sizes is not None:
         return
-    if len(call.parameters) > 1 or not (hx is None or type(hx) in (Tensor, tuple)):
+    if not (hx is None or type(hx) in (Tensor, tuple)):
         return
     replays = module.__dict__.setdefault("_replays", Replays())
     kind = torch.is_grad_enabled()

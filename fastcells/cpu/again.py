@@ -42,26 +42,26 @@ RECORD = (
     "kind",  # the type of the states,
     "states",  # and how many they are: -1 for one that is not in a tuple
     "check",  # tells whether tensors are laid out as they have to be
-    "places",  # the operand that each of them is
-    "operands",
     "offset",  # bytes from a tensor's object to its handle
-    "driver",  # 0: all that is wanted are the call's tensors
-    "threads",
+    "make",  # what has to be made
+    "make_end",
+    "arena",  # the key of the thread's memory in its dict,
+    "size",  # and how much of it there has to be
+    "frames",  # in which addresses are still missing,
+    "length",  # their words,
+    "moves",  # and triples: a word of them, and whose address goes there, plus so many bytes
+    "moves_end",
+    "runs",  # pairs: a script's frame, and its threads; none: all that is wanted are the call's tensors
+    "runs_end",
+    "driver",
     "parallel",  # with more than one thread: functions,
     "member",
     "team",  # and addresses that a member needs
-    "arena",  # the key of the thread's memory in its dict,
-    "size",  # and how much of it there has to be
-    "frame",  # in which addresses are still missing,
-    "length",  # its words,
-    "memory",  # and the one from which on they are
-    "make",  # what has to be made
-    "make_end",
     "result",  # numbers of what was made, in order, and lengths of tuples, negative, after what is in them
     "result_end",
 )
-MADE = ("operand", "dimensions", "sizes", "strides", "dtype")  # without dimensions: at `sizes` of the call's memory
-ROOM = 96  # words, for tensors and for the frame
+MADE = ("dimensions", "sizes", "strides", "dtype")  # without dimensions: at `sizes` of the call's memory
+ROOM = 256  # words, for tensors and for frames
 
 PYTHON = (  # of its functions, those that the method uses
     "Py_IncRef",
@@ -97,21 +97,26 @@ class Same(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """What a call takes: states like `hx`, and parameters of these names. check: of all its tensors, in this order.
-    places: the operand that each of them is, of so many."""
+    """What a call takes: states like `hx`, and parameters of these names. check: of all its tensors, in this order."""
 
     hx: Any
     names: list[str]
     check: Callable[..., bool]
-    places: list[int]
-    operands: int
+
+
+class Operand(NamedTuple):
+    """What a script goes by: so many bytes into a tensor, by number: first those that a call takes, then those that it
+    makes."""
+
+    tensor: int
+    offset: int = 0
 
 
 class Made(NamedTuple):
-    """What it makes: operands of these shapes, and of some of them, or views of all of one, the result. Examples are
-    on the device "meta", as these have no memory."""
+    """What a call does: run scripts, one after the other, and what it makes, the examples, which are on the device
+    "meta", as these have no memory. The result is made of some of them, and of views of all of one."""
 
-    script: Script
+    scripts: list[tuple[Script, list[Operand | None]]]
     examples: list[Tensor]
     result: Any
     dtype: torch.dtype
@@ -119,12 +124,10 @@ class Made(NamedTuple):
 
 def method(same: Same, taken: Taken, made: Made | None) -> Callable[..., Any] | None:
     """A function of a module, an input, and states if there are any. It returns the result of the call, or without
-    `made` a tuple of its operands (None where there is none), and None if the call is another one. There is none at all
-    where calls cannot be made so."""
+    `made` a tuple of its tensors, and None if the call is another one. There is none at all where calls cannot be made
+    so."""
     machine = _machine()
-    if machine is None:
-        return None
-    return Record(machine, same, taken, made).method()
+    return None if machine is None else Record(machine, same, taken, made).method()
 
 
 class Record:
@@ -144,12 +147,11 @@ class Record:
         self._set("kind", self._object(type(taken.hx)))
         self._set("states", len(taken.hx) if type(taken.hx) is tuple else -isinstance(taken.hx, Tensor))
         self._set("check", self._object(taken.check))
-        self._set("places", self._words(taken.places))
-        self._set("operands", taken.operands)
         self._set("offset", machine.offset)
-        self.fits = len(taken.places) <= ROOM
+        count = 1 + abs(self.word["states"]) + len(taken.names)
+        self.fits = count <= ROOM
         if made is not None:
-            self._make(taken.operands, made)
+            self._make(count, made)
 
     def method(self) -> Callable[..., Any] | None:
         if not self.fits:
@@ -188,9 +190,10 @@ class Record:
             shown[number] = result
             return [number]
 
-        order, size, make = codes(made.result), made.script.size, list[int]()
+        order, make, count = codes(made.result), list[int](), taken + len(made.examples)
+        size = max(script.size for script, _ in made.scripts)
         for number, example in enumerate(made.examples):
-            view, make = shown.get(number), [*make, 1 + taken + number]
+            view = shown.get(number)
             if view is not None:
                 make += [view.dim(), *map(self._words, (view.shape, view.stride())), self.machine.dtypes[made.dtype]]
             else:
@@ -199,22 +202,28 @@ class Record:
         self._range("make", make)
         rank = {number: k for k, number in enumerate(sorted(shown))}
         self._range("result", [code if code < 0 else rank[code] for code in order])
-        frame = array("q", made.script.frame([0] * (taken + len(made.examples)), 0))
-        self._set("frame", self._words(frame))
-        self._set("length", len(frame))
-        self._set("memory", len(SCRIPT) - 1)
+        frames, moves, runs = array("q"), list[int](), list[int]()
+        for script, operands in made.scripts:
+            at = len(frames)
+            runs += [at, script.threads]
+            frames.frombytes(script.frame([0] * len(operands), 0))
+            for word, operand in enumerate([Operand(count), *operands], at + len(SCRIPT) - 1):
+                moves += [] if operand is None else [word, *operand]
+            self.owned.append(script)
+        self._set("frames", self._words(frames))
+        self._set("length", len(frames))
+        self._range("moves", moves)
+        self._range("runs", runs)
         self._set("size", size)
         self._set("arena", self._object(KEY))
         self._set("driver", driver().address)
-        self._set("threads", made.script.threads)
-        if made.script.threads > 1:
+        if max(runs[1::2]) > 1:
             parallel, member, functions = team.parts()
             self._set("parallel", parallel)
             self._set("member", member)
             self._set("team", self._words(functions))
-        self.owned.append(made.script)
         each_once = sorted(rank) == sorted(code for code in order if code >= 0)
-        self.fits &= len(frame) <= ROOM and each_once
+        self.fits &= len(frames) <= ROOM and count < ROOM and each_once
         arena.take(size)
 
 

@@ -79,21 +79,21 @@ def _word(name: str) -> Callable:
     kind,
     states,
     check,
-    places,
-    operands,
     offset,
+    make,
+    make_end,
+    arena,
+    size,
+    frames,
+    length,
+    moves,
+    moves_end,
+    runs,
+    runs_end,
     driver,
-    threads,
     parallel,
     member,
     team,
-    arena,
-    size,
-    frame,
-    length,
-    memory,
-    make,
-    make_end,
     result,
     result_end,
 ) = map(_word, RECORD)
@@ -208,13 +208,11 @@ def held(address):
 
 
 @inlined
-def listed(record, tensors, count):
-    """A tuple of the operands, None where there is no tensor."""
-    several = new_tuple(operands(record))
-    for k in range(operands(record)):
-        set_item(several, k, held(none(record)))
+def listed(tensors, count):
+    """A tuple of the tensors."""
+    several = new_tuple(count)
     for k in range(count):
-        set_item(several, peek(places(record), k), held(peek(tensors, k)))
+        set_item(several, k, held(peek(tensors, k)))
     return several
 
 
@@ -238,35 +236,52 @@ def address_of(handle):
 
 
 @inlined
-def made(record, addresses, own_memory, handles):
-    """Make the tensors of the result: how many were made, and whether they all were. Their handles are written down,
-    and their addresses among the operands'."""
+def made(record, own_memory, addresses, handles):
+    """Make what the call makes: how many tensors were made, and whether they all were. Their handles are written down,
+    and the addresses of all."""
     at, n = make(record), 0
     while at < make_end(record):
-        dimensions, address = peek(at, 1), own_memory + peek(at, 2)
+        dimensions, address = peek(at, 0), own_memory + peek(at, 1)
         if dimensions >= 0:
-            if new_tensor(dimensions, peek(at, 2), peek(at, 3), peek(at, 4), 0, 0, handles + 8 * n) != 0:
+            if new_tensor(dimensions, peek(at, 1), peek(at, 2), peek(at, 3), 0, 0, handles + 8 * n) != 0:
                 return n, False
             address = address_of(peek(handles, n))
             n += 1
-        poke(addresses, peek(at, 0), address)
+        poke(addresses, 0, address)
+        addresses += 8
         at += 8 * len(MADE)
+    poke(addresses, 0, own_memory)
     return n, True
 
 
 @inlined
-def run(record, script):
-    """Run the script, while Python's other threads go on."""
+def filled(record, addresses, scripts):
+    """Write the scripts' frames."""
+    for k in range(length(record)):
+        poke(scripts, k, peek(frames(record), k))
+    at = moves(record)
+    while at < moves_end(record):
+        poke(scripts, peek(at, 0), peek(addresses, peek(at, 1)) + peek(at, 2))
+        at += 24
+
+
+@inlined
+def run(record, scripts):
+    """Run the scripts, while Python's other threads go on."""
     state = release()
-    if threads(record) == 1:
-        call(driver(record), script, 0, 1)
-    else:
-        given = room()
-        poke(given, 0, driver(record))
-        poke(given, 1, script)
-        poke(given, 2, peek(team(record), 0))
-        poke(given, 3, peek(team(record), 1))
-        fork(parallel(record), member(record), given, threads(record))
+    at = runs(record)
+    while at < runs_end(record):
+        script, threads = scripts + 8 * peek(at, 0), peek(at, 1)
+        if threads == 1:
+            call(driver(record), script, 0, 1)
+        else:
+            given = room()
+            poke(given, 0, driver(record))
+            poke(given, 1, script)
+            poke(given, 2, peek(team(record), 0))
+            poke(given, 3, peek(team(record), 1))
+            fork(parallel(record), member(record), given, threads)
+        at += 16
     acquire(state)
 
 
@@ -298,7 +313,7 @@ def make_recall() -> Callable:
         nothing = none(record)
         if count != 2 and count != 3:
             return held(nothing)
-        tensors, handles, script = room(), room(), room()
+        tensors, addresses, handles, scripts = room(), room(), room(), room()
         own = attribute(peek(args, 0), dict_name(record))
         taken = 0
         if own != 0 and as_before(record, own):
@@ -308,20 +323,20 @@ def make_recall() -> Callable:
         if taken == 0 or not alike(record, tensors, taken):
             clear_error()
             return held(nothing)
-        if driver(record) == 0:
-            return listed(record, tensors, taken)
+        if runs(record) == runs_end(record):
+            return listed(tensors, taken)
         block = own_memory(record)
         if block == 0:
             return held(nothing)
-        for k in range(length(record)):
-            poke(script, k, peek(frame(record), k))
-        addresses = script + 8 * memory(record)
-        poke(addresses, 0, block)
         for k in range(taken):
-            poke(addresses, 1 + peek(places(record), k), address_of(peek(tensors, k) + offset(record)))
-        n, whole = made(record, addresses, block, handles)
+            hold(peek(tensors, k))  # whatever other threads do to the module
+            poke(addresses, k, address_of(peek(tensors, k) + offset(record)))
+        n, whole = made(record, block, addresses + 8 * taken, handles)
         if whole:
-            run(record, script)
+            filled(record, addresses, scripts)
+            run(record, scripts)
+        for k in range(taken):
+            let_go(peek(tensors, k))
         for k in range(n):
             if whole:
                 poke(tensors, k, wrap(peek(handles, k)))

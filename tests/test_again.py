@@ -1,0 +1,168 @@
+"""Calls made again by a compiled method: what it holds and lets go, and when it leaves a call to Python."""
+
+import copy
+import gc
+import pickle
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import fastcells
+from fastcells.cpu import again
+from fastcells.cpu import layer as cpu
+
+KINDS = ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"]
+pytestmark = pytest.mark.skipif(again._machine() is None, reason="Python or torch without the interfaces for C")
+
+
+def made(kind, **options):
+    """A layer or cell, an input, and states."""
+    module = getattr(fastcells.nn, kind)(6, 5, **options)
+    one = kind.endswith("Cell")
+    x, shape = torch.randn((3, 6) if one else (4, 3, 6)), (3, 5) if one else (1, 3, 5)
+    h = torch.randn(shape)
+    return module, x, (h, torch.randn(shape)) if kind.startswith("LSTM") else h
+
+
+def tensors(result):
+    return [result] if isinstance(result, torch.Tensor) else [t for part in result for t in tensors(part)]
+
+
+def of_torch(module, *given):
+    """What the class that the module stands in for makes of it."""
+    theirs = getattr(torch.nn, type(module).__name__)
+    return theirs.forward(module, *given)
+
+
+def settled(module, *given):
+    """The result of a call that has been made before."""
+    for _ in range(2):
+        module(*given)
+    assert module._replays.straight
+    return module(*given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_holds_and_keeps_nothing(kind, mode):
+    module, x, hx = made(kind)
+    held = [x, *tensors(hx), *module.parameters(), module, module._parameters, type(hx), True]
+    with mode():
+        result = settled(module, x, hx)
+        gc.collect()
+        before, nothing = [*map(sys.getrefcount, held)], sys.getrefcount(None)
+        for _ in range(1000):
+            module(x, hx)
+            assert module._replays.straight[0](module, hx, hx) is None
+        assert [*map(sys.getrefcount, held)] == before
+        assert abs(sys.getrefcount(None) - nothing) < 100
+    assert all(t.is_inference() == (mode is torch.inference_mode) for t in tensors(result))
+    gone = [weakref.ref(t) for t in tensors(result)]
+    del result
+    assert [r() for r in gone] == [None] * len(gone)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"batch_first": True}, {"bidirectional": True}])
+def test_threads_call_one_layer_each_with_memory_of_its_own(options):
+    module = fastcells.nn.LSTM(6, 5, **options)
+    inputs = [torch.randn(40, 40, 6) for _ in range(8)]
+    with torch.no_grad():
+        expected = [of_torch(module, x) for x in inputs]
+
+        def many(k):
+            with torch.no_grad():  # which each thread has for itself
+                return [module(inputs[k]) for _ in range(30)]
+
+        with ThreadPoolExecutor(4) as pool:
+            for results, right in zip(pool.map(many, range(8)), expected, strict=True):
+                for result in results:
+                    for a, b in zip(tensors(result), tensors(right), strict=True):
+                        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_that_was_let_go_is_asked_for_anew(kind):
+    module, x, hx = made(kind)
+    with torch.no_grad():
+        right = tensors(settled(module, x, hx))
+        for _ in range(3):
+            cpu.forget()
+            for a, b in zip(tensors(module(x, hx)), right, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_collections_that_call_layers_do_no_harm(kind):
+    module, x, hx = made(kind)
+    other, others_x, others_hx = made(kind)
+    with torch.no_grad():
+        right = tensors(settled(module, x, hx))
+        settled(other, others_x, others_hx)
+
+        def call(phase, _):
+            if phase == "start":
+                other(others_x, others_hx)
+
+        before = gc.get_threshold()
+        gc.callbacks.append(call)
+        gc.set_threshold(1, 1, 1)
+        try:
+            for _ in range(50):
+                for a, b in zip(tensors(module(x, hx)), right, strict=True):
+                    assert torch.equal(a, b)
+        finally:
+            gc.callbacks.remove(call)
+            gc.set_threshold(*before)
+
+
+@pytest.mark.parametrize("what", ["_machine", "ROOM"])
+def test_without_it_calls_are_the_same(what, monkeypatch):
+    monkeypatch.setattr(again, what, {"_machine": lambda: None, "ROOM": 2}[what])
+    module, x, hx = made("LSTM")
+    with torch.no_grad():
+        for _ in range(4):
+            for a, b in zip(tensors(module(x, hx)), tensors(of_torch(module, x, hx)), strict=True):
+                torch.testing.assert_close(a, b)
+    assert not module._replays.straight
+
+
+def test_copies_begin_anew_and_what_is_reverted_has_none():
+    module, x, hx = made("GRU")
+    with torch.no_grad():
+        right = tensors(settled(module, x, hx))
+        for other in (copy.copy(module), copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            for a, b in zip(tensors(settled(other, x, hx)), right, strict=True):
+                assert torch.equal(a, b)
+    model = torch.nn.Sequential(module)
+    fastcells.revert(model)
+    assert type(module) is torch.nn.GRU
+    assert "_replays" not in module.__dict__
+
+
+def test_other_arguments_are_left_to_python():
+    module, x, hx = made("LSTM")
+    with torch.no_grad():
+        settled(module, x, hx)
+        for call in module._replays.straight + module._replays.forward:
+            others = [
+                (),
+                (x, hx, hx),
+                (x, None),
+                (x, hx[0]),
+                (x, [*hx]),
+                (x, hx[:1]),
+                (x, (*hx, x)),
+                (None, hx),
+                (x, (x, 1)),
+            ]
+            assert [call(module, *given) for given in others] == [None] * len(others)
+            assert call() is None
+            assert call(3, x, hx) is None
+            assert call(torch.nn.Linear(2, 3), x, hx) is None
+        with pytest.raises(RuntimeError, match="input_size"):
+            module(x[..., :2], hx)
+        with pytest.raises(TypeError):
+            module(x, hx, hx, hx)
