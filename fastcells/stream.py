@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .cpu import layer as cpu
-from .cpu.geometry import LINE
-from .cpu.script import driver
+from .cpu.geometry import SCRIPT
+from .cpu.script import Memory, driver
 from .functional import flat
 
 if TYPE_CHECKING:
@@ -69,12 +69,13 @@ class Stream:
         series = [x.new_empty(forward.series) for _ in range(forward.many)]
         # Final states are written over the initial ones, which by then have been read.
         operands = [*tensors, y, *states, *series]
-        memory = torch.empty(forward.script.size + LINE, dtype=torch.uint8)
+        memory = Memory(forward.script.size)
         addresses = [0 if t is None else t.data_ptr() for t in operands]
-        frame = array("q", forward.script.frame(addresses, -(-memory.data_ptr() // LINE) * LINE))
+        kept = forward.script.memory()
+        frame = array("q", forward.script.frame(addresses, memory.address, kept))
         if not self._frames:
-            self._first, self._x_at = frame, len(frame) - len(addresses)
-        self._kept += [operands, memory, frame, forward]
+            self._first, self._x_at = frame, len(SCRIPT)
+        self._kept += [operands, memory, kept, frame, forward]
         self._frames.append(frame.buffer_info()[0])
         self._states.append(states)
         return y

@@ -166,3 +166,49 @@ def test_other_arguments_are_left_to_python():
             module(x[..., :2], hx)
         with pytest.raises(TypeError):
             module(x, hx, hx, hx)
+
+
+CHANGES = {
+    "one number": lambda w: w.view(-1)[7].add_(1e-3),
+    "one sign": lambda w: w.view(-1)[-1].neg_(),
+    "all signs": lambda w: w.neg_(),
+    "two rows exchanged": lambda w: w.copy_(torch.cat([w[1:2], w[:1], w[2:]])),
+    "columns turned around": lambda w: w.copy_(w.flip(-1)),
+    "two numbers exchanged": lambda w: w.view(-1).__setitem__([3, 67], w.view(-1)[[67, 3]]),  # of one lane
+    "scaled by powers of two": lambda w: w.mul_(2.0),
+    "by NumPy": lambda w: w.numpy().__setitem__(slice(1, 3), 0.25),
+    "nothing": lambda w: None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("sizes", [(37, 30), (64, 32)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_weights_changed_without_a_trace_are_packed_anew(change, threads, sizes, dtype):
+    """Packed weights are kept from call to call: whatever changes the weights, the next call has to see it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        module, x = fastcells.nn.LSTM(*sizes, num_layers=2, dtype=dtype), torch.randn(40, 3, sizes[0], dtype=dtype)
+        with torch.no_grad():
+            settled(module, x)
+            for weight in [*module.parameters(), *module.parameters()]:
+                CHANGES[change](weight.data)  # leaves no trace in the parameter
+                for a, b in zip(tensors(module(x)), tensors(of_torch(module, x)), strict=True):
+                    torch.testing.assert_close(a, b)
+                for a, b in zip(tensors(module(x)), tensors(of_torch(module, x)), strict=True):
+                    torch.testing.assert_close(a, b)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_weights_put_in_place_of_others_are_seen():
+    module, x = fastcells.nn.GRU(20, 48), torch.randn(30, 4, 20)
+    with torch.no_grad():
+        settled(module, x)
+        for _ in range(3):
+            module.weight_hh_l0.data = torch.randn(144, 48) / 7
+            module._parameters["weight_ih_l0"] = torch.nn.Parameter(torch.randn(144, 20) / 7)
+            for a, b in zip(tensors(module(x)), tensors(of_torch(module, x)), strict=True):
+                torch.testing.assert_close(a, b)

@@ -206,10 +206,11 @@ class Record:
         for script, operands in made.scripts:
             at = len(frames)
             runs += [at, script.threads]
-            frames.frombytes(script.frame([0] * len(operands), 0))
+            kept = script.memory()
+            frames.frombytes(script.frame([0] * len(operands), 0, kept))
             for word, operand in enumerate([Operand(count), *operands], at + len(SCRIPT) - 1):
                 moves += [] if operand is None else [word, *operand]
-            self.owned.append(script)
+            self.owned += [script, kept]
         self._set("frames", self._words(frames))
         self._set("length", len(frames))
         self._range("moves", moves)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .geometry import PACK, TURN
-from .loops import least, peek
-from .simd import FORMATS, Vector, i64
+from .geometry import DIGEST, DIGEST_BYTES, LINE, PACK, TURN
+from .loops import least, peek, poke
+from .simd import FORMATS, I64, Vector, i64
 
 AHEAD = 256  # bytes along a row that is read by squares, to be fetched early: rows are too many to be foreseen
 
@@ -81,18 +83,110 @@ def moves(dtype: str, lanes: int) -> tuple[Any, Any, Any]:
     return copy, gather, transpose
 
 
+SPREAD, TURNED = 0x9E3779B97F4A7C15 - (1 << 64), 29  # an odd number, and bits by which its products are rotated
+
+
+def digesting(dtype: str, lanes: int) -> tuple[Any, Any]:
+    """Digests of numbers by their bits. If one number differs, so does the digest; if several do, there is a chance of
+    one in 2**64 that it does not, where all of them lie so many vectors apart as there are chains."""
+    fmt = FORMATS[dtype]
+    size = fmt.bytes
+    chains = (DIGEST - 1) * 8 // (lanes * size)  # that do not wait for each other
+
+    words = lanes * size // 8
+    kind = ir.VectorType(I64, words)
+
+    def mixed(b, chain, numbers):
+        rotate = ir.FunctionType(kind, [kind] * 3)
+        rotate = cgutils.get_or_insert_function(b.module, rotate, f"llvm.fshl.v{words}i64")
+        spread, turned = (ir.Constant(kind, [n] * words) for n in (SPREAD, TURNED))
+        product = b.mul(b.xor(chain, b.bitcast(numbers, kind)), spread)
+        return b.call(rotate, [product, product, turned])
+
+    def at(b, state, k=0):
+        return b.inttoptr(b.add(state, i64(8 * words * k)), kind.as_pointer())
+
+    @intrinsic
+    def room(typingctx):
+        """The address of a digest that lasts as long as the kernel runs."""
+
+        def emit(context, b, signature, args):
+            with b.goto_entry_block():
+                place = b.alloca(ir.ArrayType(I64, DIGEST))
+                place.align = LINE
+                return b.ptrtoint(place, I64)
+
+        return types.int64(), emit
+
+    @intrinsic
+    def mix(typingctx, chain, source, count):
+        """Go on with a chain of a digest by `count` (0 to lanes) adjacent numbers."""
+
+        def emit(context, b, signature, args):
+            v, place = Vector(b, fmt, lanes), at(b, args[0])
+            b.store(mixed(b, b.load(place, align=8), v.load(args[1], v.first_lanes(args[2]))), place, align=8)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), emit
+
+    @intrinsic
+    def mix_all(typingctx, state, source, times):
+        """Go on with all chains, so many times each by a vector of adjacent numbers."""
+
+        def emit(context, b, signature, args):
+            v = Vector(b, fmt, lanes)
+            state, source, times = args
+            first = [b.load(at(b, state, k), align=8) for k in range(chains)]
+            before, loop, done = b.block, b.append_basic_block("mix"), b.append_basic_block("mix.done")
+            b.cbranch(b.icmp_signed(">", times, i64(0)), loop, done)
+            b.position_at_end(loop)
+            n, address, *current = (b.phi(t) for t in (I64, I64, *[kind] * chains))
+            new = [mixed(b, c, v.load(b.add(address, i64(8 * words * k)))) for k, c in enumerate(current)]
+            new = [b.add(n, i64(1)), b.add(address, i64(8 * words * chains)), *new]
+            for node, x, y in zip([n, address, *current], [i64(0), source, *first], new, strict=True):
+                node.add_incoming(x, before)
+                node.add_incoming(y, loop)
+            b.cbranch(b.icmp_signed("<", new[0], times), loop, done)
+            b.position_at_end(done)
+            for k, (x, y) in enumerate(zip(first, new[2:], strict=True)):
+                node = b.phi(kind)
+                node.add_incoming(x, before)
+                node.add_incoming(y, loop)
+                first[k] = node
+            for k, node in enumerate(first):
+                b.store(node, at(b, state, k), align=8)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), emit
+
+    @njit(inline="always")
+    def digest(state, source, length):
+        """Go on with a digest by so many adjacent numbers."""
+        k = length // (lanes * chains) * (lanes * chains)
+        mix_all(state, source, k // (lanes * chains))
+        chain = 0
+        while k < length:
+            mix(state + chain * lanes * size, source + k * size, least(lanes, length - k))
+            chain += 1
+            k += lanes
+
+    return room, digest
+
+
 def make_pack(dtype: str, lanes: int) -> Callable:
-    """The kernel that copies a weight matrix (or blocks of it) into panels.
+    """The kernel that copies a weight matrix (or blocks of it) into panels, unless they hold what they would.
 
     A panel holds, for each block of vectors of units: [depth, vectors in the block, gates, lanes], so that a tile reads
     it front to back. Lanes past the last unit are zero. The blocks' widths are those that `sweep` takes.
     """
     fmt = FORMATS[dtype]
     size = fmt.bytes
-    panel_at, source_at, units_at, depth_at, unit_stride_at, depth_stride_at, block_at, gates_at = range(len(PACK))
+    panel_at, source_at, units_at, depth_at, unit_stride_at, depth_stride_at, *rest = range(len(PACK))
+    block_at, gates_at, digests_at, keeps_at = rest
     offsets = len(PACK)
 
     copy, gather, transpose = moves(dtype, lanes)
+    room, digest = digesting(dtype, lanes)
 
     @njit(inline="always")
     def piece(frame, unit, width, begin, stop):
@@ -120,12 +214,46 @@ def make_pack(dtype: str, lanes: int) -> Callable:
                         gather(into, out_of, unit_stride, number)
                         k += 1
 
+    @njit(inline="always")
+    def known(frame, begin, end, kept):
+        """Whether a panel was made of what the source holds from `begin` to `end` of the depth; noted for next time."""
+        state = room()
+        for w in range(DIGEST - 1):
+            poke(state, w, (w + 1) * SPREAD)
+        units, unit_stride, depth_stride = (
+            peek(frame, units_at),
+            peek(frame, unit_stride_at),
+            peek(frame, depth_stride_at),
+        )
+        for g in range(peek(frame, gates_at)):
+            origin = peek(frame, source_at) + peek(frame, offsets + g) + begin * depth_stride
+            if depth_stride != size:
+                for k in range(end - begin):
+                    digest(state, origin + k * depth_stride, units)
+            elif unit_stride == (end - begin) * size:
+                digest(state, origin, units * (end - begin))
+            else:
+                for unit in range(units):
+                    digest(state, origin + unit * unit_stride, end - begin)
+        same = peek(kept, DIGEST - 1) == 1
+        for w in range(DIGEST - 1):
+            same = same and peek(state, w) == peek(kept, w)
+        if not same:
+            poke(kept, DIGEST - 1, 0)  # until it is packed
+            for w in range(DIGEST - 1):
+                poke(kept, w, peek(state, w))
+        return same
+
     def member(frame, thread, team):
         units, depth = peek(frame, units_at), peek(frame, depth_at)
+        kept = peek(frame, digests_at) + thread * DIGEST_BYTES
+        keeps = peek(frame, keeps_at) == 1
         block, full = peek(frame, block_at), units // lanes
         begin, end = depth * thread // team, depth * (thread + 1) // team
         along = peek(frame, depth_stride_at) == size  # rows of the source are read from end to end
-        length = end - begin if along else 64 // size
+        length = end - begin if along else LINE // size
+        if keeps and known(frame, begin, end, kept):
+            begin = end
         while begin < end:  # else a line of cache of every row at a time
             stop = least(begin + length, end)
             unit = 0
@@ -139,6 +267,8 @@ def make_pack(dtype: str, lanes: int) -> Callable:
                     k += 64
                 unit += width
             begin = stop
+        if keeps:
+            poke(kept, DIGEST - 1, 1)
 
     return member
 

@@ -14,9 +14,9 @@ from ..expression import leaf
 from ..plan import ROW_BLOCK, depth_block, share
 from ..program import Place, Program, Segment, Stage, Weights
 from . import store, team
-from .geometry import HEADER, LINE, SEGMENT_WORDS, WORD, Layout, scratch_row_bytes, tile_shape
+from .geometry import DIGEST_BYTES, HEADER, LINE, SEGMENT_WORDS, WORD, Layout, scratch_row_bytes, tile_shape
 from .host import host
-from .script import Address, Script, zeros
+from .script import KEEPS, Address, At, Script, zeros
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
@@ -217,19 +217,20 @@ class Runner:
         first: int = 0,
         wait: bool = False,
     ) -> Product:
-        """Weights packed for a segment of a stage, in the call's memory.
+        """Weights packed for a segment of a stage.
 
         weight: [rows, columns] with adjacent columns. Forward, units are rows from `offsets` (one for each gate) on
         and depth runs over columns; transposed, the other way round.
         """
         gates = len(offsets)
         count = -(-units // self.lanes) * depth * gates * self.lanes
-        address = script.take(count * self.item)
+        threads = threads if count > 1 << 14 else 1
+        address, digests = script.keep(count * self.item), script.keep(threads * DIGEST_BYTES)
         row = weight.strides[0]
         strides = (self.item, row) if transposed else (row, self.item)
         words: list[Address] = [address, weight.at, units, depth, *strides, self.shapes[stage].block, gates]
-        words += [o * row for o in offsets]
-        script.launch(packing(self.dtype), words, threads=threads if count > 1 << 14 else 1, first=first, wait=wait)
+        words += [digests, At(KEEPS), *(o * row for o in offsets)]
+        script.launch(packing(self.dtype), words, threads=threads, first=first, wait=wait)
         return Product(depth, address, depth * gates * self.vector, 0, gates * self.vector)
 
     def readable(self, transposed: bool, units: int) -> bool:

@@ -148,8 +148,11 @@ def scratch_row_bytes(program: Program, shape: Shape, stage: int, vector_bytes: 
     return len(program.stages[stage].accumulators) * max(shape.widths) * vector_bytes
 
 
-# The frame of a packing kernel; then the offset in bytes of each gate.
-PACK = ("panel", "source", "units", "depth", "unit_stride", "depth_stride", "block", "gates")
+# The frame of a packing kernel; then the offset in bytes of each gate. keeps: 1 where the panel is what an earlier run
+# left of it; then `digests` has for each thread what it was packed from, and whether it was.
+PACK = ("panel", "source", "units", "depth", "unit_stride", "depth_stride", "block", "gates", "digests", "keeps")
+DIGEST = 65  # words of a digest; the last is 1 once the panel is whole
+DIGEST_BYTES = -(-8 * DIGEST // LINE) * LINE
 
 # The frame of a turning kernel: addresses, bytes from row to row, and the sizes of the source.
 TURN = ("target", "target_row", "source", "source_row", "rows", "columns")

@@ -34,6 +34,8 @@ class At(NamedTuple):
 
 Address = int | At
 MEMORY = 0  # the operand that stands for the call's own memory
+KEPT = -1  # for memory that may be kept from call to call,
+KEEPS = -2  # and 1 if it is, else 0
 
 
 class Arena(threading.local):
@@ -68,6 +70,14 @@ _thread_dict.restype = ctypes.c_void_p
 arena = Arena()
 
 
+class Memory:
+    """Zeros at first, from a line of cache on."""
+
+    def __init__(self, size: int) -> None:
+        self._block = torch.zeros(size + LINE, dtype=torch.uint8)
+        self.address = -(-self._block.data_ptr() // LINE) * LINE
+
+
 class Launch(NamedTuple):
     """label: what it is for. threads: from `first` on, so many of the team take part. wait: for what earlier launches
     do."""
@@ -91,7 +101,8 @@ class Script:
     def __init__(self) -> None:
         self.launches: list[Launch] = []
         self.threads = 1
-        self._memory = 0  # bytes
+        self._memory = self._kept = 0  # bytes
+        self._keeping: Memory | None = None
         self._pack: Callable[..., bytes] | None = None
 
     def take(self, size: int) -> Address:
@@ -102,6 +113,12 @@ class Script:
         begin = self._memory
         self._memory += -(-size // LINE) * LINE + LINE  # a line apart: large blocks do not share their sets of a cache
         return At(MEMORY, begin)
+
+    def keep(self, size: int) -> Address:
+        """The same of memory that may be kept from call to call."""
+        begin = self._kept
+        self._kept += -(-size // LINE) * LINE + LINE
+        return At(KEPT, begin)
 
     def launch(
         self,
@@ -126,13 +143,16 @@ class Script:
         self.threads = max(self.threads, first + threads)
 
     def _finish(self, operands: int) -> Callable[..., bytes]:
-        """A function that makes the driver's frame of the words that differ from call to call: so many addresses, and
-        first that of the call's memory."""
+        """A function that makes the driver's frame of the words that differ from call to call: the address of the
+        call's memory, so many others, and KEPT and KEEPS."""
         table: list[int] = []
         self._owned = []
+        last = {KEPT: operands + 1, KEEPS: operands + 2}
         for launch in self.launches:
             words = array("q", [0 if isinstance(a, At) else int(a) for a in launch.frame])
-            relative = [(k, *a) for k, a in enumerate(launch.frame) if isinstance(a, At)]
+            relative = [
+                (k, last.get(a.operand, a.operand), a.offset) for k, a in enumerate(launch.frame) if isinstance(a, At)
+            ]
             relocations = array("q", [n for entry in relative for n in entry])
             self._owned += [words, relocations]
             table += [launch.kernel.address, words.buffer_info()[0], len(words)]
@@ -142,32 +162,43 @@ class Script:
         self._owned.append(owned)
         self._driver = driver()
         header = len(self.launches), owned.buffer_info()[0], self.threads, team.give_way(), 0
-        return partial(Struct(f"{len(SCRIPT) + operands}q").pack, *header)
+        return partial(Struct(f"{len(SCRIPT) + operands + 2}q").pack, *header)
 
     @property
     def size(self) -> int:
         """Bytes of the call's memory."""
         return self._memory
 
-    def frame(self, operands: Sequence[int], memory: int) -> bytes:
+    def memory(self) -> Memory:
+        """Memory to keep from call to call: what was made of equal tensors is then not made again."""
+        return Memory(self._kept)
+
+    def frame(self, operands: Sequence[int], memory: int, kept: Memory) -> bytes:
         """What the driver runs on: the addresses of the operands from number 1 on, and of `size` bytes of memory."""
+        return self._packed(len(operands))(memory, *operands, kept.address, 1)
+
+    def _packed(self, operands: int) -> Callable[..., bytes]:
         if self._pack is None:
-            self._pack = self._finish(len(operands))
-        return self._pack(memory, *operands)
+            self._pack = self._finish(operands)
+        return self._pack
 
     def run(self, operands: Sequence[int]) -> None:
         """Run on the addresses of the operands from number 1 on."""
-        if self._pack is None:
-            self._pack = self._finish(len(operands))
-        frame = self._pack(arena.take(self._memory), *operands)
+        pack = self._packed(len(operands))
         if observer is not None:
-            self._observed(frame)
-        elif self.threads == 1:
+            self._observed(pack, operands)
+            return
+        self._keeping = None
+        memory = arena.take(self._memory + self._kept)
+        frame = pack(memory, *operands, memory + self._memory, 0)
+        if self.threads == 1:
             self._driver.call(frame, 0, 1)
         else:
             team.run(self._driver, frame, self.threads)
 
-    def _observed(self, frame: bytes) -> None:
+    def _observed(self, pack: Callable[..., bytes], operands: Sequence[int]) -> None:
+        self._keeping = self._keeping or self.memory()  # as a call that is made again does
+        frame = pack(arena.take(self._memory), *operands, self._keeping.address, 1)
         words = Struct(f"{len(frame) // 8}q")
         _, table, _, *rest = words.unpack(frame)
         for launch in self.launches:
