@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ class Stack:
             for shape in forward.shapes[1 + count :]:
                 operands.append(again.Operand(self.taken + len(examples)))
                 examples.append(example(shape))
-            scripts.append((forward.script, operands))
+            scripts.append((forward.script, operands, forward.script.memory()))
             x = y
         finals = tuple([t.view(*batch.leading, t.shape[-1]) for t in examples[1 : 1 + count]])
         result = module._result(None, batch, examples[0], finals if count > 1 else finals[0])
@@ -161,20 +161,27 @@ class Training:
         return module._run(input, call, layer)
 
 
+class Seen(NamedTuple):
+    """The last call of a module: the shape of its input, and at its second time how to make it again."""
+
+    shape: torch.Size
+    replay: Replay | None = None
+
+
 class Replays:
     """The calls of one module that can be made again. A copy of a module begins with none."""
 
     def __init__(self) -> None:
-        self.known: dict[bool, Replay | torch.Size] = {}  # by grad mode; the shape of the input if seen but once
+        self.seen: dict[bool, Seen] = {}  # by grad mode
         self.forward: tuple[Callable, ...] = ()
         self.straight: tuple[Callable, ...] = ()
 
     def __reduce__(self) -> tuple:
         return Replays, ()
 
-    def __setitem__(self, kind: bool, replay: Replay | torch.Size) -> None:
-        self.known[kind] = replay
-        replays = [r for r in self.known.values() if type(r) is Replay]
+    def __setitem__(self, kind: bool, seen: Seen) -> None:
+        self.seen[kind] = seen
+        replays = [seen.replay for seen in self.seen.values() if seen.replay is not None]
         self.forward = tuple([r.forward for r in replays if r.forward is not None])
         self.straight = tuple([r.straight for r in replays if r.straight is not None])
 
@@ -204,9 +211,8 @@ def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:
         return
     replays = module.__dict__.setdefault("_replays", Replays())
     kind = torch.is_grad_enabled()
-    if replays.known.get(kind) != input.shape:
-        replays[kind] = input.shape
-        return
-    replay = Replay(module, input, hx, call)
-    if replay.forward is not None:
-        replays[kind] = replay
+    seen = replays.seen.get(kind)
+    if seen is None or seen.shape != input.shape or (seen.replay is not None and seen.replay.forward is not None):
+        replays[kind] = Seen(input.shape)
+    elif seen.replay is None:
+        replays[kind] = Seen(input.shape, Replay(module, input, hx, call))

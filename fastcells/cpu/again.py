@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import store, team
 from .geometry import LINE, SCRIPT
-from .script import KEY, Script, arena, driver
+from .script import KEY, Memory, Script, arena, driver
 
 RECORD = (
     "none",
@@ -113,10 +113,11 @@ class Operand(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a call does: run scripts, one after the other, and what it makes, the examples, which are on the device
-    "meta", as these have no memory. The result is made of some of them, and of views of all of one."""
+    """What a call does: run scripts, one after the other, each with its operands and the memory that it keeps; and what
+    it makes, the examples, which are on the device "meta", as these have no memory. The result is made of some of them,
+    and of views of all of one."""
 
-    scripts: list[tuple[Script, list[Operand | None]]]
+    scripts: list[tuple[Script, list[Operand | None], Memory]]
     examples: list[Tensor]
     result: Any
     dtype: torch.dtype
@@ -191,7 +192,7 @@ class Record:
             return [number]
 
         order, make, count = codes(made.result), list[int](), taken + len(made.examples)
-        size = max(script.size for script, _ in made.scripts)
+        size = max(script.size for script, *_ in made.scripts)
         for number, example in enumerate(made.examples):
             view = shown.get(number)
             if view is not None:
@@ -203,14 +204,13 @@ class Record:
         rank = {number: k for k, number in enumerate(sorted(shown))}
         self._range("result", [code if code < 0 else rank[code] for code in order])
         frames, moves, runs = array("q"), list[int](), list[int]()
-        for script, operands in made.scripts:
+        for script, operands, kept in made.scripts:
             at = len(frames)
             runs += [at, script.threads]
-            kept = script.memory()
             frames.frombytes(script.frame([0] * len(operands), 0, kept))
             for word, operand in enumerate([Operand(count), *operands], at + len(SCRIPT) - 1):
                 moves += [] if operand is None else [word, *operand]
-            self.owned += [script, kept]
+        self.owned.append(made)
         self._set("frames", self._words(frames))
         self._set("length", len(frames))
         self._range("moves", moves)

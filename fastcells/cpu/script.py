@@ -15,6 +15,7 @@ from functools import lru_cache, partial
 from struct import Struct
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,11 +72,11 @@ arena = Arena()
 
 
 class Memory:
-    """Zeros at first, from a line of cache on."""
+    """Zeros at first, from a line of cache on; not torch's, whose threads a forked process has lost."""
 
     def __init__(self, size: int) -> None:
-        self._block = torch.zeros(size + LINE, dtype=torch.uint8)
-        self.address = -(-self._block.data_ptr() // LINE) * LINE
+        self._block = np.zeros(size + LINE, np.uint8)
+        self.address = -(-self._block.ctypes.data // LINE) * LINE
 
 
 class Launch(NamedTuple):
