@@ -162,9 +162,11 @@ class Training:
 
 
 class Seen(NamedTuple):
-    """The last call of a module: the shape of its input, and at its second time how to make it again."""
+    """The last calls of a module that were made as if for the first time: the shape of their input, how many there
+    were, and how to make them again."""
 
     shape: torch.Size
+    calls: int = 1
     replay: Replay | None = None
 
 
@@ -212,7 +214,10 @@ def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:
     replays = module.__dict__.setdefault("_replays", Replays())
     kind = torch.is_grad_enabled()
     seen = replays.seen.get(kind)
-    if seen is None or seen.shape != input.shape or (seen.replay is not None and seen.replay.forward is not None):
+    if seen is None or seen.shape != input.shape or seen.replay is not None:
         replays[kind] = Seen(input.shape)
-    elif seen.replay is None:
-        replays[kind] = Seen(input.shape, Replay(module, input, hx, call))
+        return
+    calls, replay = seen.calls + 1, None
+    if not calls & (calls - 1):  # what cannot be made again is tried ever more rarely
+        replay = Replay(module, input, hx, call)
+    replays[kind] = Seen(input.shape, calls, replay if replay is not None and replay.forward is not None else None)
