@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -174,6 +175,11 @@ class Replays:
     """The calls of one module that can be made again. A copy of a module begins with none."""
 
     def __init__(self) -> None:
+        self.clear()
+        _all.add(self)
+
+    def clear(self) -> None:
+        """Let go of all of them."""
         self.seen: dict[bool, Seen] = {}  # by grad mode
         self.forward: tuple[Callable, ...] = ()
         self.straight: tuple[Callable, ...] = ()
@@ -188,7 +194,16 @@ class Replays:
         self.straight = tuple([r.straight for r in replays if r.straight is not None])
 
 
+_all: WeakSet[Replays] = WeakSet()
 NONE = Replays()
+
+
+def _forget_all() -> None:
+    for replays in list(_all):
+        replays.clear()
+
+
+cpu.forgetting.append(_forget_all)
 
 
 def forget(module: DropIn) -> None:
@@ -207,7 +222,7 @@ def begins(forward: Callable) -> Callable:
 
 def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:
     """Make the call ready to be made again, at its second time."""
-    if not guards.AVAILABLE or call.batch.batch_sizes is not None:
+    if not guards.AVAILABLE or script.observer is not None or call.batch.batch_sizes is not None:
         return
     if not (hx is None or type(hx) in (Tensor, tuple)):
         return

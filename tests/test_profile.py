@@ -94,7 +94,8 @@ def test_sum_of_parts_is_the_whole(quick, kind, train):
         expected |= {profiler.INPUT_GRADIENT, profiler.WEIGHT_GRADIENTS}
     assert set(timing.parts) <= expected
     kernels = [{profiler.INPUT, profiler.PRODUCT, profiler.POINTWISE}, {profiler.BACK_PRODUCT, profiler.BACK_POINTWISE}]
-    assert set(timing.parts) >= expected - set.union(*kernels)
+    noise = {profiler.REST} if not train else set()  # a compiled call has a microsecond or two besides its parts
+    assert set(timing.parts) >= expected - noise - set.union(*kernels)
     assert all(kernel & set(timing.parts) for kernel in kernels[: 1 + train])  # how it splits may drown in the noise
 
 
@@ -422,3 +423,13 @@ def test_clearing_leaves_folders_that_others_may_write_to(tmp_path, monkeypatch)
     assert store.clear() == []
     tmp_path.chmod(0o700)
     assert store.clear() == [file]
+
+
+def test_what_is_profiled_computes_the_same_afterwards():
+    """Parts are told from calls that leave something out: none of these may be made again later."""
+    module, x = fastcells.nn.LSTM(8, 16), torch.randn(5, 3, 8)
+    with torch.no_grad():
+        before = module(x)[0]
+        fastcells.profile(torch.nn.Sequential(module), x)
+        for _ in range(4):
+            assert torch.equal(module(x)[0], before)

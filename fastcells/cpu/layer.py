@@ -503,10 +503,16 @@ threads = team.size
 """Threads that a call prepared now is for."""
 
 
+forgetting: list[Callable[[], None]] = []
+"""What else has prepared calls, and drops them."""
+
+
 def forget() -> None:
     """Drop all prepared calls, and the memory that is kept for the next ones."""
     with _lock:
         _calls.clear()
+    for others in forgetting:
+        others()
     blocks.pool.release()
     arena.release()
 
