@@ -14,7 +14,7 @@ import torch
 
 from . import cells
 from .cell import Cell
-from .cpu import engine, script, store
+from .cpu import again, engine, script, store
 from .cpu import layer as cpu
 
 CELLS = {name: cell for name, cell in vars(cells).items() if isinstance(cell, Cell)}
@@ -42,7 +42,7 @@ def find_cell(name: str, names: Sequence[str] = tuple(CELLS)) -> Cell:
 
 class Wanted(NamedTuple):
     """A kernel by what it takes to find it in another process: the part "forward" or "backward" of a cell by name, or
-    one of `SHARED`, which all cells use."""
+    one of `ONCE` and `EACH` (for each dtype), which all cells use."""
 
     part: str
     dtype: torch.dtype
@@ -50,8 +50,11 @@ class Wanted(NamedTuple):
     project: bool = False
 
 
-SHARED: dict[str, Callable[[torch.dtype], store.Kernel]] = {
+ONCE: dict[str, Callable[[torch.dtype], store.Kernel]] = {
     "driver": lambda _: script.driver(),
+    **({"recall": lambda _: again.kernel()} if again.interface() else {}),
+}
+EACH: dict[str, Callable[[torch.dtype], store.Kernel]] = {
     "pack": lambda dtype: engine.packing(dtype),
     "turn": lambda dtype: engine.turning(dtype),
     "sum": lambda dtype: engine.plain(dtype)[1].kernel,
@@ -63,11 +66,8 @@ def wanted(names: Sequence[str], dtypes: Sequence[torch.dtype], project: bool) -
     """Every kernel of layers of these cells, those that take longest to compile first."""
     parts = ("backward", "forward")
     found = [Wanted(part, dtype, name, project) for dtype in dtypes for name in names for part in parts]
-    return (
-        found
-        + [Wanted(part, dtype) for dtype in dtypes for part in reversed(SHARED) if part != "driver"]
-        + [Wanted("driver", dtypes[0])]
-    )
+    found += [Wanted(part, dtype) for dtype in dtypes for part in reversed(EACH)]
+    return found + [Wanted(part, dtypes[0]) for part in reversed(ONCE)]
 
 
 def obtain(want: Wanted) -> tuple[str, float]:
@@ -75,7 +75,7 @@ def obtain(want: Wanted) -> tuple[str, float]:
     if want.cell:
         kernel = getattr(cpu.ready(find_cell(want.cell), want.project, want.dtype), want.part).kernel
     else:
-        kernel = SHARED[want.part](want.dtype)
+        kernel = (ONCE | EACH)[want.part](want.dtype)
     return kernel.name, kernel.compiled
 
 

@@ -15,7 +15,7 @@ from fastcells.cpu import again
 from fastcells.cpu import layer as cpu
 
 KINDS = ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"]
-pytestmark = pytest.mark.skipif(again._machine() is None, reason="Python or torch without the interfaces for C")
+pytestmark = pytest.mark.skipif(again.interface() is None, reason="Python or torch without the interfaces for C")
 
 
 def made(kind, **options):
@@ -118,9 +118,9 @@ def test_collections_that_call_layers_do_no_harm(kind):
             gc.set_threshold(*before)
 
 
-@pytest.mark.parametrize("what", ["_machine", "ROOM"])
+@pytest.mark.parametrize("what", ["interface", "ROOM"])
 def test_without_it_calls_are_the_same(what, monkeypatch):
-    monkeypatch.setattr(again, what, {"_machine": lambda: None, "ROOM": 2}[what])
+    monkeypatch.setattr(again, what, {"interface": lambda: None, "ROOM": 2}[what])
     module, x, hx = made("LSTM")
     with torch.no_grad():
         for _ in range(4):

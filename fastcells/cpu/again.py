@@ -127,15 +127,15 @@ def method(same: Same, taken: Taken, made: Made | None) -> Callable[..., Any] | 
     """A function of a module, an input, and states if there are any. It returns the result of the call, or without
     `made` a tuple of its tensors, and None if the call is another one. There is none at all where calls cannot be made
     so."""
-    machine = _machine()
-    return None if machine is None else Record(machine, same, taken, made).method()
+    known = interface()
+    return None if known is None else Record(known, same, taken, made).method()
 
 
 class Record:
     """The words that a method goes by, and the owners of what they point to."""
 
-    def __init__(self, machine: Machine, same: Same, taken: Taken, made: Made | None) -> None:
-        self.machine, self.owned, self.word = machine, list[Any](), dict.fromkeys(RECORD, 0)
+    def __init__(self, interface: Interface, same: Same, taken: Taken, made: Made | None) -> None:
+        self.interface, self.owned, self.word = interface, list[Any](), dict.fromkeys(RECORD, 0)
         self._set("none", id(None))
         self._set("true", id(True))
         self._list("answers", [part for f in same.answers for part in (f, f())])
@@ -148,7 +148,7 @@ class Record:
         self._set("kind", self._object(type(taken.hx)))
         self._set("states", len(taken.hx) if type(taken.hx) is tuple else -isinstance(taken.hx, Tensor))
         self._set("check", self._object(taken.check))
-        self._set("offset", machine.offset)
+        self._set("offset", interface.offset)
         count = 1 + abs(self.word["states"]) + len(taken.names)
         self.fits = count <= ROOM
         if made is not None:
@@ -158,7 +158,7 @@ class Record:
         if not self.fits:
             return None
         owner = self._words(self.word.values()), self.owned
-        return self.machine.new(ctypes.addressof(self.machine.definition), owner, None)
+        return self.interface.new(ctypes.addressof(_definition()), owner, None)
 
     def _set(self, name: str, word: int) -> None:
         self.word[name] = word
@@ -196,7 +196,7 @@ class Record:
         for number, example in enumerate(made.examples):
             view = shown.get(number)
             if view is not None:
-                make += [view.dim(), *map(self._words, (view.shape, view.stride())), self.machine.dtypes[made.dtype]]
+                make += [view.dim(), *map(self._words, (view.shape, view.stride())), self.interface.dtypes[made.dtype]]
             else:
                 make += [-1, size, 0, 0]
                 size += -(-example.numel() * made.dtype.itemsize // LINE) * LINE
@@ -242,18 +242,17 @@ class Definition(ctypes.Structure):
 FASTCALL = 0x80  # CPython's METH_FASTCALL: a method of (owner, address of the arguments, their count)
 
 
-class Machine(NamedTuple):
-    """What all methods have in common. new: makes one, of its definition and owner."""
+class Interface(NamedTuple):
+    """Python's and torch's. new: makes a method, of the address of its definition, and its owner. offset: bytes from a
+    tensor's object to its handle. dtypes: torch's numbers of them."""
 
-    definition: Definition
     new: Any
     offset: int
     dtypes: dict[torch.dtype, int]
-    kernel: store.Kernel
 
 
 @lru_cache(maxsize=1)
-def _machine() -> Machine | None:
+def interface() -> Interface | None:
     """None where Python or torch are not as they are known here."""
     known = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
     if not known or ctypes.sizeof(ctypes.c_void_p) != 8:
@@ -265,36 +264,45 @@ def _machine() -> Machine | None:
         symbols |= {name: getattr(torch_cpu, name) for name in TORCH}
         symbols["THPVariable_Wrap"] = getattr(torch_python, next(name for name in WRAP if hasattr(torch_python, name)))
         dtypes = {dtype: getattr(torch_cpu, name)() for dtype, name in DTYPES.items()}
-        new = ctypes.pythonapi.PyCFunction_NewEx
+        new, offset = ctypes.pythonapi.PyCFunction_NewEx, _offset(torch_cpu.aoti_torch_delete_tensor_object)
     except (OSError, AttributeError, StopIteration):
         return None
-    offset = _offset()
     if offset is None:
         return None
     for name, function in symbols.items():
         llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
     new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
-    kernel = store.kernel("recall", [], _make_recall)
-    return Machine(Definition(b"again", kernel.address, FASTCALL, None), new, offset, dtypes, kernel)
+    return Interface(new, offset, dtypes)
 
 
-def _make_recall() -> Callable:
-    from .recall import make_recall
-
-    return make_recall()
-
-
-def _offset() -> int | None:
+def _offset(let_go: Any) -> int | None:
     """Bytes from a tensor's object to its handle, which is the address of where the object holds the tensor itself."""
-    handles = getattr(getattr(torch._C, "_aoti", None), "unsafe_alloc_void_ptrs_from_tensors", None)
-    if handles is None:
-        return None
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    let_go.argtypes = (ctypes.c_void_p,)
     found = set()
     for tensor in (torch.empty(1), torch.nn.Parameter(torch.empty(2, 3, dtype=torch.float64))):
-        (handle,) = handles([tensor])  # of another holder of the same tensor
-        tensor_itself = ctypes.c_int64.from_address(pointer(handle, None)).value
+        (other,) = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([tensor])  # another holder of the tensor
+        handle = pointer(other, None)
+        held = ctypes.c_int64.from_address(handle).value
         words = range(object.__basicsize__, torch.Tensor.__basicsize__, 8)
-        found.add(tuple(at for at in words if ctypes.c_int64.from_address(id(tensor) + at).value == tensor_itself))
+        found.add(tuple(at for at in words if ctypes.c_int64.from_address(id(tensor) + at).value == held))
+        let_go(handle)
     return None if len(found) > 1 or len(places := found.pop()) != 1 else places[0]
+
+
+@lru_cache(maxsize=1)
+def kernel() -> store.Kernel:
+    """The function that all methods are, where there is an `interface`."""
+
+    def make() -> Callable:
+        from .recall import make_recall
+
+        return make_recall()
+
+    return store.kernel("recall", [], make)
+
+
+@lru_cache(maxsize=1)
+def _definition() -> Definition:
+    return Definition(b"again", kernel().address, FASTCALL, None)
