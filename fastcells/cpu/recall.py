@@ -21,27 +21,26 @@ def _external(name: str, arguments: int, returns: types.Type = WORD) -> types.Ex
     return types.ExternalFunction(name, returns(*[WORD] * arguments))
 
 
-hold, let_go, clear_error = (
-    _external("Py_IncRef", 1, NONE),
-    _external("Py_DecRef", 1, NONE),
-    _external("PyErr_Clear", 0, NONE),
-)
-answer, attribute = _external("PyObject_CallNoArgs", 1), _external("PyObject_GetAttr", 2)
-type_of, vectorcall = _external("PyObject_Type", 1), _external("PyObject_Vectorcall", 4)
-integer, dict_size, dict_item = (
-    _external("PyLong_AsSsize_t", 1),
-    _external("PyDict_Size", 1),
-    _external("PyDict_GetItem", 2),
-)
-new_tuple, tuple_size = _external("PyTuple_New", 1), _external("PyTuple_Size", 1)
-tuple_item, set_item = _external("PyTuple_GetItem", 2), _external("PyTuple_SetItem", 3, STATUS)
+hold = _external("Py_IncRef", 1, NONE)
+let_go = _external("Py_DecRef", 1, NONE)
+clear_error = _external("PyErr_Clear", 0, NONE)
+answer = _external("PyObject_CallNoArgs", 1)
+attribute = _external("PyObject_GetAttr", 2)
+type_of = _external("PyObject_Type", 1)
+vectorcall = _external("PyObject_Vectorcall", 4)
+integer = _external("PyLong_AsSsize_t", 1)
+dict_size = _external("PyDict_Size", 1)
+dict_item = _external("PyDict_GetItem", 2)
+new_tuple = _external("PyTuple_New", 1)
+tuple_size = _external("PyTuple_Size", 1)
+tuple_item = _external("PyTuple_GetItem", 2)
+set_item = _external("PyTuple_SetItem", 3, STATUS)
 thread_dict = _external("PyThreadState_GetDict", 0)
-release, acquire = _external("PyEval_SaveThread", 0), _external("PyEval_RestoreThread", 1, NONE)
+release = _external("PyEval_SaveThread", 0)
+acquire = _external("PyEval_RestoreThread", 1, NONE)
 new_tensor = types.ExternalFunction("aoti_torch_empty_strided", STATUS(WORD, WORD, WORD, STATUS, STATUS, STATUS, WORD))
-data_pointer, drop_tensor = (
-    _external("aoti_torch_get_data_ptr", 2, STATUS),
-    _external("aoti_torch_delete_tensor_object", 1, STATUS),
-)
+data_pointer = _external("aoti_torch_get_data_ptr", 2, STATUS)
+drop_tensor = _external("aoti_torch_delete_tensor_object", 1, STATUS)
 wrap = _external("THPVariable_Wrap", 1)
 
 inlined = njit(inline="always")  # what is lowered here is lowered alone
@@ -61,42 +60,21 @@ def _word(name: str) -> Callable:
     return read
 
 
-(
-    none,
-    true,
-    answers,
-    answers_end,
-    attributes,
-    attributes_end,
-    empty,
-    empty_end,
-    own,
-    own_end,
-    dict_name,
-    parameters_name,
-    names,
-    names_end,
-    kind,
-    states,
-    check,
-    offset,
-    make,
-    make_end,
-    arena,
-    size,
-    frames,
-    length,
-    moves,
-    moves_end,
-    runs,
-    runs_end,
-    driver,
-    parallel,
-    member,
-    team,
-    result,
-    result_end,
-) = map(_word, RECORD)
+none, true = map(_word, ("none", "true"))
+answers, answers_end = map(_word, ("answers", "answers_end"))
+attributes, attributes_end = map(_word, ("attributes", "attributes_end"))
+empty, empty_end = map(_word, ("empty", "empty_end"))
+own, own_end = map(_word, ("own", "own_end"))
+dict_name, parameters_name = map(_word, ("dict", "parameters"))
+names, names_end = map(_word, ("names", "names_end"))
+kind, states, check, offset = map(_word, ("kind", "states", "check", "offset"))
+make, make_end = map(_word, ("make", "make_end"))
+arena, size = map(_word, ("arena", "size"))
+frames, length = map(_word, ("frames", "length"))
+moves, moves_end = map(_word, ("moves", "moves_end"))
+runs, runs_end = map(_word, ("runs", "runs_end"))
+driver, parallel, member, team = map(_word, ("driver", "parallel", "member", "team"))
+result, result_end = map(_word, ("result", "result_end"))
 
 
 @intrinsic
