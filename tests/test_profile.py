@@ -14,7 +14,7 @@ import torch
 import fastcells
 from fastcells import cells, roof
 from fastcells.__main__ import main
-from fastcells.cpu import engine, script, store
+from fastcells.cpu import again, engine, script, store
 from fastcells.program import build
 
 profiler = importlib.import_module("fastcells.profile")  # the package may show the function of that name
@@ -386,6 +386,7 @@ def test_the_life_of_a_cache(tmp_path, monkeypatch, capsys, quick):
         "sum_float32",
         "rnn_relu_forward_float32",
         "rnn_relu_backward_float32",
+        *(["recall"] if again.interface() else []),
     }
     first, second = warmup(), warmup()
     assert set(first) == names
