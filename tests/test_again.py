@@ -13,6 +13,7 @@ import torch
 import fastcells
 from fastcells.cpu import again
 from fastcells.cpu import layer as cpu
+from fastcells.cpu.script import arena
 
 KINDS = ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"]
 pytestmark = pytest.mark.skipif(again.interface() is None, reason="Python or torch without the interfaces for C")
@@ -84,14 +85,36 @@ def test_threads_call_one_layer_each_with_memory_of_its_own(options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_memory_that_was_let_go_is_asked_for_anew(kind):
+def test_memory_that_was_let_go_is_taken_anew(kind):
     module, x, hx = made(kind)
     with torch.no_grad():
         right = tensors(settled(module, x, hx))
+        (call,) = module._replays.straight
+        for let_go in (arena.release, lambda: None, arena.release):
+            let_go()
+            for a, b in zip(tensors(call(module, x, hx)), right, strict=True):
+                assert torch.equal(a, b)
         for _ in range(3):
             cpu.forget()
+            assert not module._replays.straight
             for a, b in zip(tensors(module(x, hx)), right, strict=True):
                 assert torch.equal(a, b)
+
+
+def test_threads_that_come_and_go_make_the_call_again():
+    module, x, hx = made("GRU")
+    with torch.no_grad():
+        right = tensors(settled(module, x, hx))
+        (call,) = module._replays.straight
+
+        def once(_):
+            with torch.no_grad():
+                return call(module, x, hx)
+
+        for _ in range(5):
+            with ThreadPoolExecutor(1) as pool:
+                for a, b in zip(tensors(pool.submit(once, 0).result()), right, strict=True):
+                    assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", KINDS)

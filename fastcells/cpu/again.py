@@ -12,7 +12,7 @@ import ctypes
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +46,8 @@ RECORD = (
     "make",  # what has to be made
     "make_end",
     "arena",  # the key of the thread's memory in its dict,
-    "size",  # and how much of it there has to be
+    "size",  # how much of it there has to be,
+    "take",  # and what else to ask for it
     "frames",  # in which addresses are still missing,
     "length",  # their words,
     "moves",  # and triples: a word of them, and whose address goes there, plus so many bytes
@@ -217,6 +218,7 @@ class Record:
         self._range("runs", runs)
         self._set("size", size)
         self._set("arena", self._object(KEY))
+        self._set("take", self._object(partial(arena.take, size)))
         self._set("driver", driver().address)
         if max(runs[1::2]) > 1:
             parallel, member, functions = team.parts()
@@ -225,7 +227,6 @@ class Record:
             self._set("team", self._words(functions))
         each_once = sorted(rank) == sorted(code for code in order if code >= 0)
         self.fits &= len(frames) <= ROOM and count < ROOM and each_once
-        arena.take(size)
 
 
 class Definition(ctypes.Structure):

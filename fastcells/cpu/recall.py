@@ -69,7 +69,7 @@ dict_name, parameters_name = map(_word, ("dict", "parameters"))
 names, names_end = map(_word, ("names", "names_end"))
 kind, states, check, offset = map(_word, ("kind", "states", "check", "offset"))
 make, make_end = map(_word, ("make", "make_end"))
-arena, size = map(_word, ("arena", "size"))
+arena, size, take = map(_word, ("arena", "size", "take"))
 frames, length = map(_word, ("frames", "length"))
 moves, moves_end = map(_word, ("moves", "moves_end"))
 runs, runs_end = map(_word, ("runs", "runs_end"))
@@ -196,13 +196,20 @@ def listed(tensors, count):
 
 @inlined
 def own_memory(record):
-    """The address of the thread's own memory, 0 if there is not enough of it."""
+    """The address of the thread's own memory, 0 if there is none to be had."""
     things = thread_dict()
     found = 0 if things == 0 else dict_item(things, arena(record))
+    if found != 0:
+        block = integer(found)
+        if peek(block, 1) >= size(record):
+            return peek(block, 0)
+    found = answer(take(record))
     if found == 0:
+        clear_error()
         return 0
-    block = integer(found)
-    return peek(block, 0) if peek(block, 1) >= size(record) else 0
+    address = integer(found)
+    let_go(found)
+    return address
 
 
 @inlined
