@@ -54,10 +54,11 @@ class Replay:
             return
         taken = again.Taken(hx, names, guards.alike(tensors))
         made = None if training else stack.made(module)
-        finish = Training(module, input, call, stack.forwards).__call__ if training else None
+        finish = Training(module, input, call, stack.forwards) if training else None
         self.forward = _then(again.method(SAME, taken, made), finish)
         own = module.__dict__
-        if type(module).forward in _beginning and "forward" not in own and "_compiled_call_impl" not in own:
+        plain = MODULE.__call__ is CALL and "forward" not in own and "_compiled_call_impl" not in own
+        if type(module).forward in _beginning and plain:
             attributes = [*SAME.attributes, (type(module), "forward"), (MODULE, "__call__")]
             straight = SAME._replace(attributes=attributes, empty=HOOKS, own=OWN_HOOKS)
             self.straight = _then(again.method(straight, taken, made), finish)
@@ -224,9 +225,11 @@ def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:
     """Make the call ready to be made again, at its second time."""
     if not guards.AVAILABLE or script.observer is not None or call.batch.batch_sizes is not None:
         return
-    if not (hx is None or type(hx) in (Tensor, tuple)):
+    if profiled() or not (hx is None or type(hx) in (Tensor, tuple)):
         return
-    replays = module.__dict__.setdefault("_replays", Replays())
+    replays = module._replays
+    if replays is NONE:
+        replays = module.__dict__["_replays"] = Replays()
     kind = torch.is_grad_enabled()
     seen = replays.seen.get(kind)
     if seen is None or seen.shape != input.shape or seen.replay is not None:

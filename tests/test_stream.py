@@ -424,6 +424,20 @@ def test_calls_that_something_looks_at_are_not_replayed(look):
         assert [result for result in replayed if result is not None] == []
 
 
+def test_calls_first_made_while_something_looks_at_them_are_not_replayed_past_it(monkeypatch):
+    layer, x = fastcells.nn.GRU(4, 3), torch.randn(2, 1, 4)
+    with torch.no_grad():
+        with torch.profiler.profile() as profile:
+            for _ in range(5):
+                layer(x)
+        assert [e.name for e in profile.events()].count("fastcells::gru") == 5
+        seen, call = [], torch.nn.Module.__call__
+        monkeypatch.setattr(torch.nn.Module, "__call__", lambda self, *a: seen.append(self) or call(self, *a))
+        for _ in range(5):
+            layer(x)
+        assert seen == [layer] * 5
+
+
 def test_hooks_and_other_forwards_run_although_calls_are_alike():
     class Doubled(fastcells.nn.GRU):
         def forward(self, x, hx=None):
