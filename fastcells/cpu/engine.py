@@ -14,7 +14,7 @@ from ..expression import leaf
 from ..plan import ROW_BLOCK, depth_block, share
 from ..program import Place, Program, Segment, Stage, Weights
 from . import store, team
-from .geometry import DIGEST_BYTES, HEADER, LINE, SEGMENT_WORDS, WORD, Layout, scratch_row_bytes, tile_shape
+from .geometry import DIGEST_BYTES, HEADER, LINE, SEGMENT_WORDS, WORD, Layout, is_direct, tile_shape
 from .host import host
 from .script import KEEPS, Address, At, Script, zeros
 
@@ -122,7 +122,7 @@ class Runner:
         self.layout = Layout(program)
         self.before = [[s.rows.when == "before" for s in stage.segments] for stage in program.stages]
         self.shapes = [tile_shape(s, host().registers, self.lanes) for s in program.stages]
-        self.scratch_row = max(scratch_row_bytes(program, s, k, self.vector) for k, s in enumerate(self.shapes))
+        self.direct = [is_direct(s) for s in program.stages]
         self._kernel: store.Kernel | None = None
 
     @property
@@ -136,6 +136,12 @@ class Runner:
         from .loops import make_recurrence
 
         return make_recurrence(self.program, DTYPES[self.dtype], host().registers, self.lanes)
+
+    def _sums(self, stage: int, rows: int) -> int:
+        """Bytes of the sums that products may leave."""
+        shape, count = self.shapes[stage], len(self.program.stages[stage].accumulators)
+        vectors = max(rows * shape.block, shape.widths[0])
+        return -(-vectors * count * self.vector // LINE) * LINE
 
     def launch(
         self,
@@ -166,10 +172,11 @@ class Runner:
         row_block = row_block or times.rows
         block = depth_block(row_block)
         words: list[Address] = [0] * self.layout.size
-        at, deepest = self.layout.stage[0], 0
-        for parts, before, unit in zip(products, self.before, units, strict=True):
+        at, scratch = self.layout.stage[0], 0
+        for k, (parts, before, unit) in enumerate(zip(products, self.before, units, strict=True)):
             depth = sum([p.depth for p in parts])
-            deepest = max(deepest, depth)
+            if parts and (depth > block or (row_block > 1 and not self.direct[k])):
+                scratch = max(scratch, self._sums(k, row_block))
             skip = sum([p.depth for p, b in zip(parts, before, strict=True) if b]) if skip_first else 0
             words[at : at + 4] = unit, skip, depth, dot
             at += 4
@@ -180,7 +187,6 @@ class Runner:
             for part in parts:
                 words[at : at + len(part)] = part
                 at += len(part)
-        scratch = row_block * self.scratch_row + LINE if deepest > block and not dot else 0
         steps, rows, start, delta, positions, counts = times
         words[: len(HEADER)] = (
             steps,

@@ -131,21 +131,52 @@ class Variant(NamedTuple):
     kind: str
 
 
+def is_direct(stage: Stage) -> bool:
+    """Whether all tiles store their sums as results: nothing else is to be done with them."""
+    sums = {node for node, _ in stage.accumulators}
+    return bool(stage.segments) and not stage.passes and all(node in sums for node, _, _ in stage.outputs)
+
+
 def variants(stage: Stage, shape: Shape, index: int) -> list[Variant]:
-    """Every tile of a stage."""
+    """Every tile of a stage. Those of several rows store their sums, and need not know of units that do not exist."""
+    if not stage.segments:
+        return []
     base, widths = index * MAX_WIDTHS, range(len(shape.widths))
-    if stage.passes:  # whatever the row is for, and however it is asked for
-        return [Variant((base + w) * MAX_ROWS + r, 1, 1, "row") for w in (0, 1) for r in (0, 1, DOT)]
     found = [Variant((base + w) * MAX_ROWS, 1, w, "single") for w in widths]
-    found += [Variant((base + w) * MAX_ROWS + r, r, w, "rows") for w in widths[1:] for r in range(1, shape.rows + 1)]
+    widths = widths[1:] if is_direct(stage) else widths[1:-1]
+    found += [Variant((base + w) * MAX_ROWS + r, r, w, "rows") for w in widths for r in range(1, shape.rows + 1)]
     if any(not s.weights.transposed for s in stage.segments):
-        found += [Variant((base + w) * MAX_ROWS + DOT, 1, w, "dot") for w in widths if shape.widths[w] <= 1]
+        found += [Variant((base + w) * MAX_ROWS + DOT, 1, w, "dot") for w, n in enumerate(shape.widths) if n <= 1]
     return found
 
 
-def scratch_row_bytes(program: Program, shape: Shape, stage: int, vector_bytes: int) -> int:
-    """Bytes of partial sums a row of a tile."""
-    return len(program.stages[stage].accumulators) * max(shape.widths) * vector_bytes
+TOGETHER = 4  # vectors whose epilogues are interleaved
+EPILOGUES = 6  # a stage's are numbered stage * EPILOGUES + SEVERAL rows, if so, + PARTIAL or ALONG
+SEVERAL, PARTIAL, ALONG = 1, 2, 4
+
+
+class Epilogue(NamedTuple):
+    """What follows a stage's products, of one row or of TOGETHER: of one vector, of one of which not all lanes exist,
+    or of TOGETHER beside each other."""
+
+    number: int
+    rows: int
+    width: int
+    partial: bool = False
+
+
+def epilogues(stage: Stage, shape: Shape, index: int) -> list[Epilogue]:
+    """Every epilogue of a stage."""
+    if is_direct(stage):
+        return []
+    if stage.passes:  # all units of a row
+        return [Epilogue(index * EPILOGUES, 1, 1)]
+    widths = {0: 1, PARTIAL: 1} | ({ALONG: TOGETHER} if shape.block >= TOGETHER else {})
+    return [
+        Epilogue(index * EPILOGUES + kind + several, TOGETHER if several else 1, width, kind == PARTIAL)
+        for kind, width in widths.items()
+        for several in (0, SEVERAL)
+    ]
 
 
 # The frame of a packing kernel; then the offset in bytes of each gate. keeps: 1 where the panel is what an earlier run

@@ -1,4 +1,4 @@
-"""The loops around the tile: time, stages, units, depth, rows. Compiled by Numba; the tile is inlined.
+"""The loops around tiles and epilogues: time, stages, units, depth, rows. Compiled by Numba; both are inlined.
 
 A kernel is `member(frame, thread, team)`: what one thread of a team does of a call.
 """
@@ -14,21 +14,29 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..program import Program
+from .emitter import CONTEXT
+from .epilogue import EPILOGUE, emit_epilogues
 from .geometry import (
+    ALONG,
     DOT,
+    EPILOGUES,
     LAUNCH,
     MAX_ROWS,
     MAX_WIDTHS,
+    PARTIAL,
     SCRIPT,
+    SEVERAL,
     STAGE_WORDS,
+    TOGETHER,
     WORD,
     Layout,
-    scratch_row_bytes,
+    is_direct,
     tile_shape,
 )
+from .host import host
 from .simd import FORMATS, I64, i64
 from .store import Linked
-from .tile import TILE, TILE_ARGUMENTS, TILE_TYPE, tile_module
+from .tile import TILE, TILE_ARGUMENTS, emit_tiles
 
 STEPS, ROWS, SHARES, THREADS = WORD["steps"], WORD["rows"], WORD["shares"], WORD["threads"]
 POSITIONS, FIRST, DELTA = WORD["positions"], WORD["first"], WORD["delta"]
@@ -43,10 +51,14 @@ TABLES = (
     "looks_ahead",
     "stage_word",
     "by_row",
+    "multiplies",  # 1: there are products
+    "finishes",  # 1: an epilogue follows them
     "max_rows",
     "widths",
     "partial_width",
-    "row_scratch",
+    "rest_width",  # of tiles that meet units that do not exist
+    "row_sums",  # bytes of the sums of a row,
+    "vector_sums",  # and of a vector of units
 )
 
 SPINS = 4000  # of a waiting thread, some 20 us, before it offers the processor to others
@@ -222,26 +234,36 @@ def _table(name: str) -> Any:
 
 
 TABLE = "fastcells_{}"
-stages, lanes, looks_ahead, stage_word, by_row, max_rows, widths, partial_width, row_scratch = map(_table, TABLES)
+(
+    stages, lanes, looks_ahead, stage_word, by_row, multiplies, finishes,
+    max_rows, widths, partial_width, rest_width, row_sums, vector_sums,
+) = map(_table, TABLES)  # fmt: skip
 
 
 def make_recurrence(program: Program, dtype: str, registers: int, vector_lanes: int) -> Linked:
     """The kernel that runs a program over time."""
     shapes = [tile_shape(s, registers, vector_lanes) for s in program.stages]
-    vector_bytes = vector_lanes * FORMATS[dtype].bytes
     ahead = any(p.when == "after" for s in program.stages for part in s.parts for p in part.loads.values())
+    sums = [len(s.accumulators) * vector_lanes * FORMATS[dtype].bytes for s in program.stages]
     tables: tuple[Sequence[int], ...] = (
         [len(shapes)],
         [vector_lanes],
         [ahead],
         Layout(program).stage,
         [bool(s.passes) for s in program.stages],  # all units of a row at once, as if they were a vector
+        [bool(s.segments) for s in program.stages],
+        [not is_direct(s) for s in program.stages],
         [s.rows for s in shapes],
         [w for s in shapes for w in (*s.widths, *[0] * (MAX_WIDTHS - len(s.widths)))],
         [len(s.widths) - 1 for s in shapes],
-        [scratch_row_bytes(program, s, k, vector_bytes) for k, s in enumerate(shapes)],
+        [len(shape.widths) - 1 - (not is_direct(s)) for s, shape in zip(program.stages, shapes, strict=True)],
+        [s.block * n for s, n in zip(shapes, sums, strict=True)],
+        sums,
     )
-    module = tile_module(program, dtype, shapes)
+    module = ir.Module(program.name)
+    module.triple = host().triple  # the loops are linked to it, and bring the layout of data
+    emit_tiles(module, program, dtype, shapes)
+    emit_epilogues(module, program, dtype, shapes)
     for name, numbers in zip(TABLES, tables, strict=True):
         kind = ir.ArrayType(I64, len(numbers))
         table = ir.GlobalVariable(module, kind, TABLE.format(name))
@@ -249,21 +271,38 @@ def make_recurrence(program: Program, dtype: str, registers: int, vector_lanes: 
     return Linked(over_time, str(module))
 
 
+def _linked(b, name: str, args) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [I64] * len(args))
+    b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
+
+
 @intrinsic
-def tile(typingctx, frame, variant, row, unit, now, before, after, is_first, is_last, begin, end, fresh, last, scratch):
+def tile(typingctx, frame, variant, row, unit, now, before, after, is_first, is_last, sums, begin, end, fresh, last):
     """One tile of the program, by `TILE_ARGUMENTS`."""
 
     def emit(context, b, signature, args):
-        b.call(cgutils.get_or_insert_function(b.module, TILE_TYPE, TILE), args)
+        _linked(b, TILE, args)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * len(TILE_ARGUMENTS)), emit
 
 
+@intrinsic
+def epilogue(typingctx, frame, variant, row, unit, now, before, after, is_first, is_last, sums):
+    """What follows the products of some rows and units, by `CONTEXT`."""
+
+    def emit(context, b, signature, args):
+        _linked(b, EPILOGUE, args)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * len(CONTEXT)), emit
+
+
 @njit(inline="always")
 def sweep(frame, stage, unit, unit_end, row, row_end, back, single, is_first, is_last, now, before, after, scratch):
-    """One stage at one step for some units and rows. back: from the last units to the first, as every other step
-    does: the weights that were read last are still in the cache."""
+    """One stage at one step for some units and rows: products of a few units, whose sums stay near, then what is made
+    of them; of a single row, tiles do both. back: from the last units to the first, as every other step does: the
+    weights that were read last are still in the cache."""
     words = stage_word(stage)
     full = 1 if by_row(stage) == 1 else peek(frame, words + UNITS_AT) // lanes(0)
     start = peek(frame, words + SKIP_AT) if is_first else 0
@@ -271,16 +310,18 @@ def sweep(frame, stage, unit, unit_end, row, row_end, back, single, is_first, is
     dot = peek(frame, words + DOT_AT) == 1
     if dot:
         depth_block = depth
+    by_rows = not (single or dot)
     piece = widths(stage * MAX_WIDTHS) if single else widths(stage * MAX_WIDTHS + 1)
     pieces = (unit_end - unit + piece - 1) // piece
     for p in range(pieces):
-        at = unit + (pieces - 1 - p if back else p) * piece
-        stop = least(at + piece, unit_end)
+        begin_unit = unit + (pieces - 1 - p if back else p) * piece
+        stop = least(begin_unit + piece, unit_end)
+        at = begin_unit if multiplies(stage) == 1 else stop
         while at < stop:
             width = partial_width(stage) - 1 if dot else 0 if single else 1
             left = least(full, stop) - at
             if left <= 0:
-                width = partial_width(stage)
+                width = rest_width(stage) if by_rows else partial_width(stage)
             else:
                 while widths(stage * MAX_WIDTHS + width) > left:
                     width += 1
@@ -297,16 +338,29 @@ def sweep(frame, stage, unit, unit_end, row, row_end, back, single, is_first, is
                     elif rows > max_rows(stage):
                         rows = (rows + 1) >> 1  # even: 4 rows are 2 + 2, not 3 + 1
                     variant = base + DOT if dot else base if single else base + rows
-                    sums = scratch + (n - row) * row_scratch(stage)
+                    sums = scratch + (n - row) * row_sums(stage) + (at - begin_unit) * vector_sums(stage)
                     tile(
-                        frame, variant, n, at, now, before, after, is_first, is_last,
-                        begin, end, begin == start, ends, sums,
+                        frame, variant, n, at, now, before, after, is_first, is_last, sums,
+                        begin, end, begin == start, ends,
                     )  # fmt: skip
                     n += rows
                 if ends:
                     break
                 begin = end
             at += 1 if left <= 0 else widths(stage * MAX_WIDTHS + width)
+        at = begin_unit if finishes(stage) == 1 and (by_rows or multiplies(stage) == 0) else stop
+        while at < stop:
+            left = least(full, stop) - at
+            along = left >= TOGETHER
+            n = row
+            while n < row_end:
+                several = row_end - n >= TOGETHER and by_row(stage) == 0
+                variant = stage * EPILOGUES + (SEVERAL if several else 0)
+                variant += ALONG if along else PARTIAL if left <= 0 else 0
+                sums = scratch + (n - row) * row_sums(stage) + (at - begin_unit) * vector_sums(stage)
+                epilogue(frame, variant, n, at, now, before, after, is_first, is_last, sums)
+                n += TOGETHER if several else 1
+            at += TOGETHER if along else 1
 
 
 @njit(inline="always")

@@ -1,0 +1,239 @@
+"""What all code of a program's stages has in common: where things are, and what is computed of a vector's sums.
+
+All addresses come from the frame (see geometry.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+from llvmlite import ir
+
+from ..expression import OPERATIONS, Node, topological
+from ..program import Place, Program
+from .geometry import BUFFER_WORDS, WORD, Layout, Shape
+from .simd import FORMATS, I1, I64, Vector, i64
+
+CONTEXT = (
+    "frame",
+    "variant",
+    "row",  # the first
+    "unit",  # in vectors
+    "now",
+    "before",
+    "after",
+    "is_first",  # 1 at the first processed step of these rows
+    "is_last",
+    "sums",  # address of what products leave of these rows and units
+)
+
+
+@contextmanager
+def switch(module: ir.Module, name: str, arguments: tuple[str, ...]) -> Iterator[tuple]:
+    """Add a function that is to be inlined where it is called, and does one of several cases by "variant".
+
+    Gives a builder, the arguments by name, and `case(number, name)`, after which the builder adds to that case."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * len(arguments)), name)
+    function.attributes.add("alwaysinline")
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    given = dict(zip(arguments, function.args, strict=True))
+    done = function.append_basic_block("done")
+    chosen = builder.switch(given["variant"], done)
+
+    def case(number: int, label: str) -> None:
+        if builder.block is not function.entry_basic_block:
+            builder.branch(done)
+        block = function.append_basic_block(label)
+        chosen.add_case(i64(number), block)
+        builder.position_at_end(block)
+
+    yield builder, given, case
+    if builder.block is not function.entry_basic_block:
+        builder.branch(done)
+    builder.position_at_end(done)
+    builder.ret_void()
+
+
+class Emitter:
+    """Emits what a function of `CONTEXT`, and perhaps more arguments, does for one stage."""
+
+    def __init__(
+        self,
+        builder: ir.IRBuilder,
+        layout: Layout,
+        dtype: str,
+        index: int,
+        program: Program,
+        shape: Shape,
+        rows: int,
+        width: int,
+        arguments: dict,
+    ) -> None:
+        self.b, self.layout, self.index, self.stage = builder, layout, index, program.stages[index]
+        self.gates = program.gates
+        self.v = Vector(builder, FORMATS[dtype], shape.lanes)
+        self.rows, self.width, self.arg = rows, width, arguments
+        self.block = shape.block
+        self.bytes = self.v.fmt.bytes
+        self.vector_bytes = shape.lanes * self.bytes
+        self.count = len(self.stage.accumulators)
+        self.unit_bytes = builder.mul(arguments["unit"], i64(self.vector_bytes))
+        self.mask = None  # of the lanes that exist, where not all do
+        self.addresses: dict[Place, list] = {}  # of all rows
+
+    # ---- addresses ----
+    def word(self, number: int):
+        """A word of the frame."""
+        value = self.b.load(self.b.inttoptr(self.b.add(self.arg["frame"], i64(8 * number)), I64.as_pointer()))
+        value.set_metadata("invariant.load", self.b.module.add_metadata([]))
+        return value
+
+    def row_stride(self, buffer: str):
+        """Bytes from row to row."""
+        return self.word(self.layout.buffer[buffer] + BUFFER_WORDS.index("row"))
+
+    def first_row(self, place: Place) -> tuple:
+        """(address of the first unit of `place` in the first row, bytes from row to row)"""
+        b = self.b
+        address, step, row_stride, initial, initial_row = (
+            self.word(self.layout.buffer[place.buffer] + k) for k in range(len(BUFFER_WORDS))
+        )
+        if place.when in ("now", "before", "after"):
+            address = b.add(address, b.mul(self.arg[place.when], step))
+        edge = {"before": "is_first", "first": "is_first", "after": "is_last"}.get(place.when)
+        if edge is not None:
+            address = b.select(self.true(self.arg[edge]), initial, address)
+            row_stride = b.select(self.true(self.arg[edge]), initial_row, row_stride)
+        address = b.add(address, b.mul(self.arg["row"], row_stride))
+        if place.slot:
+            address = b.add(address, b.mul(i64(place.slot), self.word(WORD["slot"])))
+        if place.number:
+            address = b.add(address, i64(place.number * self.bytes))
+        return address, row_stride
+
+    def row_addresses(self, place: Place) -> list:
+        """Address of the first unit of `place` in every row."""
+        if place not in self.addresses:
+            self.addresses[place] = self.rows_from(*self.first_row(place))
+        return self.addresses[place]
+
+    def rows_from(self, address, stride) -> list:
+        """The addresses of `rows` rows."""
+        addresses = [address]
+        for _ in range(self.rows - 1):
+            addresses.append(self.b.add(addresses[-1], stride))
+        return addresses
+
+    def at(self, place: Place, row: int, vector: int):
+        return self.b.add(self.row_addresses(place)[row], self.b.add(self.unit_bytes, i64(vector * self.vector_bytes)))
+
+    def load(self, place: Place, row: int, vector: int):
+        if place.uniform:
+            return self.v.splat(self.b.load(self.v.pointer(self.row_addresses(place)[row], self.v.fmt.scalar)))
+        return self.v.load(self.at(place, row, vector), self.mask)
+
+    def existing(self):
+        """How many units there are from the first on; the mask is of them from now on."""
+        units = self.word(self.layout.stage[self.index])
+        count = self.b.sub(units, self.b.mul(self.arg["unit"], i64(self.v.lanes)))
+        self.mask = self.v.first_lanes(count)
+        return count
+
+    def sum_at(self, row: int, vector: int, accumulator: int):
+        """Where products leave a sum."""
+        number = (row * self.block + vector) * self.count + accumulator
+        return self.b.add(self.arg["sums"], i64(number * self.vector_bytes))
+
+    def true(self, word):
+        return self.b.trunc(word, I1)
+
+    def phi(self, *incoming):
+        node = self.b.phi(incoming[0][0].type)
+        for value, block in incoming:
+            node.add_incoming(value, block)
+        return node
+
+    # ---- the epilogue ----
+    @cached_property
+    def summed(self) -> set[int]:
+        """The accumulators that take up products."""
+        return {a for segment in self.stage.segments for a in segment.targets}
+
+    @property
+    def reached(self) -> list[Place]:
+        """All that an epilogue loads and stores."""
+        places = [*self.starts, *self.stage.loads.values(), *(p for _, p, _ in self.stage.outputs)]
+        return list(dict.fromkeys(places))
+
+    @property
+    def starts(self) -> list[Place]:
+        """What accumulators start from."""
+        return [place for _, start in self.stage.accumulators for place in start]
+
+    def started(self, value, places, row: int, vector: int):
+        """A sum of products, or None, with what its accumulator starts from: added last, which loses less to rounding,
+        and nothing waits for."""
+        for place in places:
+            start = self.v.load(self.at(place, row, vector), self.mask)
+            value = start if value is None else self.b.fadd(value, start)
+        return self.v.const(0.0) if value is None else value
+
+    def finish(self, columns: list[tuple[int, int]], sums: dict) -> None:
+        """The epilogue of some vectors (row, vector), one operation of all of them after the other: a processor looks
+        only so far ahead, and the operations of one vector wait for each other. sums: by row, vector and accumulator.
+        """
+        values = {
+            (m, w): {
+                node: self.started(sums.get((m, w, a)), places, m, w)
+                for a, (node, places) in enumerate(self.stage.accumulators)
+            }
+            for m, w in columns
+        }
+        for node, place in self.stage.loads.items():
+            for m, w in columns:
+                values[m, w][node] = self.load(place, m, w)
+        for node in self.order:
+            for column in columns:
+                if node not in values[column]:
+                    values[column][node] = self.compute(node, values[column])
+
+        def store(training: bool) -> None:
+            for m, w in columns:
+                for node, place, training_only in self.stage.outputs:
+                    if training_only == training:
+                        self.v.store(values[m, w][node], self.at(place, m, w), self.mask)
+
+        store(False)
+        if any(training_only for *_, training_only in self.stage.outputs):
+            with self.b.if_then(self.true(self.word(WORD["training"]))):
+                store(True)
+
+    @cached_property
+    def order(self) -> list[Node]:
+        """What the epilogue computes, arguments first."""
+        given = {n for n, _ in self.stage.accumulators} | set(self.stage.loads)
+        return between(given.__contains__, [n for n, _, _ in self.stage.outputs])
+
+    def compute(self, node: Node, values: dict):
+        if node.op == "constant":
+            return self.v.const(node.value)
+        if node.op not in OPERATIONS:
+            raise AssertionError(f"{node!r} is neither loaded nor accumulated in stage {self.index}")
+        return getattr(self.v, node.op)(*(values[a] for a in node.args))
+
+
+def between(given: Callable[[Node], bool], roots: list[Node]) -> list[Node]:
+    """What is to be computed to get from the given nodes to the roots, arguments first."""
+    needed: set[Node] = set()
+
+    def visit(node: Node) -> None:
+        if node not in needed and not given(node):
+            needed.add(node)
+            for a in node.args:
+                visit(a)
+
+    for r in roots:
+        visit(r)
+    return [n for n in topological(roots) if n in needed]
