@@ -9,6 +9,7 @@ from typing import NamedTuple
 DEPTH, SINGLE_ROW_DEPTH = 512, 256  # of the products of several rows, and of one, that are summed up at a time
 FUSED_BYTES = 1 << 19  # of weights that fused time steps may read: half of a common second-level cache
 NEAR_BYTES = 1 << 21  # of recurrent weights, of which such a cache still holds a part from step to step
+AHEAD_BYTES = 1 << 20  # of the weights of a product, which such a cache no longer holds: they are asked for ahead
 FAR_BYTES = 1 << 23  # of all weights, which a process's share of a third-level cache still holds
 STEP_ROWS = 32  # of a single step, up to which packing the weights does not pay
 FEW_ROWS = 8  # of several steps together, up to which it does not either

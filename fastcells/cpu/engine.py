@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..expression import leaf
-from ..plan import ROW_BLOCK, depth_block, share
+from ..plan import AHEAD_BYTES, ROW_BLOCK, depth_block, share
 from ..program import Place, Program, Segment, Stage, Weights
 from . import store, team
 from .geometry import DIGEST_BYTES, HEADER, LINE, SEGMENT_WORDS, WORD, Layout, is_direct, tile_shape
@@ -137,6 +137,14 @@ class Runner:
 
         return make_recurrence(self.program, DTYPES[self.dtype], host().registers, self.lanes)
 
+    def _weight_bytes(self, products: Sequence[Sequence[Product]], units: Sequence[int]) -> int:
+        """Of all products of a step."""
+        return self.item * sum(
+            part.depth * len(segment.targets) * unit
+            for stage, parts, unit in zip(self.program.stages, products, units, strict=True)
+            for segment, part in zip(stage.segments, parts, strict=True)
+        )
+
     def _sums(self, stage: int, rows: int) -> int:
         """Bytes of the sums that products may leave."""
         shape, count = self.shapes[stage], len(self.program.stages[stage].accumulators)
@@ -206,6 +214,7 @@ class Runner:
             scratch,
             slot * self.item,
             training,
+            self._weight_bytes(products, units) > AHEAD_BYTES,
         )
         counter = WORD["barrier"] if split == "units" and threads > 1 else None
         script.launch(self.kernel, words, threads=threads, first=first, wait=wait, counter=counter, label=label)

@@ -28,6 +28,7 @@ HEADER = (
     "scratch_thread",  # bytes of them a thread
     "slot",  # bytes of one vector of the hidden size
     "training",  # 1: store what only training needs
+    "far",  # 1: the weights are more than a near cache holds
 )
 STAGE_WORDS = (
     "units",
@@ -117,13 +118,14 @@ def tile_shape(stage: Stage, registers: int, lanes: int) -> Shape:
     return Shape(lanes, rows, (2 * block, *(w for w in (4, 2, 1) if w <= block), 0))
 
 
-MAX_ROWS = 8  # variants are numbered ((stage * MAX_WIDTHS) + width) * MAX_ROWS + rows; rows 0 is a single row,
-DOT = 7  # and this a single row whose products are dot products with the rows of a weight matrix as it is
+MAX_ROWS = 9  # variants are numbered ((stage * MAX_WIDTHS) + width) * MAX_ROWS + rows; rows 0 is a single row,
+DOT = 7  # this a single row whose products are dot products with the rows of a weight matrix as it is,
+FAR = 8  # and this a full tile that asks for its weights ahead
 MAX_WIDTHS = 8
 
 
 class Variant(NamedTuple):
-    """A tile of a stage: rows x widths[width] vectors of units. kind: "rows", "single" or "dot"."""
+    """A tile of a stage: rows x widths[width] vectors of units. kind: "rows", "far", "single" or "dot"."""
 
     number: int
     rows: int
@@ -145,6 +147,7 @@ def variants(stage: Stage, shape: Shape, index: int) -> list[Variant]:
     found = [Variant((base + w) * MAX_ROWS, 1, w, "single") for w in widths]
     widths = widths[1:] if is_direct(stage) else widths[1:-1]
     found += [Variant((base + w) * MAX_ROWS + r, r, w, "rows") for w in widths for r in range(1, shape.rows + 1)]
+    found.append(Variant((base + 1) * MAX_ROWS + FAR, shape.rows, 1, "far"))
     if any(not s.weights.transposed for s in stage.segments):
         found += [Variant((base + w) * MAX_ROWS + DOT, 1, w, "dot") for w, n in enumerate(shape.widths) if n <= 1]
     return found

@@ -20,6 +20,7 @@ from .geometry import (
     ALONG,
     DOT,
     EPILOGUES,
+    FAR,
     LAUNCH,
     MAX_ROWS,
     MAX_WIDTHS,
@@ -41,7 +42,7 @@ from .tile import TILE, TILE_ARGUMENTS, emit_tiles
 STEPS, ROWS, SHARES, THREADS = WORD["steps"], WORD["rows"], WORD["shares"], WORD["threads"]
 POSITIONS, FIRST, DELTA = WORD["positions"], WORD["first"], WORD["delta"]
 COUNTS, SPLIT, BARRIER, YIELD = WORD["counts"], WORD["split"], WORD["barrier"], WORD["yield"]
-ROW_BLOCK, DEPTH_BLOCK = WORD["row_block"], WORD["depth_block"]
+ROW_BLOCK, DEPTH_BLOCK, FAR_AT = WORD["row_block"], WORD["depth_block"], WORD["far"]
 SCRATCH, SCRATCH_THREAD = WORD["scratch"], WORD["scratch_thread"]
 
 # Of the program, read from tables that are linked in: numbers, then one for each stage (widths: MAX_WIDTHS for each).
@@ -311,6 +312,7 @@ def sweep(frame, stage, unit, unit_end, row, row_end, back, single, is_first, is
     if dot:
         depth_block = depth
     by_rows = not (single or dot)
+    far = by_rows and peek(frame, FAR_AT) == 1
     piece = widths(stage * MAX_WIDTHS) if single else widths(stage * MAX_WIDTHS + 1)
     pieces = (unit_end - unit + piece - 1) // piece
     for p in range(pieces):
@@ -338,6 +340,8 @@ def sweep(frame, stage, unit, unit_end, row, row_end, back, single, is_first, is
                     elif rows > max_rows(stage):
                         rows = (rows + 1) >> 1  # even: 4 rows are 2 + 2, not 3 + 1
                     variant = base + DOT if dot else base if single else base + rows
+                    if far and n == row and rows == max_rows(stage) and width == 1:  # the others find them near
+                        variant = base + FAR
                     sums = scratch + (n - row) * row_sums(stage) + (at - begin_unit) * vector_sums(stage)
                     tile(
                         frame, variant, n, at, now, before, after, is_first, is_last, sums,

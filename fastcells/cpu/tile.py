@@ -26,6 +26,7 @@ TILE_ARGUMENTS = (
 
 UNROLL = 2  # steps of the depth in one turn of the inner loop of full tiles, whose loads and multiply-adds alone almost
 # fill the pipeline; the others are used less than they take to compile
+AHEAD = 4096  # bytes of weights that a tile asks for ahead: a page, where a processor that looks ahead itself stops
 
 
 def emit_tiles(module: ir.Module, program: Program, dtype: str, shapes: list[Shape]) -> None:
@@ -49,7 +50,7 @@ class Tile(Emitter):
         self.kind, self.partial = variant.kind, width == 0
         self.panel = min(self.width, self.block)  # vectors side by side in it
         self.full = variant.rows == shape.rows and width == shape.block
-        self.direct = is_direct(self.stage) or variant.kind != "rows"
+        self.direct = is_direct(self.stage) or variant.kind in ("single", "dot")
 
     def emit(self) -> None:
         b = self.b
@@ -94,7 +95,7 @@ class Tile(Emitter):
         """Ask for what the epilogue loads of this step, while there are products to wait for: nobody has used it
         lately, and it lies in as many pieces as there are rows and slots. A row that stands for all is near."""
         places = [p for p in dict.fromkeys([*self.starts, *self.stage.loads.values()]) if p.when == "now"]
-        places = [p for p in places if not p.uniform] if self.kind == "rows" else []
+        places = [p for p in places if not p.uniform] if self.kind in ("rows", "far") else []
         for buffer in dict.fromkeys(p.buffer for p in places):
             apart = self.b.icmp_signed("!=", self.row_stride(buffer), i64(0))
             with self.b.if_then(self.b.and_(apart, self.true(self.arg["last"]))):
@@ -235,6 +236,9 @@ class Tile(Emitter):
                     for t, a in enumerate(segment.targets):
                         inner = ((w % self.panel) * len(segment.targets) + t) * self.vector_bytes
                         weight = v.load(b.add(base, i64(inner)))
+                        if self.kind == "far":
+                            for byte in range(0, self.vector_bytes, LINE):
+                                v.prefetch(b.add(base, i64(inner + AHEAD + byte)))
                         for m in range(self.rows):
                             out[m, w, a] = v.fma(scalar[m], weight, new[i % len(sums)][m, w, a])
                 new[i % len(sums)] = out
