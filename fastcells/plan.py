@@ -7,10 +7,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 DEPTH, SINGLE_ROW_DEPTH = 512, 256  # of the products of several rows, and of one, that are summed up at a time
-FUSED_BYTES = 1 << 19  # of weights that fused time steps may read: half of a common second-level cache
-NEAR_BYTES = 1 << 21  # of recurrent weights, of which such a cache still holds a part from step to step
-AHEAD_BYTES = 1 << 20  # of the weights of a product, which such a cache no longer holds: they are asked for ahead
+AHEAD_BYTES = 1 << 20  # of the weights of a step, which a second-level cache no longer holds: they are asked for ahead
 FAR_BYTES = 1 << 23  # of all weights, which a process's share of a third-level cache still holds
+FUSED_ROWS = 12  # of a step, from which on reading the input's weights at each costs less than to store its products
 STEP_ROWS = 32  # of a single step, up to which packing the weights does not pay
 FEW_ROWS = 8  # of several steps together, up to which it does not either
 ROW_BLOCK = 96  # rows that go through all time steps together
@@ -81,7 +80,6 @@ def plan(shape: Shape) -> Plan:
         )
 
     in_place = not shape.apart and shape.total <= (STEP_ROWS if shape.steps == 1 else FEW_ROWS)
-    recurrent_bytes = shape.gates * shape.hidden * shape.depth * shape.item
     weight_bytes = shape.gates * shape.hidden * (shape.depth + shape.inputs) * shape.item
     if shape.apart:
         project_ahead, why = True, "the cell takes sums of it over the units"
@@ -89,12 +87,10 @@ def plan(shape: Shape) -> Plan:
         project_ahead, why = False, "there is one step only"
     elif in_place:
         project_ahead, why = False, "its weights are not packed"
-    elif shape.rows < 16:
+    elif shape.rows < FUSED_ROWS:
         project_ahead, why = True, f"{shape.rows} row(s) a step do not pay for reading the input weights each time"
-    elif recurrent_bytes > NEAR_BYTES and weight_bytes <= FAR_BYTES:
-        project_ahead, why = False, "the recurrent weights alone are more than a cache keeps from step to step"
-    elif weight_bytes > FUSED_BYTES:
-        project_ahead, why = True, f"without them, more of the {recurrent_bytes:,} bytes of recurrent weights stay near"
+    elif weight_bytes > FAR_BYTES:
+        project_ahead, why = True, f"all {weight_bytes:,} bytes of weights are more than caches keep from step to step"
     else:
         project_ahead, why = False, "its result never leaves the registers"
     if project_ahead:
