@@ -96,13 +96,14 @@ class Tile(Emitter):
         lately, and it lies in as many pieces as there are rows and slots. A row that stands for all is near."""
         places = [p for p in dict.fromkeys([*self.starts, *self.stage.loads.values()]) if p.when == "now"]
         places = [p for p in places if not p.uniform] if self.kind in ("rows", "far") else []
+        lines = [*range(0, self.width * self.vector_bytes, LINE), self.width * self.vector_bytes - 1]  # from anywhere
         for buffer in dict.fromkeys(p.buffer for p in places):
             apart = self.b.icmp_signed("!=", self.row_stride(buffer), i64(0))
             with self.b.if_then(self.b.and_(apart, self.true(self.arg["last"]))):
                 for place in places:
                     if place.buffer == buffer:
                         for m in range(self.rows):
-                            for byte in range(0, self.width * self.vector_bytes, LINE):
+                            for byte in lines:
                                 self.v.prefetch(self.b.add(self.at(place, m, 0), i64(byte)))
 
     def clamp(self, x, high):
