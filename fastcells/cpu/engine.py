@@ -16,7 +16,7 @@ from ..program import Place, Program, Segment, Stage, Weights
 from . import store, team
 from .geometry import DIGEST_BYTES, HEADER, LINE, SEGMENT_WORDS, WORD, Layout, is_direct, tile_shape
 from .host import host
-from .script import KEEPS, Address, At, Script, zeros
+from .script import KEEPS, MEMORY, Address, At, Script, zeros
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
@@ -230,9 +230,8 @@ class Runner:
         depth: int,
         threads: int = 1,
         first: int = 0,
-        wait: bool = False,
     ) -> Product:
-        """Weights packed for a segment of a stage.
+        """Weights packed for a segment of a stage, once whoever makes a copy of the call's own is done.
 
         weight: [rows, columns] with adjacent columns. Forward, units are rows from `offsets` (one for each gate) on
         and depth runs over columns; transposed, the other way round.
@@ -245,7 +244,8 @@ class Runner:
         strides = (self.item, row) if transposed else (row, self.item)
         words: list[Address] = [address, weight.at, units, depth, *strides, self.shapes[stage].block, gates]
         words += [digests, At(KEEPS), *(o * row for o in offsets)]
-        script.launch(packing(self.dtype), words, threads=threads, first=first, wait=wait)
+        made = isinstance(weight.at, At) and weight.at.operand == MEMORY
+        script.launch(packing(self.dtype), words, threads=threads, first=first, wait=made)
         return Product(depth, address, depth * gates * self.vector, 0, gates * self.vector)
 
     def readable(self, transposed: bool, units: int) -> bool:

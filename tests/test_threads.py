@@ -1,0 +1,92 @@
+"""What one thread of a team does must not depend on what another one does before they next wait for each other."""
+
+import ctypes
+
+import pytest
+import torch
+
+import fastcells
+from fastcells import cells
+from fastcells.cpu import layer as cpu
+from fastcells.cpu.geometry import WORD
+from fastcells.cpu.script import KEEPS, KEPT, MEMORY, At, Script, arena
+
+STEPS, ROWS, INPUTS, HIDDEN = 4, 6, 75, 70  # no whole vectors; enough for threads to share the packing of weights
+
+
+def one_thread_after_the_other(order):
+    """A `Script.run` in which, from one barrier to the next, one thread does all that it has to before another begins:
+    where it needed what that does, it does not find it."""
+
+    def run(script, operands):
+        memory = arena.take(script.size + script.kept)
+        bases = {MEMORY: memory, KEPT: memory + script.size, KEEPS: 0} | dict(enumerate(operands, 1))
+        frames, groups = [], []
+        for launch in script.launches:
+            words = [bases[w.operand] + w.offset if isinstance(w, At) else int(w) for w in launch.frame]
+            frames.append((ctypes.c_int64 * len(words))(*words))
+            if launch.label.endswith(("ward_float64", "product_float64")) and launch.threads > 1:
+                assert not words[WORD["split"]], "these threads wait for each other"
+            if launch.wait or not groups:
+                groups.append([])
+            groups[-1].append((launch, frames[-1]))
+        for group in groups:
+            for thread in order:
+                for launch, frame in group:
+                    if launch.first <= thread < launch.first + launch.threads:
+                        launch.kernel.call(frame, thread - launch.first, launch.threads)
+
+    return run
+
+
+def results(layer, x, **options):
+    """y, final states and all gradients, by name."""
+    x = x.clone().requires_grad_()
+    y, finals = layer(x, **options)
+    found = {"y": y} | {f"final {k}": t for k, t in enumerate([finals] if isinstance(finals, torch.Tensor) else finals)}
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((t * torch.rand(t.shape, generator=generator, dtype=t.dtype)).sum() for t in found.values())
+    names, leaves = zip(("x", x), *layer.named_parameters(), strict=True)
+    return found | dict(zip(names, torch.autograd.grad(loss, leaves), strict=True))
+
+
+LAYERS = {
+    "LSTM": lambda **o: fastcells.nn.LSTM(INPUTS, HIDDEN, **o),
+    "GRU": lambda **o: fastcells.nn.GRU(INPUTS, HIDDEN, **o),
+    "RNN": lambda **o: fastcells.nn.RNN(INPUTS, HIDDEN, **o),
+    "projected": lambda **o: fastcells.nn.LSTM(INPUTS, HIDDEN, proj_size=20, **o),
+    **{
+        cell.name: lambda cell=cell, **o: fastcells.nn.Recurrent(cell, INPUTS, HIDDEN, **o)
+        for cell in (cells.gru_reset_before, cells.layer_norm_lstm, cells.peephole_lstm, cells.mgu, cells.slstm)
+    },
+}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_first": True}, {"bidirectional": True, "num_layers": 2}, {"bias": False}], ids=str
+)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_threads_in_any_order(kind, options, order, monkeypatch):
+    monkeypatch.setattr("fastcells.plan.THREAD_FLOPS", 0)
+    layer = LAYERS[kind](dtype=torch.float64, **options)
+    x = torch.randn(STEPS, ROWS, INPUTS, dtype=torch.float64)
+    x = x.transpose(0, 1).contiguous() if "batch_first" in options else x
+    lengths = torch.tensor([4, 3, 1, 4, 2, 4])
+    threads = torch.get_num_threads()
+    try:
+        for given in ({}, {"lengths": lengths}):
+            found = []
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                cpu.forget()
+                if count == 2:
+                    monkeypatch.setattr(Script, "run", one_thread_after_the_other(order))
+                found.append(results(layer, x, **given))
+                monkeypatch.undo()
+                monkeypatch.setattr("fastcells.plan.THREAD_FLOPS", 0)
+            for name, alone in found[0].items():
+                assert torch.equal(alone, found[1][name]), name
+    finally:
+        torch.set_num_threads(threads)
+        cpu.forget()
