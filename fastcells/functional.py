@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.profiler import record_function
 from . import unrolled
 from .cell import Cell
 from .cpu import layer as cpu
+from .cpu import script
 from .cpu.engine import DTYPES
 from .guards import alike, same_memory
 from .program import build
@@ -299,18 +300,11 @@ def split(cell: Cell, directions: int, given: bool, tensors: Sequence) -> tuple:
     return x, tuple(states) if given else None, tuple(inputs), parameters
 
 
-class Known(NamedTuple):
-    """A backward call of tensors that `same` says are laid out as before."""
-
-    same: Callable[..., bool]
-    call: cpu.Backward
-
-
 class Invocation:
     """A differentiable call of a layer but for its tensors: x, states, extra inputs, parameters of each direction.
 
     again: the forward call, where this is made again and again with tensors that have been found to be laid out alike;
-    then backward calls, too, are made ready once for each kind of cotangents.
+    then both passes are made without Python where they can be, the backward one for each kind of cotangents.
     """
 
     def __init__(
@@ -325,7 +319,8 @@ class Invocation:
     ) -> None:
         self.cell, self.batch_sizes, self.directions, self.given = cell, batch_sizes, directions, given
         self.return_cell_states, self.recompute, self.again = return_cell_states, recompute, again
-        self._known: dict[tuple, Known] = {}
+        self._start: Callable[..., Any] | None = None
+        self._finish: dict[tuple, Callable[..., Any]] = {}
 
     def __call__(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """y, the final states, and the other states of every step if they are wanted."""
@@ -342,7 +337,13 @@ class Invocation:
             arguments = self.cell, x, states, parameters, ctx.sequences, training, inputs, ctx.feed
             forward, whole = cpu.prepared(*arguments)
         else:
+            if self._start is not None and (made := self._start(*[t for t in tensors if t is not None])) is not None:
+                ctx.call, ctx.plan, ctx.inputs = self, self.again.plan, len(tensors)
+                results = 1 + len(self.cell.states)
+                ctx.save_for_backward(*tensors, made[0], *made[results:])
+                return made[:results]
             forward, whole = self.again, list(tensors)
+            self._start = self._start or forward.again(whole, None, tuple)
         y, finals, saved = forward.start(whole)
         ctx.call, ctx.plan, ctx.inputs = self, saved.plan, len(tensors)
         ctx.save_for_backward(*tensors, *([] if self.recompute else [y, *saved.slots, *saved.series]))
@@ -358,21 +359,23 @@ class Invocation:
         if torch.is_grad_enabled():  # create_graph: the derivative must itself be differentiable
             return self._differentiable(ctx, tensors[: ctx.inputs], needs, cotangents, tensors[ctx.inputs :])
         keeps = _keeps_graph() and not self.recompute
-        key: tuple = ()
-        if self.again is not None:
-            cotangents = tuple([cpu.usable(t) for t in cotangents])
-            kinds = [None if t is None else (t.shape, t.stride()) for t in cotangents]
-            key = keeps, needs, cpu.threads(), *kinds
-            known = self._known.get(key)
-            if known is not None and known.same(*[t for t in tensors if t is not None]):
-                return self._needed(known.call.finish([*tensors, *cotangents]), needs)
+        if self.again is None or script.observer is not None:
+            call, given = self._prepared(ctx, tensors, needs, cotangents, not keeps)
+            return self._needed(call.finish(given), needs)
+        cotangents = tuple([cpu.usable(t) for t in cotangents])
+        present = [t for t in (*tensors, *cotangents) if t is not None]
+        key = keeps, needs, cpu.threads(), *[None if t is None else (t.shape, t.stride()) for t in cotangents]
+        finish = self._finish.get(key)
+        if finish is not None and (found := finish(*present)) is not None:
+            return found
         call, given = self._prepared(ctx, tensors, needs, cotangents, not keeps)
-        found = call.finish(given)
-        if self.again is not None and call.whole and all(map(same_memory, given, [*tensors, *cotangents])):
-            if len(self._known) >= KINDS:
-                self._known.clear()
-            self._known[key] = Known(alike([t for t in tensors if t is not None]), call)
-        return self._needed(found, needs)
+        taken = (*tensors, *cotangents)
+        if len(given) == len(taken) and all(map(same_memory, given, taken)):
+            if len(self._finish) >= KINDS:
+                self._finish.clear()
+            needed = lambda made: tuple(self._needed(call.gradients(made), needs))  # noqa: E731
+            self._finish[key] = call.again(given, alike(present), needed)
+        return self._needed(call.finish(given), needs)
 
     def _prepared(self, ctx, tensors, needs, cotangents, overwrite) -> tuple[cpu.Backward, list[Tensor | None]]:
         y, *rest = tensors[ctx.inputs :]

@@ -105,13 +105,14 @@ class Stack:
 
         rows = len(layers) * len(layers[0])
         examples = [example(self.forwards[-1].y), *(example((rows, *s[1:])) for s in self.forwards[-1].finals)]
-        scripts, x = [], again.Operand(0)
+        scripts: list[tuple[script.Script, list[again.Operand | None], script.Memory | None]] = []
+        x = again.Operand(0)
         for k, (forward, at) in enumerate(zip(self.forwards, self.operands, strict=True)):
             y = again.Operand(self.taken)
             if k + 1 < len(layers):  # nobody sees it
                 y = again.Operand(self.taken + len(examples))
                 examples.append(example(forward.y))
-            operands = [x, *at, y]
+            operands: list[again.Operand | None] = [x, *at, y]
             for j, shape in enumerate(forward.finals, 1):
                 operands.append(again.Operand(self.taken + j, k * torch.Size(shape).numel() * self.dtype.itemsize))
             for shape in forward.shapes[1 + count :]:

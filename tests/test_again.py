@@ -152,6 +152,84 @@ def test_without_it_calls_are_the_same(what, monkeypatch):
     assert not module._replays.straight
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_passes_of_training_hold_and_keep_nothing(kind):
+    module, x, hx = made(kind)
+    parameters = [*module.parameters()]
+    cotangents = [torch.randn_like(t) for t in tensors(module(x, hx))]
+    held = [x, *tensors(hx), *parameters, *cotangents, module, True]
+
+    def step():
+        results = tensors(module(x, hx))
+        return [*results, *torch.autograd.grad(results, parameters, cotangents)]
+
+    for _ in range(4):
+        found = step()
+    gc.collect()
+    before, nothing = [*map(sys.getrefcount, held)], sys.getrefcount(None)
+    for _ in range(300):
+        step()
+    assert [*map(sys.getrefcount, held)] == before
+    assert abs(sys.getrefcount(None) - nothing) < 100
+    gone = [weakref.ref(t) for t in found]
+    del found
+    assert [r() for r in gone] == [None] * len(gone)
+
+
+COTANGENTS = {  # of some results, (y, h_n, c_n)
+    "all": lambda y, *finals: [torch.randn_like(t) for t in (y, *finals)],
+    "y alone": lambda y, *finals: [torch.randn_like(y)],
+    "final states": lambda y, *finals: [None, *(torch.randn_like(t) for t in finals)],
+    "a single number": lambda y, *finals: [y.new_ones(()).expand(y.shape)],
+    "turned": lambda y, *finals: [torch.randn_like(y.transpose(0, 2)).transpose(0, 2)],
+}
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False, "batch_first": True}, {"proj_size": 3}],
+    ids=str,
+)
+def test_backward_calls_one_after_the_other(options, threads, compiled, monkeypatch):
+    """Of all kinds of cotangents in turn, with weights that change, some of them frozen, and graphs asked twice."""
+    if not compiled:
+        monkeypatch.setattr(again, "function", lambda *_: None)
+    monkeypatch.setattr("fastcells.plan.THREAD_FLOPS", 0)
+    set_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        module = fastcells.nn.LSTM(6, 5, dtype=torch.float64, **options)
+        reference = torch.nn.LSTM(6, 5, dtype=torch.float64, **options)
+        x = torch.randn(4, 4, 6, dtype=torch.float64, requires_grad=True)
+        for turn in range(4):
+            frozen = turn == 3
+            module.weight_ih_l0.requires_grad_(not frozen)
+            with torch.no_grad():
+                for p in module.parameters():
+                    p.mul_(1.1)
+            reference.load_state_dict(module.state_dict())
+            names = [n for n, p in module.named_parameters() if p.requires_grad]
+            for make in COTANGENTS.values():
+                grads = []
+                for layer in (module, reference):
+                    outputs = tensors(layer(x))
+                    if layer is module:
+                        given = make(*outputs)
+                    asked = [(o, d) for o, d in zip(outputs, given, strict=False) if d is not None]
+                    inputs = [x, *(dict(layer.named_parameters())[n] for n in names)]
+                    results, cotangents = zip(*asked, strict=True)
+                    once = torch.autograd.grad(results, inputs, cotangents, retain_graph=True)
+                    twice = torch.autograd.grad(results, inputs, cotangents)
+                    assert layer is reference or all(map(torch.equal, once, twice))
+                    grads.append(once)
+                for name, a, b in zip(["x", *names], *grads, strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    finally:
+        torch.set_num_threads(set_before)
+
+
 def test_copies_begin_anew_and_what_is_reverted_has_none():
     module, x, hx = made("GRU")
     with torch.no_grad():

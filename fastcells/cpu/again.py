@@ -1,5 +1,6 @@
 """Calls made again without Python: for a call of a layer like one before, one compiled method that compares what it is
-given with that call, fills in the script's frame, makes the tensors of the result, and runs.
+given with that call, fills in the script's frame, makes the tensors of the result, and runs; and the same for what
+autograd's node of a layer does, forward and backward.
 
 It speaks to Python and torch through their interfaces for C (torch's is the one for code compiled ahead) and goes by a
 record of 64-bit words. Where there is no such interface, or not as it is known here, there are no methods, and every
@@ -27,6 +28,7 @@ from .script import KEY, Memory, Script, arena, driver
 RECORD = (
     "none",
     "true",
+    "given",  # how many tensors a method takes that takes nothing else; 0: it takes what a module does
     "answers",  # from here to there pairs: a function, and what it has to return
     "answers_end",
     "attributes",  # triples: an object, a name, and what the attribute has to be
@@ -41,7 +43,7 @@ RECORD = (
     "names_end",
     "kind",  # the type of the states,
     "states",  # and how many they are: -1 for one that is not in a tuple
-    "check",  # tells whether tensors are laid out as they have to be
+    "check",  # tells whether tensors are laid out as they have to be; 0: they are
     "offset",  # bytes from a tensor's object to its handle
     "make",  # what has to be made
     "make_end",
@@ -58,11 +60,12 @@ RECORD = (
     "parallel",  # with more than one thread: functions,
     "member",
     "team",  # and addresses that a member needs
-    "result",  # numbers of what was made, in order, and lengths of tuples, negative, after what is in them
+    "result",  # numbers of what was made, in order, NOTHING, and lengths of tuples, negative, after what is in them
     "result_end",
 )
 MADE = ("dimensions", "sizes", "strides", "dtype")  # without dimensions: at `sizes` of the call's memory
 ROOM = 256  # words, for tensors and for frames
+NOTHING = ROOM  # stands for None in a result
 
 PYTHON = (  # of its functions, those that the method uses
     "Py_IncRef",
@@ -114,11 +117,11 @@ class Operand(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a call does: run scripts, one after the other, each with its operands and the memory that it keeps; and what
-    it makes, the examples, which are on the device "meta", as these have no memory. The result is made of some of them,
-    and of views of all of one."""
+    """What a call does: run scripts, one after the other, each with its operands and the memory that it keeps, if it
+    does; and what it makes, the examples, which are on the device "meta", as these have no memory. The result is made
+    of some of them, and of views of all of one, and of None."""
 
-    scripts: list[tuple[Script, list[Operand | None], Memory]]
+    scripts: list[tuple[Script, list[Operand | None], Memory | None]]
     examples: list[Tensor]
     result: Any
     dtype: torch.dtype
@@ -129,16 +132,46 @@ def method(same: Same, taken: Taken, made: Made | None) -> Callable[..., Any] | 
     `made` a tuple of its tensors, and None if the call is another one. There is none at all where calls cannot be made
     so."""
     known = interface()
-    return None if known is None else Record(known, same, taken, made).method()
+    if known is None:
+        return None
+    record = Record(known)
+    count = record.of_module(same, taken)
+    if made is not None:
+        record.make(count, made)
+    return record.method()
+
+
+def function(count: int, check: Callable[..., bool] | None, made: Made) -> Callable[..., Any] | None:
+    """A function of so many tensors, which are as they have to be if `check` of them is true, or in any case without.
+    It returns what is made, or None if they are not."""
+    known = interface()
+    if known is None:
+        return None
+    record = Record(known)
+    record.of_tensors(count, check)
+    record.make(count, made)
+    return record.method()
 
 
 class Record:
     """The words that a method goes by, and the owners of what they point to."""
 
-    def __init__(self, interface: Interface, same: Same, taken: Taken, made: Made | None) -> None:
+    def __init__(self, interface: Interface) -> None:
         self.interface, self.owned, self.word = interface, list[Any](), dict.fromkeys(RECORD, 0)
+        self.fits = True
         self._set("none", id(None))
         self._set("true", id(True))
+        self._set("offset", interface.offset)
+
+    def of_tensors(self, count: int, check: Callable[..., bool] | None) -> None:
+        """Take tensors alone."""
+        self._set("given", count)
+        if check is not None:
+            self._set("check", self._object(check))
+        self.fits &= 0 < count <= ROOM
+
+    def of_module(self, same: Same, taken: Taken) -> int:
+        """Take what a module does; how many tensors these are."""
         self._list("answers", [part for f in same.answers for part in (f, f())])
         self._list("attributes", [part for o, name in same.attributes for part in (o, name, getattr(o, name))])
         self._list("empty", same.empty)
@@ -149,11 +182,9 @@ class Record:
         self._set("kind", self._object(type(taken.hx)))
         self._set("states", len(taken.hx) if type(taken.hx) is tuple else -isinstance(taken.hx, Tensor))
         self._set("check", self._object(taken.check))
-        self._set("offset", interface.offset)
         count = 1 + abs(self.word["states"]) + len(taken.names)
-        self.fits = count <= ROOM
-        if made is not None:
-            self._make(count, made)
+        self.fits &= count <= ROOM
+        return count
 
     def method(self) -> Callable[..., Any] | None:
         if not self.fits:
@@ -181,19 +212,22 @@ class Record:
     def _list(self, name: str, values: Iterable[Any]) -> None:
         self._range(name, [*map(self._object, values)])
 
-    def _make(self, taken: int, made: Made) -> None:
+    def make(self, taken: int, made: Made) -> None:
+        """Make what the call makes of so many tensors that it takes."""
         shown: dict[int, Tensor] = {}
         memory = [t.untyped_storage()._cdata for t in made.examples]
 
         def codes(result: Any) -> list[int]:
             if isinstance(result, tuple):
                 return [*(code for part in result for code in codes(part)), -len(result)]
+            if result is None:
+                return [NOTHING]
             number = memory.index(result.untyped_storage()._cdata)
             shown[number] = result
             return [number]
 
         order, make, count = codes(made.result), list[int](), taken + len(made.examples)
-        size = max(script.size for script, *_ in made.scripts)
+        size = max(script.size + (script.kept if kept is None else 0) for script, _, kept in made.scripts)
         for number, example in enumerate(made.examples):
             view = shown.get(number)
             if view is not None:
@@ -202,14 +236,15 @@ class Record:
                 make += [-1, size, 0, 0]
                 size += -(-example.numel() * made.dtype.itemsize // LINE) * LINE
         self._range("make", make)
-        rank = {number: k for k, number in enumerate(sorted(shown))}
+        rank = {number: k for k, number in enumerate(sorted(shown))} | {NOTHING: NOTHING}
         self._range("result", [code if code < 0 else rank[code] for code in order])
         frames, moves, runs = array("q"), list[int](), list[int]()
         for script, operands, kept in made.scripts:
             at = len(frames)
             runs += [at, script.threads]
             frames.frombytes(script.frame([0] * len(operands), 0, kept))
-            for word, operand in enumerate([Operand(count), *operands], at + len(SCRIPT) - 1):
+            own = [] if kept is not None else [Operand(count, script.size)]
+            for word, operand in enumerate([Operand(count), *operands, *own], at + len(SCRIPT) - 1):
                 moves += [] if operand is None else [word, *operand]
         self.owned.append(made)
         self._set("frames", self._words(frames))
@@ -225,8 +260,8 @@ class Record:
             self._set("parallel", parallel)
             self._set("member", member)
             self._set("team", self._words(functions))
-        each_once = sorted(rank) == sorted(code for code in order if code >= 0)
-        self.fits &= len(frames) <= ROOM and count < ROOM and each_once
+        each_once = sorted(shown) == sorted(code for code in order if 0 <= code < NOTHING)
+        self.fits &= len(frames) <= ROOM and count < ROOM and len(order) <= ROOM and each_once
 
 
 class Definition(ctypes.Structure):

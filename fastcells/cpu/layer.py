@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..cell import Cell
 from ..expression import Node, apply, leaf
 from ..plan import Plan
-from . import blocks, team
+from . import again, blocks, team
 from .direction import Direction, Operands, Ready, Sequences, fixed, planned, ready, rows_of_initial, usable, view
 from .engine import Buffer, View, add, product
 from .gradients import OverTime, shifted
@@ -42,9 +42,18 @@ class Saved:
 class Call:
     """A call made ready: scripts and functions of the call's tensors, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.script = Script()
         self.parts: list[Script | Callable[[Sequence[Tensor | None]], None]] = [self.script]
+        self.shapes: list[Any] = []
+        self.make: list[Callable[[], Any]] = []
+
+    def makes(self, shapes: Sequence[Any], own: int) -> None:
+        """Note what the call makes, tensors of these shapes, or None for none; from number `own` on no caller sees
+        them."""
+        self.shapes = list(shapes)
+        self.make = [maker(s, self.dtype, k >= own) for k, s in enumerate(shapes)]
 
     def then(self, function: Callable[[Sequence[Tensor | None]], None]) -> None:
         """Go on with a function of the operands, by number less 1."""
@@ -55,6 +64,37 @@ class Call:
     def whole(self) -> bool:
         """Whether the script is all of it."""
         return len(self.parts) == 1
+
+    def again(
+        self, tensors: Sequence[Tensor | None], check: Callable[..., bool] | None, result: Callable[[list], Any]
+    ) -> Callable[..., Any]:
+        """A function that makes the call, of those of its tensors that there are; it returns None if `check` of them is
+        not true. Without Python, where that can be. result: what it returns, of all that the call makes."""
+        sizes = [torch.Size(s).numel() * self.dtype.itemsize for s in self.shapes if s is not None]
+        if self.whole and max(sizes) < blocks.LARGE:
+            made = [None if s is None else torch.empty(s, device="meta", dtype=self.dtype) for s in self.shapes]
+            numbers = count()
+            operands = [None if t is None else again.Operand(next(numbers)) for t in (*tensors, *made)]
+            examples = [t for t in made if t is not None]
+            does = again.Made([(self.script, operands, None)], examples, result(made), self.dtype)
+            taken = next(numbers) - len(examples)
+            if (function := again.function(taken, check, does)) is not None:
+                return function
+        there = [t is not None for t in tensors]
+
+        def in_python(*given: Tensor) -> Any:
+            if check is not None and not check(*given):
+                return None
+            rest = iter(given)
+            return result(self.begin([next(rest) if t else None for t in there]))
+
+        return in_python
+
+    def begin(self, tensors: Sequence[Tensor | None]) -> list[Any]:
+        """Make the call of the tensors in the order of `prepared`: all that it makes."""
+        made = [make() for make in self.make]
+        self.run([*tensors, *made])
+        return made
 
     def run(self, tensors: Sequence[Tensor | None]) -> None:
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
@@ -92,7 +132,7 @@ class Forward(Call):
         sequences: Sequences,
         training: bool,
     ) -> None:
-        super().__init__()
+        super().__init__(r.dtype)
         p, item, dtype = r.programs, r.item, r.dtype
         self.cell = r.cell
         self.plan = schedule = planned(r.cell, parameters[0], sequences, len(parameters))
@@ -195,14 +235,12 @@ class Forward(Call):
 
                 self.then(copy)
         kept_shapes = [*[self.slots] * (count if training else 0), *[self.series] * count * self.many]
-        self.shapes = [self.y, *self.finals, *kept_shapes]
-        self.make = [maker(s, dtype, own=k > len(self.finals)) for k, s in enumerate(self.shapes)]
+        self.makes([self.y, *self.finals, *kept_shapes], own=1 + len(self.finals))
         self._end = 1 + len(self.finals), 1 + len(self.finals) + (count if training else 0)
 
     def start(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
         """(y, final states, what backward needs) of the tensors in the order of `prepared`."""
-        made = [make() for make in self.make]
-        self.run([*tensors, *made])
+        made = self.begin(tensors)
         finals, slots = self._end
         return made[0], tuple(made[1:finals]), Saved(made[finals:slots], made[slots:], self.plan)
 
@@ -246,7 +284,7 @@ class Backward(Call):
         overwrite: bool,
         feed: bool,
     ) -> None:
-        super().__init__()
+        super().__init__(r.dtype)
         p, item, dtype, cell = r.programs, r.item, r.dtype, r.cell
         operands = Operands(item)
         x_, given = operands.given(x), [operands.given(s) for s in states or ()]
@@ -373,18 +411,22 @@ class Backward(Call):
                     OverTime(self.script, d, projected[k]).projection(kept[k], dparameters[k][4])
                 self._own(d, totals[k], dparameters[k][5:])
 
-        shapes: list[Sequence[Any]] = [[self.dx], self.dstates, self.dinputs, *self.dparameters]
-        self._groups = [[maker(s, dtype) for s in group] for group in shapes]
+        groups: list[Sequence[Any]] = [[self.dx], self.dstates, self.dinputs, *self.dparameters]
+        self._groups = [len(group) for group in groups]
+        shapes = list(chain.from_iterable(groups))
         more = [*self.totals * count, *[self.grad] * (0 if overwrite else count), *[self.projected] * count]
         more += list(self.previous.values()) * (count if packed else 0)
-        self._more = [maker(s, dtype, own=True) for s in more]
+        self.makes([*shapes, *more], own=len(shapes))
         self._states = len(cell.states)
 
     def finish(self, tensors: Sequence[Tensor | None]) -> Gradients:
         """The gradients, of tensors in the order of `prepared_backward`."""
-        groups = [[make() for make in group] for group in self._groups]
-        self.run([*tensors, *chain.from_iterable(groups), *[make() for make in self._more]])
-        (dx,), dstates, dinputs, *dparameters = groups
+        return self.gradients(self.begin(tensors))
+
+    def gradients(self, made: Sequence[Any]) -> Gradients:
+        """Those among all that the call makes."""
+        rest = iter(made)
+        (dx,), dstates, dinputs, *dparameters = ([next(rest) for _ in range(size)] for size in self._groups)
         return Gradients(dx, dstates[: self._states], dinputs, dparameters)
 
     def _own(self, d: Direction, totals: dict[str, Any], out: Sequence[Any]) -> None:

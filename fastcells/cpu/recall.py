@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from .again import MADE, RECORD, ROOM
+from .again import MADE, NOTHING, RECORD, ROOM
 from .loops import call, peek, poke
 from .simd import I64
 
@@ -60,7 +60,7 @@ def _word(name: str) -> Callable:
     return read
 
 
-none, true = map(_word, ("none", "true"))
+none, true, given = map(_word, ("none", "true", "given"))
 answers, answers_end = map(_word, ("answers", "answers_end"))
 attributes, attributes_end = map(_word, ("attributes", "attributes_end"))
 empty, empty_end = map(_word, ("empty", "empty_end"))
@@ -171,6 +171,8 @@ def gathered(record, attributes_of_module, args, count, tensors):
 @inlined
 def alike(record, tensors, count):
     """Whether tensors are laid out as before."""
+    if check(record) == 0:
+        return True
     found = vectorcall(check(record), tensors, count, 0)
     if found == 0:
         return False
@@ -276,7 +278,9 @@ def arranged(record, objects, stack):
     at, n = result(record), 0
     while at < result_end(record):
         code = peek(at, 0)
-        if code >= 0:
+        if code == NOTHING:
+            one = held(none(record))
+        elif code >= 0:
             one = peek(objects, code)
         else:
             one = new_tuple(-code)
@@ -290,21 +294,25 @@ def arranged(record, objects, stack):
 
 
 def make_recall() -> Callable:
-    """The method, of its owner, the address of its arguments (a module, an input, states if there are any), and their
-    count."""
+    """The method, of its owner, the address of its arguments (tensors, or a module, an input, and states if there are
+    any), and their count."""
 
     def recall(owner, args, count):
         record = integer(tuple_item(owner, 0))
         nothing = none(record)
-        if count != 2 and count != 3:
-            return held(nothing)
         tensors, addresses, handles, scripts = room(), room(), room(), room()
-        own = attribute(peek(args, 0), dict_name(record))
         taken = 0
-        if own != 0 and as_before(record, own):
-            taken = gathered(record, own, args, count, tensors)
-        if own != 0:
-            let_go(own)
+        if given(record) != 0:
+            if count == given(record):
+                taken = count
+                for k in range(count):
+                    poke(tensors, k, peek(args, k))
+        elif count == 2 or count == 3:
+            own = attribute(peek(args, 0), dict_name(record))
+            if own != 0:
+                if as_before(record, own):
+                    taken = gathered(record, own, args, count, tensors)
+                let_go(own)
         if taken == 0 or not alike(record, tensors, taken):
             clear_error()
             return held(nothing)

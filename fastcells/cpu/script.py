@@ -170,13 +170,20 @@ class Script:
         """Bytes of the call's memory."""
         return self._memory
 
+    @property
+    def kept(self) -> int:
+        """Bytes of what may be kept from call to call."""
+        return self._kept
+
     def memory(self) -> Memory:
         """Memory to keep from call to call: what was made of equal tensors is then not made again."""
         return Memory(self._kept)
 
-    def frame(self, operands: Sequence[int], memory: int, kept: Memory) -> bytes:
-        """What the driver runs on: the addresses of the operands from number 1 on, and of `size` bytes of memory."""
-        return self._packed(len(operands))(memory, *operands, kept.address, 1)
+    def frame(self, operands: Sequence[int], memory: int, kept: Memory | None) -> bytes:
+        """What the driver runs on: the addresses of the operands from number 1 on, and of `size` bytes of memory;
+        where none are kept, of `kept` bytes more."""
+        last = (memory + self._memory, 0) if kept is None else (kept.address, 1)
+        return self._packed(len(operands))(memory, *operands, *last)
 
     def _packed(self, operands: int) -> Callable[..., bytes]:
         if self._pack is None:
@@ -191,7 +198,7 @@ class Script:
             return
         self._keeping = None
         memory = arena.take(self._memory + self._kept)
-        frame = pack(memory, *operands, memory + self._memory, 0)
+        frame = self.frame(operands, memory, None)
         if self.threads == 1:
             self._driver.call(frame, 0, 1)
         else:
