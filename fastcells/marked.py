@@ -1,4 +1,5 @@
-"""Lengths and resets inside the time loop: of any cell one that does what marks at each step say.
+"""Lengths and resets inside the time loop: of any cell one that does what marks at each step say (`Marked`), or, where
+that is enough, the cell as it is (`Overrun`).
 
 Every step of every sequence is run, also those past an end, so that nothing has to be cut up and packed (`ragged`).
 """
@@ -123,3 +124,39 @@ class Marked:
             if to is not None:
                 forward = torch.where(self._begins, to[k][:1], state[:1])
             yield torch.cat([forward, state[1:]]) if len(state) > 1 else forward
+
+
+class Overrun:
+    """As `Marked`, for lengths alone, in one direction, of a cell whose hidden state is all there is, and without
+    gradients: every sequence runs on past its end, and its final state is in the output."""
+
+    def __init__(self, ends: np.ndarray, steps: int) -> None:
+        self._past_end = torch.from_numpy(np.flatnonzero(np.arange(steps)[:, None] >= ends))  # rows of all steps
+        self._last = torch.from_numpy(np.maximum(ends, 1) - 1), torch.arange(len(ends))
+        self._empty = torch.from_numpy(ends == 0)[:, None] if not ends.all() else None
+
+    @staticmethod
+    def fits(cell: Cell, directions: int) -> bool:
+        """Whether a call may go this way."""
+        return len(cell.states) == 1 and directions == 1 and not torch.is_grad_enabled()
+
+    def cell(self, base: Cell) -> Cell:
+        """What runs in place of a cell: itself."""
+        return base
+
+    def __call__(
+        self,
+        base: Cell,
+        x: Tensor,
+        states: States | None,
+        parameters: Sequence[Parameters],
+        batch_sizes: None = None,
+        inputs: Sequence[Tensor] = (),
+    ) -> tuple[Any, ...]:
+        """As `unchecked_layer`."""
+        y, _ = unchecked_layer(base, x, states, parameters, None, inputs)
+        final = y[self._last]
+        if self._empty is not None:
+            final = torch.where(self._empty, y.new_zeros(()) if states is None else states[0][0], final)
+        y.view(-1, y.shape[-1]).index_fill_(0, self._past_end, 0)
+        return y, (final[None],)

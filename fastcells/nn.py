@@ -34,7 +34,7 @@ from .dropin import (
 )
 from .dynamo import admit
 from .functional import Parameters, flat, observer, unchecked_layer
-from .marked import Marked
+from .marked import Marked, Overrun
 from .plan import worth_packing
 from .program import build
 from .ragged import Lengths, Ragged, backward_in_time, ends_and_resets
@@ -228,7 +228,7 @@ class OverTime(regularise.Dropping, DropIn):
         reset: Tensor | None = None,
         reset_to: Any = None,
         reverse: bool = False,
-    ) -> tuple[Call, Marked] | None:
+    ) -> tuple[Call, Marked | Overrun] | None:
         """A call with lengths and resets inside the time loop, and what runs its layers, where this is the quicker way;
         else None, as for calls that are wrong."""
         if (lengths is None and reset is None) or isinstance(input, PackedSequence) or reverse or self.proj_size:
@@ -257,6 +257,8 @@ class OverTime(regularise.Dropping, DropIn):
         flops = 2 * padding * len(call.cell.gates) * self.hidden_size * (self.input_size + self.hidden_size)
         if whole or not ends.any() or worth_packing(flops, torch.is_grad_enabled()):
             return None
+        if (resets is None or not resets.any()) and Overrun.fits(call.cell, directions):
+            return call, Overrun(ends, steps)
         layer = partial(unchecked_layer, recompute=True) if self.recompute else unchecked_layer
         return call, Marked(resets, ends, steps, to, directions, self.hidden_size, x.dtype, layer)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_engine import everything, invented, problem
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fastcells import cells, explain, functional, nn, plan, unrolled
+from fastcells import cells, explain, functional, marked, nn, plan, unrolled
 
 
 def by_steps(cell, x, states, parameters, lengths=None, reset=None, reset_to=None, reverse=False):
@@ -325,6 +325,33 @@ def test_time_follows_the_tokens(monkeypatch):
     layer = nn.GRU(3, 4, num_layers=2)
     layer(torch.randn(9, 4, 3), lengths=[2, 9, 0, 1])
     assert seen == [(12, 3), (12, 4)]
+
+
+@pytest.mark.parametrize("resets", [None, "none", "at the beginning"])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "batch_first": True}, {"nonlinearity": "relu"}], ids=str)
+def test_lengths_without_gradients_are_read_off_the_output(options, given, resets, monkeypatch):
+    """What no longer belongs to a sequence, which may be no number, goes on, and is nowhere to be seen."""
+    kind = nn.RNN if "nonlinearity" in options else nn.GRU
+    layer = kind(3, 8, **options)
+    x, lengths, hx = torch.randn(6, 5, 3), torch.tensor([6, 2, 0, 5, 1]), torch.randn(layer.num_layers, 5, 8)
+    x[torch.arange(6)[:, None] >= lengths] = float("nan")
+    x = x.transpose(0, 1).contiguous() if layer.batch_first else x
+    arguments = {"hx": hx} if given else {}
+    if resets is not None:
+        arguments["reset"] = torch.zeros(x.shape[:2], dtype=torch.bool)
+        first = arguments["reset"][:, 0] if layer.batch_first else arguments["reset"][0]
+        first[:] = resets == "at the beginning"
+        arguments["reset_to"] = 0
+    y, last = layer(x, lengths=lengths, **arguments)  # with gradients
+    seen = []
+    monkeypatch.setattr(marked.Overrun, "cell", lambda self, base: seen.append(base) or base)
+    with torch.no_grad():
+        same, state = layer(x, lengths=lengths, **arguments)
+        explain(layer, x, lengths=lengths, **arguments)
+    assert bool(seen) == (resets != "at the beginning")
+    torch.testing.assert_close(same, y, rtol=0, atol=1e-6)
+    torch.testing.assert_close(state, last, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
