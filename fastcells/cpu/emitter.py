@@ -72,7 +72,7 @@ class Emitter:
         arguments: dict,
     ) -> None:
         self.b, self.layout, self.index, self.stage = builder, layout, index, program.stages[index]
-        self.gates = program.gates
+        self.gates = program.gates  # in the order of the weights' blocks of rows
         self.v = Vector(builder, FORMATS[dtype], shape.lanes)
         self.rows, self.width, self.arg = rows, width, arguments
         self.block = shape.block

@@ -1,9 +1,7 @@
 """Products: tiles of rows of the batch x vectors of hidden units, whose sums are in vector registers.
 
-`products` emits one function for a `Program`, a switch over the variants of all stages (rows, width), each of them
-
-    sums = sum over segments of  rows[k] * panel[k]
-
+A tile leaves its sums in memory, for the epilogue of all rows (epilogue.py). Where nothing else is to be done with them
+they are its results; and of a single row, whose steps wait for each other, it is the epilogue, too.
 """
 
 from __future__ import annotations
@@ -40,7 +38,10 @@ def emit_tiles(module: ir.Module, program: Program, dtype: str, shapes: list[Sha
 
 
 class Tile(Emitter):
-    """Emits one variant."""
+    """Emits one variant:
+
+    sums = sum over segments of  rows[k] * panel[k]
+    """
 
     def __init__(
         self, builder, layout, dtype, index, program: Program, shape: Shape, variant: Variant, arguments
@@ -88,6 +89,7 @@ class Tile(Emitter):
         b.position_at_end(done)
 
     def keep(self, sums: dict) -> None:
+        """Leave the sums for the next part of the depth, or for the epilogue."""
         for key in self.columns:
             self.v.store(sums[key], self.sum_at(*key))
 
