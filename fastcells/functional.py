@@ -336,15 +336,11 @@ class Invocation:
             training = self.return_cell_states or not self.recompute
             arguments = self.cell, x, states, parameters, ctx.sequences, training, inputs, ctx.feed
             forward, whole = cpu.prepared(*arguments)
+            y, finals, saved = forward.start(whole)
         else:
-            if self._start is not None and (made := self._start(*[t for t in tensors if t is not None])) is not None:
-                ctx.call, ctx.plan, ctx.inputs = self, self.again.plan, len(tensors)
-                results = 1 + len(self.cell.states)
-                ctx.save_for_backward(*tensors, made[0], *made[results:])
-                return made[:results]
-            forward, whole = self.again, list(tensors)
-            self._start = self._start or forward.again(whole, None, tuple)
-        y, finals, saved = forward.start(whole)
+            self._start = self._start or self.again.again(tensors, None, tuple)
+            made = self._start(*[t for t in tensors if t is not None])
+            y, finals, saved = self.again.results(made or self.again.begin(tensors))
         ctx.call, ctx.plan, ctx.inputs = self, saved.plan, len(tensors)
         ctx.save_for_backward(*tensors, *([] if self.recompute else [y, *saved.slots, *saved.series]))
         return y, *finals, *(_others(self.cell, y, saved) if self.return_cell_states else ())
@@ -359,22 +355,22 @@ class Invocation:
         if torch.is_grad_enabled():  # create_graph: the derivative must itself be differentiable
             return self._differentiable(ctx, tensors[: ctx.inputs], needs, cotangents, tensors[ctx.inputs :])
         keeps = _keeps_graph() and not self.recompute
-        if self.again is None or script.observer is not None:
-            call, given = self._prepared(ctx, tensors, needs, cotangents, not keeps)
-            return self._needed(call.finish(given), needs)
-        cotangents = tuple([cpu.usable(t) for t in cotangents])
-        present = [t for t in (*tensors, *cotangents) if t is not None]
-        key = keeps, needs, cpu.threads(), *[None if t is None else (t.shape, t.stride()) for t in cotangents]
-        finish = self._finish.get(key)
-        if finish is not None and (found := finish(*present)) is not None:
-            return found
+        repeats = self.again is not None and script.observer is None
+        if repeats:
+            cotangents = tuple([cpu.usable(t) for t in cotangents])
+            taken = (*tensors, *cotangents)
+            present = [t for t in taken if t is not None]
+            key = keeps, needs, cpu.threads(), *[None if t is None else (t.shape, t.stride()) for t in cotangents]
+            finish = self._finish.get(key)
+            if finish is not None and (found := finish(*present)) is not None:
+                return found
         call, given = self._prepared(ctx, tensors, needs, cotangents, not keeps)
-        taken = (*tensors, *cotangents)
-        if len(given) == len(taken) and all(map(same_memory, given, taken)):
+        if repeats and len(given) == len(taken) and all(map(same_memory, given, taken)):
             if len(self._finish) >= KINDS:
                 self._finish.clear()
-            needed = lambda made: tuple(self._needed(call.gradients(made), needs))  # noqa: E731
-            self._finish[key] = call.again(given, alike(present), needed)
+            self._finish[key] = call.again(
+                given, alike(present), lambda made: tuple(self._needed(call.gradients(made), needs))
+            )
         return self._needed(call.finish(given), needs)
 
     def _prepared(self, ctx, tensors, needs, cotangents, overwrite) -> tuple[cpu.Backward, list[Tensor | None]]:

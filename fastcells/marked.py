@@ -144,17 +144,9 @@ class Overrun:
         """What runs in place of a cell: itself."""
         return base
 
-    def __call__(
-        self,
-        base: Cell,
-        x: Tensor,
-        states: States | None,
-        parameters: Sequence[Parameters],
-        batch_sizes: None = None,
-        inputs: Sequence[Tensor] = (),
-    ) -> tuple[Any, ...]:
+    def __call__(self, base: Cell, x: Tensor, states: States | None, *rest: Any) -> tuple[Any, ...]:
         """As `unchecked_layer`."""
-        y, _ = unchecked_layer(base, x, states, parameters, None, inputs)
+        y, _ = unchecked_layer(base, x, states, *rest)
         final = y[self._last]
         if self._empty is not None:
             final = torch.where(self._empty, y.new_zeros(()) if states is None else states[0][0], final)

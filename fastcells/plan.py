@@ -92,7 +92,7 @@ def plan(shape: Shape) -> Plan:
     elif weight_bytes > FAR_BYTES:
         project_ahead, why = True, f"all {weight_bytes:,} bytes of weights are more than caches keep from step to step"
     else:
-        project_ahead, why = False, "its result never leaves the registers"
+        project_ahead, why = False, "it goes into the same sums, and is stored nowhere"
     if project_ahead:
         reasons.append(f"input projection of all {shape.steps} steps ahead: {why}")
     else:

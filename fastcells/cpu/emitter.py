@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from ..expression import OPERATIONS, Node, topological
 from ..program import Place, Program
-from .geometry import BUFFER_WORDS, WORD, Layout, Shape
+from .geometry import BUFFER_WORDS, TOGETHER, WORD, Layout, Shape
 from .simd import FORMATS, I1, I64, Vector, i64
 
 CONTEXT = (
@@ -72,7 +72,6 @@ class Emitter:
         arguments: dict,
     ) -> None:
         self.b, self.layout, self.index, self.stage = builder, layout, index, program.stages[index]
-        self.gates = program.gates  # in the order of the weights' blocks of rows
         self.v = Vector(builder, FORMATS[dtype], shape.lanes)
         self.rows, self.width, self.arg = rows, width, arguments
         self.block = shape.block
@@ -90,41 +89,29 @@ class Emitter:
         value.set_metadata("invariant.load", self.b.module.add_metadata([]))
         return value
 
-    def row_stride(self, buffer: str):
-        """Bytes from row to row."""
-        return self.word(self.layout.buffer[buffer] + BUFFER_WORDS.index("row"))
-
-    def first_row(self, place: Place) -> tuple:
-        """(address of the first unit of `place` in the first row, bytes from row to row)"""
-        b = self.b
-        address, step, row_stride, initial, initial_row = (
-            self.word(self.layout.buffer[place.buffer] + k) for k in range(len(BUFFER_WORDS))
-        )
-        if place.when in ("now", "before", "after"):
-            address = b.add(address, b.mul(self.arg[place.when], step))
-        edge = {"before": "is_first", "first": "is_first", "after": "is_last"}.get(place.when)
-        if edge is not None:
-            address = b.select(self.true(self.arg[edge]), initial, address)
-            row_stride = b.select(self.true(self.arg[edge]), initial_row, row_stride)
-        address = b.add(address, b.mul(self.arg["row"], row_stride))
-        if place.slot:
-            address = b.add(address, b.mul(i64(place.slot), self.word(WORD["slot"])))
-        if place.number:
-            address = b.add(address, i64(place.number * self.bytes))
-        return address, row_stride
-
     def row_addresses(self, place: Place) -> list:
         """Address of the first unit of `place` in every row."""
         if place not in self.addresses:
-            self.addresses[place] = self.rows_from(*self.first_row(place))
+            b = self.b
+            address, step, row_stride, initial, initial_row = (
+                self.word(self.layout.buffer[place.buffer] + k) for k in range(len(BUFFER_WORDS))
+            )
+            if place.when in ("now", "before", "after"):
+                address = b.add(address, b.mul(self.arg[place.when], step))
+            edge = {"before": "is_first", "first": "is_first", "after": "is_last"}.get(place.when)
+            if edge is not None:
+                address = b.select(self.true(self.arg[edge]), initial, address)
+                row_stride = b.select(self.true(self.arg[edge]), initial_row, row_stride)
+            address = b.add(address, b.mul(self.arg["row"], row_stride))
+            if place.slot:
+                address = b.add(address, b.mul(i64(place.slot), self.word(WORD["slot"])))
+            if place.number:
+                address = b.add(address, i64(place.number * self.bytes))
+            addresses = [address]
+            for _ in range(self.rows - 1):
+                addresses.append(b.add(addresses[-1], row_stride))
+            self.addresses[place] = addresses
         return self.addresses[place]
-
-    def rows_from(self, address, stride) -> list:
-        """The addresses of `rows` rows."""
-        addresses = [address]
-        for _ in range(self.rows - 1):
-            addresses.append(self.b.add(addresses[-1], stride))
-        return addresses
 
     def at(self, place: Place, row: int, vector: int):
         return self.b.add(self.row_addresses(place)[row], self.b.add(self.unit_bytes, i64(vector * self.vector_bytes)))
@@ -179,6 +166,13 @@ class Emitter:
             start = self.v.load(self.at(place, row, vector), self.mask)
             value = start if value is None else self.b.fadd(value, start)
         return self.v.const(0.0) if value is None else value
+
+    def epilogue(self, sum_of: Callable) -> None:
+        """The epilogue of all vectors, TOGETHER of them at a time. sum_of: row, vector and accumulator."""
+        columns = [(m, w) for m in range(self.rows) for w in range(self.width)]
+        for k in range(0, len(columns), TOGETHER):
+            some = columns[k : k + TOGETHER]
+            self.finish(some, {(*c, a): sum_of(*c, a) for c in some for a in self.summed})
 
     def finish(self, columns: list[tuple[int, int]], sums: dict) -> None:
         """The epilogue of some vectors (row, vector), one operation of all of them after the other: a processor looks

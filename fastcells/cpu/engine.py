@@ -183,7 +183,7 @@ class Runner:
         at, scratch = self.layout.stage[0], 0
         for k, (parts, before, unit) in enumerate(zip(products, self.before, units, strict=True)):
             depth = sum([p.depth for p in parts])
-            if parts and (depth > block or (row_block > 1 and not self.direct[k])):
+            if parts and not dot and (depth > block or (row_block > 1 and not self.direct[k])):
                 scratch = max(scratch, self._sums(k, row_block))
             skip = sum([p.depth for p, b in zip(parts, before, strict=True) if b]) if skip_first else 0
             words[at : at + 4] = unit, skip, depth, dot

@@ -13,7 +13,7 @@ from llvmlite import ir
 from ..expression import Node, is_reduction, is_uniform
 from ..program import Outputs, Pass, Program
 from .emitter import CONTEXT, Emitter, between, switch
-from .geometry import TOGETHER, WORD, Layout, Shape, epilogues
+from .geometry import WORD, Layout, Shape, epilogues
 from .simd import I64, i64
 
 EPILOGUE = "fastcells_epilogue"
@@ -39,10 +39,7 @@ class Vectors(Emitter):
             self.existing()
         for place in self.reached:  # before the branches below, whose blocks all use them
             self.row_addresses(place)
-        columns = [(m, w) for m in range(self.rows) for w in range(self.width)]
-        for k in range(0, len(columns), TOGETHER):
-            some = columns[k : k + TOGETHER]
-            self.finish(some, {(*c, a): self.v.load(self.sum_at(*c, a)) for c in some for a in self.summed})
+        self.epilogue(lambda *key: self.v.load(self.sum_at(*key)))
 
 
 class Row(Emitter):

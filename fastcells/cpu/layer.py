@@ -240,9 +240,12 @@ class Forward(Call):
 
     def start(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
         """(y, final states, what backward needs) of the tensors in the order of `prepared`."""
-        made = self.begin(tensors)
+        return self.results(self.begin(tensors))
+
+    def results(self, made: Sequence[Any]) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
+        """Those among all that the call makes."""
         finals, slots = self._end
-        return made[0], tuple(made[1:finals]), Saved(made[finals:slots], made[slots:], self.plan)
+        return made[0], tuple(made[1:finals]), Saved(list(made[finals:slots]), list(made[slots:]), self.plan)
 
 
 class Gradients(NamedTuple):

@@ -10,7 +10,7 @@ from llvmlite import ir
 
 from ..program import Program
 from .emitter import CONTEXT, Emitter, switch
-from .geometry import LATENCY_CHAINS, LINE, SEGMENT_WORDS, TOGETHER, Layout, Shape, Variant, is_direct, variants
+from .geometry import BUFFER_WORDS, LATENCY_CHAINS, LINE, SEGMENT_WORDS, Layout, Shape, Variant, is_direct, variants
 from .simd import I64, i64
 
 TILE = "fastcells_tile"
@@ -49,9 +49,11 @@ class Tile(Emitter):
         width = shape.widths[variant.width]
         super().__init__(builder, layout, dtype, index, program, shape, variant.rows, width or 1, arguments)
         self.kind, self.partial = variant.kind, width == 0
+        self.gates = program.gates  # in the order of the weights' blocks of rows
         self.panel = min(self.width, self.block)  # vectors side by side in it
         self.full = variant.rows == shape.rows and width == shape.block
-        self.direct = is_direct(self.stage) or variant.kind in ("single", "dot")
+        self.several = variant.kind in ("rows", "far")
+        self.direct = is_direct(self.stage) or not self.several
 
     def emit(self) -> None:
         b = self.b
@@ -82,9 +84,7 @@ class Tile(Emitter):
         self.keep(sums)
         b.branch(done)
         b.position_at_end(epilogue)
-        columns = [(m, w) for m in range(self.rows) for w in range(self.width)]
-        for k in range(0, len(columns), TOGETHER):
-            self.finish(columns[k : k + TOGETHER], sums)
+        self.epilogue(lambda *key: sums[key])
         b.branch(done)
         b.position_at_end(done)
 
@@ -97,10 +97,11 @@ class Tile(Emitter):
         """Ask for what the epilogue loads of this step, while there are products to wait for: nobody has used it
         lately, and it lies in as many pieces as there are rows and slots. A row that stands for all is near."""
         places = [p for p in dict.fromkeys([*self.starts, *self.stage.loads.values()]) if p.when == "now"]
-        places = [p for p in places if not p.uniform] if self.kind in ("rows", "far") else []
+        places = [p for p in places if not p.uniform] if self.several else []
         lines = [*range(0, self.width * self.vector_bytes, LINE), self.width * self.vector_bytes - 1]  # from anywhere
         for buffer in dict.fromkeys(p.buffer for p in places):
-            apart = self.b.icmp_signed("!=", self.row_stride(buffer), i64(0))
+            stride = self.word(self.layout.buffer[buffer] + BUFFER_WORDS.index("row"))
+            apart = self.b.icmp_signed("!=", stride, i64(0))
             with self.b.if_then(self.b.and_(apart, self.true(self.arg["last"]))):
                 for place in places:
                     if place.buffer == buffer:
