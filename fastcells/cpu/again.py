@@ -57,9 +57,8 @@ RECORD = (
     "runs",  # pairs: a script's frame, and its threads; none: all that is wanted are the call's tensors
     "runs_end",
     "driver",
-    "parallel",  # with more than one thread: functions,
-    "member",
-    "team",  # and addresses that a member needs
+    "lead",  # what runs them with more than one thread,
+    "team",  # and what it has to know
     "result",  # numbers of what was made, in order, NOTHING, and lengths of tuples, negative, after what is in them
     "result_end",
 )
@@ -256,10 +255,9 @@ class Record:
         self._set("take", self._object(partial(arena.take, size)))
         self._set("driver", driver().address)
         if max(runs[1::2]) > 1:
-            parallel, member, functions = team.parts()
-            self._set("parallel", parallel)
-            self._set("member", member)
-            self._set("team", self._words(functions))
+            lead, address = team.leading()
+            self._set("lead", lead.address)
+            self._set("team", address)
         each_once = sorted(shown) == sorted(code for code in order if 0 <= code < NOTHING)
         self.fits &= len(frames) <= ROOM and count < ROOM and len(order) <= ROOM and each_once
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 LARGE = 1 << 25  # bytes, up to which the C library keeps memory for the next request itself
+torch.empty(LARGE - (1 << 16), dtype=torch.uint8)  # let go at once, untouched: from then on it does (malloc's dynamic
+# thresholds); before, what is freed last goes back to the system from a few blocks' bytes on, to be cleared again
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 

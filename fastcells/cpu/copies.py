@@ -182,7 +182,7 @@ def make_pack(dtype: str, lanes: int) -> Callable:
     fmt = FORMATS[dtype]
     size = fmt.bytes
     panel_at, source_at, units_at, depth_at, unit_stride_at, depth_stride_at, *rest = range(len(PACK))
-    block_at, gates_at, digests_at, keeps_at = rest
+    block_at, gates_at, shares_at, digests_at, keeps_at = rest
     offsets = len(PACK)
 
     copy, gather, transpose = moves(dtype, lanes)
@@ -244,12 +244,14 @@ def make_pack(dtype: str, lanes: int) -> Callable:
                 poke(kept, w, peek(state, w))
         return same
 
-    def member(frame, thread, team):
+    @njit(inline="always")
+    def packed(frame, share, shares):
+        """One share of the depth."""
         units, depth = peek(frame, units_at), peek(frame, depth_at)
-        kept = peek(frame, digests_at) + thread * DIGEST_BYTES
+        kept = peek(frame, digests_at) + share * DIGEST_BYTES
         keeps = peek(frame, keeps_at) == 1
         block, full = peek(frame, block_at), units // lanes
-        begin, end = depth * thread // team, depth * (thread + 1) // team
+        begin, end = depth * share // shares, depth * (share + 1) // shares
         along = peek(frame, depth_stride_at) == size  # rows of the source are read from end to end
         length = end - begin if along else LINE // size
         if keeps and known(frame, begin, end, kept):
@@ -269,6 +271,12 @@ def make_pack(dtype: str, lanes: int) -> Callable:
             begin = stop
         if keeps:
             poke(kept, DIGEST - 1, 1)
+
+    def member(frame, thread, team):
+        share, shares = thread, peek(frame, shares_at)
+        while share < shares:  # the same ones whatever the team, since each has a digest
+            packed(frame, share, shares)
+            share += team
 
     return member
 

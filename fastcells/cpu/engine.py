@@ -243,7 +243,7 @@ class Runner:
         row = weight.strides[0]
         strides = (self.item, row) if transposed else (row, self.item)
         words: list[Address] = [address, weight.at, units, depth, *strides, self.shapes[stage].block, gates]
-        words += [digests, At(KEEPS), *(o * row for o in offsets)]
+        words += [threads, digests, At(KEEPS), *(o * row for o in offsets)]
         made = isinstance(weight.at, At) and weight.at.operand == MEMORY
         script.launch(packing(self.dtype), words, threads=threads, first=first, wait=made)
         return Product(depth, address, depth * gates * self.vector, 0, gates * self.vector)

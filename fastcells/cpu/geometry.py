@@ -54,7 +54,15 @@ SEGMENT_WORDS = (
 WORD = {name: k for k, name in enumerate(HEADER)}
 
 # The frame of a script, from its last word on the addresses of the operands; the first is the call's own memory.
-SCRIPT = ("launches", "table", "threads", "yield", "counter", "operands")
+SCRIPT = (
+    "launches",
+    "table",
+    "threads",
+    "yield",
+    "counter",
+    "fastest",  # address of the nanoseconds that its fastest run on a team took, 0 before the first
+    "operands",
+)
 LAUNCH = (
     "kernel",  # address
     "words",  # address of the frame, in which addresses are still missing
@@ -65,6 +73,16 @@ LAUNCH = (
     "first",  # thread of the team
     "threads",
     "wait",
+)
+TEAM = (  # of the process, for scripts that run on its threads
+    "parallel",  # functions: of the library that has the threads,
+    "member",  # what each of them runs, of [driver, script, thread_num, num_threads],
+    "thread_num",  # and what it asks the library;
+    "num_threads",
+    "clock",  # the system's
+    "credit",  # nanoseconds that the team saved, lately
+    "period",  # nanoseconds for which scripts ran on one thread when it last had none left,
+    "alone",  # and until when, by the clock
 )
 LINE = 64  # bytes of a line of cache
 
@@ -183,8 +201,11 @@ def epilogues(stage: Stage, shape: Shape, index: int) -> list[Epilogue]:
 
 
 # The frame of a packing kernel; then the offset in bytes of each gate. keeps: 1 where the panel is what an earlier run
-# left of it; then `digests` has for each thread what it was packed from, and whether it was.
-PACK = ("panel", "source", "units", "depth", "unit_stride", "depth_stride", "block", "gates", "digests", "keeps")
+# left of it; then `digests` has for each of so many shares of the depth what it was packed from, and whether it was.
+PACK = (
+    *("panel", "source", "units", "depth", "unit_stride", "depth_stride", "block", "gates"),
+    *("shares", "digests", "keeps"),
+)
 DIGEST = 65  # words of a digest; the last is 1 once the panel is whole
 DIGEST_BYTES = -(-8 * DIGEST // LINE) * LINE
 

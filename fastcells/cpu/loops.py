@@ -179,7 +179,7 @@ def float_control(typingctx, wanted):
 
 def make_driver() -> Callable:
     """The kernel that runs a script: fills in the frames, then each thread does its part of every launch."""
-    launches_at, table_at, threads_at, yield_at, counter_at, operands_at = range(len(SCRIPT))
+    launches_at, table_at, threads_at, yield_at, counter_at, _, operands_at = range(len(SCRIPT))
     kernel_at, words_at, length_at, relocations_at, count_at, frame_at, first_at, team_at, wait_at = range(len(LAUNCH))
     entry = 8 * len(LAUNCH)
 

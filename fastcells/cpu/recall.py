@@ -73,7 +73,7 @@ arena, size, take = map(_word, ("arena", "size", "take"))
 frames, length = map(_word, ("frames", "length"))
 moves, moves_end = map(_word, ("moves", "moves_end"))
 runs, runs_end = map(_word, ("runs", "runs_end"))
-driver, parallel, member, team = map(_word, ("driver", "parallel", "member", "team"))
+driver, lead, team = map(_word, ("driver", "lead", "team"))
 result, result_end = map(_word, ("result", "result_end"))
 
 
@@ -86,20 +86,6 @@ def room(typingctx):
             return b.ptrtoint(b.alloca(ir.ArrayType(I64, ROOM)), I64)
 
     return WORD(), emit
-
-
-@intrinsic
-def fork(typingctx, function, member, arguments, threads):
-    """Run member(arguments) on a team of so many threads."""
-
-    def emit(context, b, signature, args):
-        status = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [I64, I64, status, status])
-        given = [args[1], args[2], b.trunc(args[3], status), status(0)]
-        b.call(b.inttoptr(args[0], kind.as_pointer()), given)
-        return context.get_dummy_value()
-
-    return NONE(*[WORD] * 4), emit
 
 
 @inlined
@@ -262,12 +248,7 @@ def run(record, scripts):
         if threads == 1:
             call(driver(record), script, 0, 1)
         else:
-            given = room()
-            poke(given, 0, driver(record))
-            poke(given, 1, script)
-            poke(given, 2, peek(team(record), 0))
-            poke(given, 3, peek(team(record), 1))
-            fork(parallel(record), member(record), given, threads)
+            call(lead(record), script, team(record), driver(record))
         at += 16
     acquire(state)
 

@@ -148,11 +148,11 @@ class Script:
         call's memory, so many others, and KEPT and KEEPS."""
         table: list[int] = []
         self._owned = []
-        last = {KEPT: operands + 1, KEEPS: operands + 2}
+        kept = {KEPT: operands + 1, KEEPS: operands + 2}
         for launch in self.launches:
             words = array("q", [0 if isinstance(a, At) else int(a) for a in launch.frame])
             relative = [
-                (k, last.get(a.operand, a.operand), a.offset) for k, a in enumerate(launch.frame) if isinstance(a, At)
+                (k, kept.get(a.operand, a.operand), a.offset) for k, a in enumerate(launch.frame) if isinstance(a, At)
             ]
             relocations = array("q", [n for entry in relative for n in entry])
             self._owned += [words, relocations]
@@ -162,7 +162,9 @@ class Script:
         owned = array("q", table)
         self._owned.append(owned)
         self._driver = driver()
-        header = len(self.launches), owned.buffer_info()[0], self.threads, team.give_way(), 0
+        self._fastest = array("q", [0])
+        last = team.give_way(), 0, self._fastest.buffer_info()[0]
+        header = len(self.launches), owned.buffer_info()[0], self.threads, *last
         return partial(Struct(f"{len(SCRIPT) + operands + 2}q").pack, *header)
 
     @property
@@ -202,7 +204,7 @@ class Script:
         if self.threads == 1:
             self._driver.call(frame, 0, 1)
         else:
-            team.run(self._driver, frame, self.threads)
+            team.lead(self._driver, frame)
 
     def _observed(self, pack: Callable[..., bytes], operands: Sequence[int]) -> None:
         self._keeping = self._keeping or self.memory()  # as a call that is made again does

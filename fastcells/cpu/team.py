@@ -11,6 +11,7 @@ import ctypes
 import os
 import sys
 from array import array
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import llvmlite.binding as llvm
 import torch
 
+from . import store
 from .store import Kernel, _target_machine
 
 _used = _lost = False  # a team was started; a fork took it away
@@ -51,24 +53,44 @@ def run(kernel: Kernel, frame: bytes, threads: int) -> None:
     parallel(member, ctypes.addressof(arguments), threads, 0)
 
 
-def parts() -> tuple[int, int, list[int]]:
-    """How `run` does it with more than one thread: `parallel(member, [kernel, frame, *functions], threads, 0)`."""
-    parallel, member, functions, _ = _openmp()  # type: ignore[misc]
-    return ctypes.cast(parallel, ctypes.c_void_p).value or 0, member, functions
-
-
-def give_way() -> int:
-    """Address of the function with which a waiting thread offers its processor to others."""
-    return _give_way()[0]
+def lead(driver: Kernel, frame: bytes) -> None:
+    """Run a script's frame on the team, or on the caller's thread while others have lost theirs (see lead.py)."""
+    global _used
+    words = array("q", frame)
+    _used = True
+    leader, team = leading()
+    leader.call(words.buffer_info()[0], team, driver.address)
 
 
 @lru_cache
-def _give_way() -> tuple[int, Any]:
+def leading() -> tuple[Kernel, int]:
+    """The kernel that runs scripts on the team, and the address of what it has to know of that."""
+
+    def make() -> Callable:
+        from .lead import make_lead
+
+        return make_lead()
+
+    parallel, member, functions, _ = _openmp()  # type: ignore[misc]
+    _owned.append(
+        array("q", [_address(parallel), member, *functions, _address(ctypes.CDLL(None).clock_gettime), 0, 0, 0])
+    )
+    return store.kernel("lead", [], make), _owned[-1].buffer_info()[0]
+
+
+_owned: list[Any] = []
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+@lru_cache
+def give_way() -> int:
+    """Address of the function with which a waiting thread offers its processor to others."""
     if sys.platform == "win32":
-        function = ctypes.windll.kernel32.SwitchToThread
-    else:
-        function = ctypes.CDLL(None).sched_yield
-    return ctypes.cast(function, ctypes.c_void_p).value or 0, function
+        return _address(ctypes.windll.kernel32.SwitchToThread)
+    return _address(ctypes.CDLL(None).sched_yield)
 
 
 def library() -> str | None:

@@ -1,0 +1,88 @@
+"""Running a script on the team of the process, unless this takes longer than one thread does, since others are not
+given their turn.
+
+A team is as slow as its last thread, and one whose processor runs something else can come many milliseconds late. Of n
+threads, a run at its best saves n - 1 times what it takes, at the most, over one thread, and a late one costs what it
+takes longer: once more is lost than was saved lately, scripts run on the caller's thread for a while, which doubles
+where the team is no better after it. Results are the same: nothing depends on how many threads there are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from .geometry import SCRIPT, TEAM
+from .loops import call, least, peek, poke
+from .simd import I64, i64
+
+MOST_CREDIT = 10_000_000  # nanoseconds: what a team may lose that did well until then, a few turns of a processor
+MOST_ALONE = 200_000_000  # nanoseconds: some ten turns lost and won
+
+STATUS = ir.IntType(32)
+
+
+@intrinsic
+def now(typingctx, clock):
+    """Nanoseconds since some moment, by the address of `clock_gettime`."""
+
+    def emit(context, b, signature, args):
+        with b.goto_entry_block():
+            place = b.alloca(ir.ArrayType(I64, 2))
+        kind = ir.FunctionType(STATUS, [STATUS, place.type])
+        b.call(b.inttoptr(args[0], kind.as_pointer()), [STATUS(time.CLOCK_MONOTONIC), place])
+        seconds, rest = (b.load(b.gep(place, [i64(0), i64(k)])) for k in range(2))
+        return b.add(b.mul(seconds, i64(10**9)), rest)
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
+def fork(typingctx, parallel, member, driver, script, thread_num, num_threads, threads):
+    """Run member([driver, script, thread_num, num_threads]) on so many threads."""
+
+    def emit(context, b, signature, args):
+        parallel, member, *given, threads = args
+        with b.goto_entry_block():
+            place = b.alloca(ir.ArrayType(I64, len(given)))
+        for k, word in enumerate(given):
+            b.store(word, b.gep(place, [i64(0), i64(k)]))
+        kind = ir.FunctionType(ir.VoidType(), [I64, place.type, STATUS, STATUS])
+        b.call(b.inttoptr(parallel, kind.as_pointer()), [member, place, b.trunc(threads, STATUS), STATUS(0)])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), emit
+
+
+def make_lead() -> Callable:
+    """The kernel that runs a script by its driver: (script, the team, driver)."""
+    parallel_at, member_at, *functions_at, clock_at, credit_at, period_at, alone_at = range(len(TEAM))
+    thread_num_at, num_threads_at = functions_at
+    threads_at, fastest_at = SCRIPT.index("threads"), SCRIPT.index("fastest")
+
+    def lead(script, team, driver):
+        threads, fastest = peek(script, threads_at), peek(script, fastest_at)
+        begin, resumed = now(peek(team, clock_at)), peek(team, alone_at)
+        if threads == 1 or begin < resumed:
+            call(driver, script, 0, 1)
+            return
+        member, thread_num, num_threads = peek(team, member_at), peek(team, thread_num_at), peek(team, num_threads_at)
+        fork(peek(team, parallel_at), member, driver, script, thread_num, num_threads, threads)
+        end = now(peek(team, clock_at))
+        took, best = end - begin, peek(fastest, 0)
+        if best == 0 or took < best:
+            best = took
+            poke(fastest, 0, best)
+        credit = least(peek(team, credit_at) + threads * best - took, MOST_CREDIT)
+        if credit < 0:
+            credit, period = 0, peek(team, period_at)
+            period = least(2 * period, MOST_ALONE) if begin - resumed < period else took
+            poke(team, period_at, period)
+            poke(team, alone_at, end + period)
+        poke(team, credit_at, credit)
+
+    return lead

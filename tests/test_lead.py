@@ -1,0 +1,140 @@
+"""Scripts run on the team while that pays, and on one thread while its threads are not given their turn."""
+
+import ctypes
+
+import pytest
+import torch
+
+import fastcells
+from fastcells.cpu import store, team
+from fastcells.cpu.geometry import SCRIPT, TEAM
+from fastcells.cpu.lead import MOST_ALONE, MOST_CREDIT, make_lead
+
+MS = 1_000_000  # nanoseconds
+
+Words = ctypes.POINTER(ctypes.c_int64)
+Clock = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32, Words)
+Parallel = ctypes.CFUNCTYPE(None, ctypes.c_int64, Words, ctypes.c_int32, ctypes.c_int32)
+Driver = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+
+
+class Machine:
+    """A team, a clock, and a script of one millisecond's work for all threads."""
+
+    def __init__(self, threads: int = 2) -> None:
+        self.time, self.late, self.ran = 10 * MS, 0, []
+        self.threads = threads
+
+        def clock(_, place):
+            place[0], place[1] = divmod(self.time, 10**9)
+            return 0
+
+        def parallel(member, given, count, flags):
+            assert (member, count, flags) == (7, threads, 0)
+            assert given[:4] == [self.address(self.driver), ctypes.addressof(self.script), 8, 9]
+            self.ran.append("team")
+            self.time += MS + self.late
+
+        def driver(script, thread, count):
+            assert (script, thread, count) == (ctypes.addressof(self.script), 0, 1)
+            self.ran.append("alone")
+            self.time += threads * MS
+
+        self.clock, self.parallel, self.driver = Clock(clock), Parallel(parallel), Driver(driver)
+        self.fastest = ctypes.c_int64(0)
+        self.script = self.frame(SCRIPT, threads=threads, fastest=ctypes.addressof(self.fastest))
+        functions = {"parallel": self.address(self.parallel), "clock": self.address(self.clock)}
+        self.team = self.frame(TEAM, **functions, member=7, thread_num=8, num_threads=9)
+        self.kernel = store.kernel("lead", [], make_lead)
+
+    @staticmethod
+    def address(function) -> int:
+        return ctypes.cast(function, ctypes.c_void_p).value
+
+    @staticmethod
+    def frame(names, **words):
+        return (ctypes.c_int64 * len(names))(*[words.get(name, 0) for name in names])
+
+    def run(self, times: int = 1, late: int = 0) -> list[str]:
+        """What the script ran on each time, on a team that comes late by so much."""
+        self.ran, self.late = [], late
+        for _ in range(times):
+            self.kernel.call(self.script, ctypes.addressof(self.team), self.address(self.driver))
+        return self.ran
+
+    def alone(self, late: int) -> int:
+        """How often the script runs alone after a team that came so late."""
+        assert self.run(late=late) == ["team"]
+        count = 0
+        while self.run() == ["alone"]:
+            count += 1
+        return count
+
+
+def test_a_team_that_does_well():
+    assert Machine().run(50) == ["team"] * 50
+
+
+def test_one_thread_needs_no_team():
+    assert Machine(threads=1).run(3) == ["alone"] * 3
+
+
+def test_a_late_team_is_left_alone_for_as_long_and_twice_as_long_where_it_is_no_better():
+    machine = Machine()
+    machine.run()
+    assert machine.alone(late=19 * MS) == 10  # 20 ms, at 2 a run
+    assert machine.alone(late=39 * MS) == 20  # soon after
+    assert machine.alone(late=9 * MS) == 40
+    machine.run(200)
+    assert machine.alone(late=19 * MS) == 10  # long after
+
+
+def test_not_for_ever():
+    machine = Machine()
+    machine.run()
+    assert max(machine.alone(late=19 * MS) for _ in range(9)) == MOST_ALONE // (2 * MS)
+
+
+def test_a_turn_lost_now_and_then_costs_less_than_the_team_brings():
+    machine = Machine()
+    machine.run(100)
+    assert machine.run(late=MOST_CREDIT) == ["team"]
+    assert machine.run() == ["team"]
+    assert machine.alone(late=MOST_CREDIT) > 0  # too soon after
+
+
+def test_many_threads_bring_more_than_a_late_one_costs():
+    machine = Machine(threads=16)
+    for _ in range(20):
+        assert machine.run() + machine.run(late=9 * MS) == ["team"] * 2
+
+
+def test_a_clock_between_two_seconds():
+    machine = Machine()
+    machine.time = 10**18 + 999_999_999
+    assert machine.run(3) == ["team"] * 3 and machine.fastest.value == MS
+
+
+@pytest.mark.skipif(team._openmp() is None, reason="no library with a team")
+def test_packed_weights_that_are_kept_while_the_team_comes_and_goes():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    words = (ctypes.c_int64 * len(TEAM)).from_address(team.leading()[1])
+    layer, x = fastcells.nn.LSTM(128, 128), torch.randn(20, 16, 128)
+    first, second = layer.weight_hh_l0.detach().clone(), torch.randn(512, 128)
+    found, alone = [], TEAM.index("alone")
+    try:
+        with torch.no_grad():
+            for weight in (first, first, first, second, first):
+                words[alone] = (1 << 62) if weight is second else 0
+                words[TEAM.index("credit")] = MOST_CREDIT
+                layer.weight_hh_l0.data.copy_(weight)
+                found.append(layer(x)[0])
+            words[alone] = 0
+            expected = torch.nn.LSTM(128, 128)
+            expected.load_state_dict(layer.state_dict())
+            torch.testing.assert_close(found[-1], expected(x)[0])
+            assert all(torch.equal(found[k], found[0]) for k in (1, 2, 4))
+    finally:
+        words[alone] = 0
+        torch.set_num_threads(threads)
