@@ -17,6 +17,9 @@ THREAD_FLOPS = 400_000  # of a call, below which waking a team costs more than i
 STEP_FLOPS = 36_000  # of a recurrent product, below which a barrier costs more than the second thread brings
 PADDING_FLOPS = 45_000_000  # past the ends of sequences, up to which they take less time than packing the rest
 ROWS_A_THREAD = 2  # at least; a tile of a single row cannot keep the multiply-adds busy
+SHARED_ROWS, ROWS_A_READ = 4, 16  # so many a thread for each thread that reads the same weights, at most so many, are
+# worth that each reads all of them: the more there are, the less each gets of the cache that they share
+UNITS_A_ROW = 8  # in a backward pass, from which on reading all gates' gradients costs less than all weights
 
 
 class Shape(NamedTuple):
@@ -39,12 +42,14 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """threads: of one direction. split: what they share, "rows" or "units". side_by_side: each direction has threads of
-    its own. project_ahead: the input projection of all time steps is one product before the loop. in_place: weights are
-    read as they are, not packed first. row_block: see the constant. reasons: a sentence a choice."""
+    """threads: of one direction. split: what they share, "rows" or "units"; back: in the backward pass. side_by_side:
+    each direction has threads of its own. project_ahead: the input projection of all time steps is one product before
+    the loop. in_place: weights are read as they are, not packed first. row_block: see the constant. reasons: a sentence
+    a choice."""
 
     threads: int
     split: str
+    back: str
     side_by_side: bool
     project_ahead: bool
     in_place: bool
@@ -55,32 +60,11 @@ class Plan:
 @lru_cache(maxsize=1024)
 def plan(shape: Shape) -> Plan:
     """The schedule for a layer's time loop; the same for one thread or many, but for who does what."""
-    reasons = []
     step_flops = 2 * shape.gates * shape.hidden * (shape.depth + shape.inputs) * shape.rows
     flops = step_flops * shape.total // max(shape.rows, 1)
-    side_by_side = shape.directions > 1 and shape.threads >= shape.directions and 2 * flops >= THREAD_FLOPS
-    available = shape.threads // shape.directions if side_by_side else shape.threads
-    # The input's part of a single row's step is there before the loop, or done in the shadow of the rest.
-    waiting = step_flops * shape.depth // (shape.depth + shape.inputs)
-    threads, split = share(shape.rows, flops, waiting, available)
-    if side_by_side:
-        reasons.append(f"the {shape.directions} directions run side by side, {threads} thread(s) each")
-    elif threads == 1:
-        why = (
-            "one thread is set"
-            if shape.threads == 1
-            else f"{flops:,} operations, {step_flops:,} a step: too few to share"
-        )
-        reasons.append(f"one thread: {why}")
-    elif split == "rows":
-        reasons.append(f"{threads} threads share the {shape.rows} sequences: they never wait for each other")
-    else:
-        reasons.append(
-            f"{threads} threads share the units, with a barrier a step: {shape.rows} sequence(s) are too few"
-        )
-
+    recurrent_bytes = shape.gates * shape.hidden * shape.depth * shape.item
+    weight_bytes = recurrent_bytes + shape.gates * shape.hidden * shape.inputs * shape.item
     in_place = not shape.apart and shape.total <= (STEP_ROWS if shape.steps == 1 else FEW_ROWS)
-    weight_bytes = shape.gates * shape.hidden * (shape.depth + shape.inputs) * shape.item
     if shape.apart:
         project_ahead, why = True, "the cell takes sums of it over the units"
     elif shape.steps == 1:
@@ -94,20 +78,45 @@ def plan(shape: Shape) -> Plan:
     else:
         project_ahead, why = False, "it goes into the same sums, and is stored nowhere"
     if project_ahead:
-        reasons.append(f"input projection of all {shape.steps} steps ahead: {why}")
+        reasons = [f"input projection of all {shape.steps} steps ahead: {why}"]
     else:
-        reasons.append(f"input projection fused into the recurrent product: {why}")
+        reasons = [f"input projection fused into the recurrent product: {why}"]
+
+    side_by_side = shape.directions > 1 and shape.threads >= shape.directions and 2 * flops >= THREAD_FLOPS
+    available = shape.threads // shape.directions if side_by_side else shape.threads
+    # The input's part of a single row's step is there before the loop, or done in the shadow of the rest.
+    waiting = step_flops * shape.depth // (shape.depth + shape.inputs)
+    threads, split = share(shape.rows, flops, waiting, available, recurrent_bytes if project_ahead else weight_bytes)
+    near = shape.depth < UNITS_A_ROW * shape.rows
+    _, back = share(shape.rows, flops, waiting, available, 0 if near else recurrent_bytes)
+    if side_by_side:
+        reasons.append(f"the {shape.directions} directions run side by side, {threads} thread(s) each")
+    elif threads == 1:
+        why = (
+            "one thread is set"
+            if shape.threads == 1
+            else f"{flops:,} operations, {step_flops:,} a step: too few to share"
+        )
+        reasons.append(f"one thread: {why}")
+    elif split == "rows":
+        reasons.append(f"{threads} threads share the {shape.rows} sequences: they never wait for each other")
+    else:
+        few = f"{shape.rows} sequence(s) are too few for each to read all weights"
+        reasons.append(f"{threads} threads share the units, with a barrier a step: {few}")
+    if back != split:
+        reasons.append(f"backward, they share the {back}: there are more gradients to exchange than states")
     if in_place:
         reasons.append(f"weights read as they are: {shape.total} row(s) of all steps do not pay for packing them")
     row_block = shape.rows if shape.rows <= ROW_BLOCK else -(-shape.rows // -(-shape.rows // ROW_BLOCK))
-    return Plan(threads, split, side_by_side, project_ahead, in_place, row_block, tuple(reasons))
+    return Plan(threads, split, back, side_by_side, project_ahead, in_place, row_block, tuple(reasons))
 
 
-def share(rows: int, flops: int, step_flops: int, threads: int) -> tuple[int, str]:
-    """(threads to use, what they share)"""
+def share(rows: int, flops: int, step_flops: int, threads: int, weight_bytes: int = 0) -> tuple[int, str]:
+    """(threads to use, what they share). weight_bytes: of what every thread reads at each step to share rows."""
     if threads == 1 or flops < THREAD_FLOPS:
         return 1, "rows"
-    if rows >= ROWS_A_THREAD * threads:
+    far = weight_bytes > AHEAD_BYTES and weight_bytes * threads >= FAR_BYTES
+    if rows >= threads * (min(SHARED_ROWS * threads, ROWS_A_READ) if far else ROWS_A_THREAD):
         return threads, "rows"
     if step_flops < STEP_FLOPS:
         return 1, "rows"

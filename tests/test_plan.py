@@ -79,3 +79,20 @@ def test_explain_says_why_torchs_own_is_taken(make, reason):
 def test_explain_wants_a_recurrent_module():
     with pytest.raises(TypeError, match="module must be a recurrent layer or cell, got Linear"):
         fastcells.explain(torch.nn.Linear(2, 3), torch.randn(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden", "threads", "forward", "back"),
+    [
+        (32, 512, 2, "rows", "rows"),
+        (8, 512, 2, "units", "units"),
+        (8, 256, 2, "rows", "rows"),  # a near cache holds what they read
+        (64, 512, 4, "rows", "rows"),
+        (60, 512, 8, "units", "units"),
+        (128, 512, 16, "units", "rows"),  # more gradients than weights
+        (64, 64, 16, "rows", "rows"),
+    ],
+)
+def test_threads_do_not_all_read_weights_that_are_many_for_few_rows(rows, hidden, threads, forward, back):
+    chosen = plan(shape(rows=rows, hidden=hidden, depth=hidden, inputs=hidden, threads=threads))
+    assert (chosen.threads, chosen.split, chosen.back) == (threads, forward, back)

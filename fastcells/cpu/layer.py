@@ -386,7 +386,7 @@ class Backward(Call):
                 threads=schedule.threads,
                 first=k * schedule.threads if schedule.side_by_side else 0,
                 wait=k == 0 or not schedule.side_by_side,
-                split=schedule.split,
+                split=schedule.back,
                 row_block=schedule.row_block,
                 shares=0 if shares is None else shares.buffer_info()[0],
             )
