@@ -14,7 +14,7 @@ import torch
 
 from . import cells
 from .cell import Cell
-from .cpu import again, engine, script, store
+from .cpu import again, engine, script, store, team
 from .cpu import layer as cpu
 
 CELLS = {name: cell for name, cell in vars(cells).items() if isinstance(cell, Cell)}
@@ -53,6 +53,7 @@ class Wanted(NamedTuple):
 ONCE: dict[str, Callable[[torch.dtype], store.Kernel]] = {
     "driver": lambda _: script.driver(),
     **({"recall": lambda _: again.kernel()} if again.interface() else {}),
+    **({"lead": lambda _: team.leader()} if team.library() else {}),
 }
 EACH: dict[str, Callable[[torch.dtype], store.Kernel]] = {
     "pack": lambda dtype: engine.packing(dtype),

@@ -120,7 +120,7 @@ def test_a_clock_between_two_seconds():
 def test_packed_weights_that_are_kept_while_the_team_comes_and_goes():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    words = (ctypes.c_int64 * len(TEAM)).from_address(team.leading()[1])
+    words = team.leading()[1]
     layer, x = fastcells.nn.LSTM(128, 128), torch.randn(20, 16, 128)
     first, second = layer.weight_hh_l0.detach().clone(), torch.randn(512, 128)
     found, alone = [], TEAM.index("alone")

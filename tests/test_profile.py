@@ -14,7 +14,7 @@ import torch
 import fastcells
 from fastcells import cells, roof
 from fastcells.__main__ import main
-from fastcells.cpu import again, engine, script, store
+from fastcells.cpu import again, engine, script, store, team
 from fastcells.program import build
 
 profiler = importlib.import_module("fastcells.profile")  # the package may show the function of that name
@@ -387,6 +387,7 @@ def test_the_life_of_a_cache(tmp_path, monkeypatch, capsys, quick):
         "rnn_relu_forward_float32",
         "rnn_relu_backward_float32",
         *(["recall"] if again.interface() else []),
+        *(["lead"] if team.library() else []),
     }
     first, second = warmup(), warmup()
     assert set(first) == names

@@ -255,9 +255,9 @@ class Record:
         self._set("take", self._object(partial(arena.take, size)))
         self._set("driver", driver().address)
         if max(runs[1::2]) > 1:
-            lead, address = team.leading()
-            self._set("lead", lead.address)
-            self._set("team", address)
+            kernel, known = team.leading()
+            self._set("lead", kernel.address)
+            self._set("team", ctypes.addressof(known))
         each_once = sorted(shown) == sorted(code for code in order if 0 <= code < NOTHING)
         self.fits &= len(frames) <= ROOM and count < ROOM and len(order) <= ROOM and each_once
 

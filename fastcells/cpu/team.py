@@ -20,6 +20,7 @@ import llvmlite.binding as llvm
 import torch
 
 from . import store
+from .geometry import TEAM
 from .store import Kernel, _target_machine
 
 _used = _lost = False  # a team was started; a fork took it away
@@ -58,27 +59,28 @@ def lead(driver: Kernel, frame: bytes) -> None:
     global _used
     words = array("q", frame)
     _used = True
-    leader, team = leading()
-    leader.call(words.buffer_info()[0], team, driver.address)
+    kernel, team = leading()
+    kernel.call(words.buffer_info()[0], ctypes.addressof(team), driver.address)
 
 
 @lru_cache
-def leading() -> tuple[Kernel, int]:
-    """The kernel that runs scripts on the team, and the address of what it has to know of that."""
+def leader() -> Kernel:
+    """The kernel that runs scripts on the team."""
 
     def make() -> Callable:
         from .lead import make_lead
 
         return make_lead()
 
+    return store.kernel("lead", [], make)
+
+
+@lru_cache
+def leading() -> tuple[Kernel, ctypes.Array]:
+    """That kernel, and what it has to know of the team."""
     parallel, member, functions, _ = _openmp()  # type: ignore[misc]
-    _owned.append(
-        array("q", [_address(parallel), member, *functions, _address(ctypes.CDLL(None).clock_gettime), 0, 0, 0])
-    )
-    return store.kernel("lead", [], make), _owned[-1].buffer_info()[0]
-
-
-_owned: list[Any] = []
+    clock = _address(ctypes.CDLL(None).clock_gettime)
+    return leader(), (ctypes.c_int64 * len(TEAM))(_address(parallel), member, *functions, clock)
 
 
 def _address(function: Any) -> int:
