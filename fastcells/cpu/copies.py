@@ -244,38 +244,33 @@ def make_pack(dtype: str, lanes: int) -> Callable:
                 poke(kept, w, peek(state, w))
         return same
 
-    @njit(inline="always")
-    def packed(frame, share, shares):
-        """One share of the depth."""
-        units, depth = peek(frame, units_at), peek(frame, depth_at)
-        kept = peek(frame, digests_at) + share * DIGEST_BYTES
-        keeps = peek(frame, keeps_at) == 1
-        block, full = peek(frame, block_at), units // lanes
-        begin, end = depth * share // shares, depth * (share + 1) // shares
-        along = peek(frame, depth_stride_at) == size  # rows of the source are read from end to end
-        length = end - begin if along else LINE // size
-        if keeps and known(frame, begin, end, kept):
-            begin = end
-        while begin < end:  # else a line of cache of every row at a time
-            stop = least(begin + length, end)
-            unit = 0
-            while unit * lanes < units:
-                width = block
-                while width > 1 and width > full - unit:
-                    width //= 2
-                k = begin
-                while k < stop:
-                    piece(frame, unit, width, k, least(k + 64, stop))
-                    k += 64
-                unit += width
-            begin = stop
-        if keeps:
-            poke(kept, DIGEST - 1, 1)
-
     def member(frame, thread, team):
+        units, depth = peek(frame, units_at), peek(frame, depth_at)
+        block, full = peek(frame, block_at), units // lanes
+        along = peek(frame, depth_stride_at) == size  # rows of the source are read from end to end
+        keeps = peek(frame, keeps_at) == 1
         share, shares = thread, peek(frame, shares_at)
         while share < shares:  # the same ones whatever the team, since each has a digest
-            packed(frame, share, shares)
+            kept = peek(frame, digests_at) + share * DIGEST_BYTES
+            begin, end = depth * share // shares, depth * (share + 1) // shares
+            length = end - begin if along else LINE // size
+            if keeps and known(frame, begin, end, kept):
+                begin = end
+            while begin < end:  # else a line of cache of every row at a time
+                stop = least(begin + length, end)
+                unit = 0
+                while unit * lanes < units:
+                    width = block
+                    while width > 1 and width > full - unit:
+                        width //= 2
+                    k = begin
+                    while k < stop:
+                        piece(frame, unit, width, k, least(k + 64, stop))
+                        k += 64
+                    unit += width
+                begin = stop
+            if keeps:
+                poke(kept, DIGEST - 1, 1)
             share += team
 
     return member
