@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -82,7 +81,7 @@ def obtain(want: Wanted) -> tuple[str, float]:
 
 def run(wants: Sequence[Wanted]) -> Iterator[tuple[str, float]]:
     """`obtain` of each, as they are done."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processors = team.processors()
     if processors == 1:
         yield from map(obtain, wants)
         return

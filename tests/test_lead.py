@@ -19,11 +19,10 @@ Driver = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
 
 class Machine:
-    """A team, a clock, and a script of one millisecond's work for all threads."""
+    """A team, a clock, and a script of one millisecond on the team."""
 
-    def __init__(self, threads: int = 2) -> None:
+    def __init__(self, threads: int = 2, alone: float = 2.0) -> None:
         self.time, self.late, self.ran = 10 * MS, 0, []
-        self.threads = threads
 
         def clock(_, place):
             place[0], place[1] = divmod(self.time, 10**9)
@@ -38,10 +37,10 @@ class Machine:
         def driver(script, thread, count):
             assert (script, thread, count) == (ctypes.addressof(self.script), 0, 1)
             self.ran.append("alone")
-            self.time += threads * MS
+            self.time += int(alone * MS)
 
         self.clock, self.parallel, self.driver = Clock(clock), Parallel(parallel), Driver(driver)
-        self.fastest = ctypes.c_int64(0)
+        self.fastest = (ctypes.c_int64 * 2)()
         self.script = self.frame(SCRIPT, threads=threads, fastest=ctypes.addressof(self.fastest))
         functions = {"parallel": self.address(self.parallel), "clock": self.address(self.clock)}
         self.team = self.frame(TEAM, **functions, member=7, thread_num=8, num_threads=9)
@@ -75,10 +74,6 @@ def test_a_team_that_does_well():
     assert Machine().run(50) == ["team"] * 50
 
 
-def test_one_thread_needs_no_team():
-    assert Machine(threads=1).run(3) == ["alone"] * 3
-
-
 def test_a_late_team_is_left_alone_for_as_long_and_twice_as_long_where_it_is_no_better():
     machine = Machine()
     machine.run()
@@ -92,7 +87,7 @@ def test_a_late_team_is_left_alone_for_as_long_and_twice_as_long_where_it_is_no_
 def test_not_for_ever():
     machine = Machine()
     machine.run()
-    assert max(machine.alone(late=19 * MS) for _ in range(9)) == MOST_ALONE // (2 * MS)
+    assert max(machine.alone(late=19 * MS) for _ in range(9)) == MOST_ALONE * 20 // 2
 
 
 def test_a_turn_lost_now_and_then_costs_less_than_the_team_brings():
@@ -104,16 +99,55 @@ def test_a_turn_lost_now_and_then_costs_less_than_the_team_brings():
 
 
 def test_many_threads_bring_more_than_a_late_one_costs():
-    machine = Machine(threads=16)
+    machine = Machine(threads=16, alone=16)
+    machine.run()
     for _ in range(20):
         assert machine.run() + machine.run(late=9 * MS) == ["team"] * 2
+
+
+def test_what_one_thread_takes_is_known_once_it_was_alone():
+    machine = Machine(threads=4, alone=0.5)
+    machine.run()
+    assert machine.run(3) == ["team"] * 3  # may be four times as fast
+    machine.alone(late=29 * MS)
+    assert [*machine.fastest] == [MS, MS // 2]
+    assert machine.run(20).count("team") < 5
 
 
 def test_a_clock_between_two_seconds():
     machine = Machine()
     machine.time = 10**18 + 999_999_999
-    assert machine.run(3) == ["team"] * 3
-    assert machine.fastest.value == MS
+    machine.run(3)
+    assert machine.fastest[0] == MS
+
+
+@pytest.mark.parametrize(
+    ("files", "granted"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "250000 100000\n"}, 3),
+        ({"cpu.max": "1000 100000\n"}, 1),
+        ({"cpu.max": "1600000 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+    ],
+)
+def test_no_more_threads_than_a_container_is_granted(files, granted, tmp_path):
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert team._granted(8, tmp_path) == granted
+
+
+def test_no_more_threads_than_processors(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(64)
+    try:
+        monkeypatch.setattr(team, "processors", lambda: 3)
+        assert team.size() == (3 if team.library() else 1)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.skipif(team._openmp() is None, reason="no library with a team")

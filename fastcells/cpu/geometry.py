@@ -60,7 +60,7 @@ SCRIPT = (
     "threads",
     "yield",
     "counter",
-    "fastest",  # address of the nanoseconds that its fastest run on a team took, 0 before the first
+    "fastest",  # address of the nanoseconds of its fastest runs, on a team and on one thread, 0 before the first
     "operands",
 )
 LAUNCH = (

@@ -1,10 +1,10 @@
 """Running a script on the team of the process, unless this takes longer than one thread does, since others are not
 given their turn.
 
-A team is as slow as its last thread, and one whose processor runs something else can come many milliseconds late. Of n
-threads, a run at its best saves n - 1 times what it takes, at the most, over one thread, and a late one costs what it
-takes longer: once more is lost than was saved lately, scripts run on the caller's thread for a while, which doubles
-where the team is no better after it. Results are the same: nothing depends on how many threads there are.
+A team is as slow as its last thread, and one whose processor runs something else can come many milliseconds late. An
+account is kept of what runs on the team saved, lately, over runs on one thread, and of what late ones lost. Once there
+is nothing left of it, scripts run on the caller's thread for a while, which doubles where the team is no better after
+it. Results are the same: nothing depends on how many threads there are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .loops import call, least, peek, poke
 from .simd import I64, i64
 
 MOST_CREDIT = 10_000_000  # nanoseconds: what a team may lose that did well until then, a few turns of a processor
-MOST_ALONE = 200_000_000  # nanoseconds: some ten turns lost and won
+MOST_ALONE = 16  # times what a run took that was too late
 
 STATUS = ir.IntType(32)
 
@@ -67,20 +67,23 @@ def make_lead() -> Callable:
     def lead(script, team, driver):
         threads, fastest = peek(script, threads_at), peek(script, fastest_at)
         begin, resumed = now(peek(team, clock_at)), peek(team, alone_at)
-        if threads == 1 or begin < resumed:
+        shared, single = peek(fastest, 0), peek(fastest, 1)
+        if begin < resumed:
             call(driver, script, 0, 1)
+            took = now(peek(team, clock_at)) - begin
+            poke(fastest, 1, took if single == 0 else least(took, single))
             return
         member, thread_num, num_threads = peek(team, member_at), peek(team, thread_num_at), peek(team, num_threads_at)
         fork(peek(team, parallel_at), member, driver, script, thread_num, num_threads, threads)
         end = now(peek(team, clock_at))
-        took, best = end - begin, peek(fastest, 0)
-        if best == 0 or took < best:
-            best = took
-            poke(fastest, 0, best)
-        credit = least(peek(team, credit_at) + threads * best - took, MOST_CREDIT)
+        took = end - begin
+        shared = took if shared == 0 else least(took, shared)
+        poke(fastest, 0, shared)
+        saved = (threads * shared if single == 0 else single) - took  # at most, where that is not known
+        credit = least(peek(team, credit_at) + saved, MOST_CREDIT)
         if credit < 0:
             credit, period = 0, peek(team, period_at)
-            period = least(2 * period, MOST_ALONE) if begin - resumed < period else took
+            period = least(2 * period, MOST_ALONE * took) if begin - resumed < period else took
             poke(team, period_at, period)
             poke(team, alone_at, end + period)
         poke(team, credit_at, credit)

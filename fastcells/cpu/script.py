@@ -162,7 +162,7 @@ class Script:
         owned = array("q", table)
         self._owned.append(owned)
         self._driver = driver()
-        self._fastest = array("q", [0])
+        self._fastest = array("q", [0, 0])
         last = team.give_way(), 0, self._fastest.buffer_info()[0]
         header = len(self.launches), owned.buffer_info()[0], self.threads, *last
         return partial(Struct(f"{len(SCRIPT) + operands + 2}q").pack, *header)

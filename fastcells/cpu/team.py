@@ -36,9 +36,31 @@ if hasattr(os, "register_at_fork"):
 
 
 def size() -> int:
-    """Threads that a kernel may use now: torch's setting, or 1 where no team can be had."""
+    """Threads that a kernel may use now: torch's setting, but no more than there are processors, which would wait for
+    each other's turns; or 1 where no team can be had."""
     threads = torch.get_num_threads()
+    if threads > 1:
+        threads = min(threads, processors())
     return threads if threads > 1 and not _lost and _openmp() is not None else 1
+
+
+def processors() -> int:
+    """How many of them this process may keep busy: those that it may run on, or what its container is granted."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, _granted(allowed))
+
+
+@lru_cache
+def _granted(most: int, groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """By the container's quota of time, in either version of Linux's control groups, rounded up."""
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        try:
+            quota, period = " ".join([(groups / file).read_text() for file in files]).split()
+            if int(quota) > 0:
+                return max(1, min(most, -(-int(quota) // int(period))))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return most
 
 
 def run(kernel: Kernel, frame: bytes, threads: int) -> None:
