@@ -300,6 +300,17 @@ def epilogue(typingctx, frame, variant, row, unit, now, before, after, is_first,
 
 
 @njit(inline="always")
+def piece_of(frame, stage, single):
+    """Vectors of units whose sums stay near. Of a single row there is an even number of such pieces, so that two
+    threads have as much to do; whatever the threads, for the sums to be the same."""
+    piece = widths(stage * MAX_WIDTHS + (0 if single else 1))
+    units = (peek(frame, stage_word(stage) + UNITS_AT) + lanes(0) - 1) // lanes(0)
+    if single and piece > 2 and ((units + piece - 1) // piece) & 1:
+        return piece >> 1
+    return piece
+
+
+@njit(inline="always")
 def sweep(frame, stage, unit, unit_end, row, row_end, back, single, is_first, is_last, now, before, after, scratch):
     """One stage at one step for some units and rows: products of a few units, whose sums stay near, then what is made
     of them; of a single row, tiles do both. back: from the last units to the first, as every other step does: the
@@ -313,7 +324,7 @@ def sweep(frame, stage, unit, unit_end, row, row_end, back, single, is_first, is
         depth_block = depth
     by_rows = not (single or dot)
     far = by_rows and peek(frame, FAR_AT) == 1
-    piece = widths(stage * MAX_WIDTHS) if single else widths(stage * MAX_WIDTHS + 1)
+    piece = piece_of(frame, stage, single)
     pieces = (unit_end - unit + piece - 1) // piece
     for p in range(pieces):
         begin_unit = unit + (pieces - 1 - p if back else p) * piece
@@ -408,7 +419,7 @@ def over_time(frame, thread, team):
                 if by_row(stage) == 1:
                     units = 1
                 if by_units:  # in pieces that do not change which tiles there are, so that sums stay the same
-                    piece = widths(stage * MAX_WIDTHS) if active == 1 else widths(stage * MAX_WIDTHS + 1)
+                    piece = piece_of(frame, stage, active == 1)
                     pieces = (units + piece - 1) // piece
                     unit = pieces * thread // team * piece
                     units = least(units, pieces * (thread + 1) // team * piece)
