@@ -471,11 +471,16 @@ def test_python_threads_at_once():
 
 @pytest.mark.parametrize(
     ("script", "environment"),
-    [("guard_pages.py", {}), ("forked.py", {}), ("plain_processor.py", {"NUMBA_CPU_NAME": "generic"})],
+    [
+        ("guard_pages.py", {}),
+        ("forked.py", {}),
+        ("page_faults.py", {}),
+        ("plain_processor.py", {"NUMBA_CPU_NAME": "generic"}),
+    ],
 )
 def test_in_a_process_of_its_own(script, environment):
-    """Buffers that end at an unreadable page; layers in forked workers after the parent ran one with a thread team; a
-    processor without wide vectors or fused multiply-adds."""
+    """Buffers that end at an unreadable page; layers in forked workers after the parent ran one with a thread team;
+    pages taken from the system; a processor without wide vectors or fused multiply-adds."""
     result = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "scripts" / script)],
         capture_output=True,

@@ -8,7 +8,8 @@ import torch
 import fastcells
 from fastcells.cpu import store, team
 from fastcells.cpu.geometry import SCRIPT, TEAM
-from fastcells.cpu.lead import MOST_ALONE, MOST_CREDIT, make_lead
+from fastcells.cpu.lead import make_lead
+from fastcells.cpu.team import ALONE, CREDIT, MOST_CREDIT
 
 MS = 1_000_000  # nanoseconds
 
@@ -43,7 +44,7 @@ class Machine:
         self.fastest = (ctypes.c_int64 * 2)()
         self.script = self.frame(SCRIPT, threads=threads, fastest=ctypes.addressof(self.fastest))
         functions = {"parallel": self.address(self.parallel), "clock": self.address(self.clock)}
-        self.team = self.frame(TEAM, **functions, member=7, thread_num=8, num_threads=9)
+        self.team = self.frame(TEAM, **functions, member=7, thread_num=8, num_threads=9, credit=CREDIT)
         self.kernel = store.kernel("lead", [], make_lead)
 
     @staticmethod
@@ -74,28 +75,26 @@ def test_a_team_that_does_well():
     assert Machine().run(50) == ["team"] * 50
 
 
-def test_a_late_team_is_left_alone_for_as_long_and_twice_as_long_where_it_is_no_better():
+def test_a_late_team_is_left_alone_for_a_while():
     machine = Machine()
     machine.run()
-    assert machine.alone(late=19 * MS) == 10  # 20 ms, at 2 a run
-    assert machine.alone(late=39 * MS) == 20  # soon after
-    assert machine.alone(late=9 * MS) == 40
-    machine.run(200)
-    assert machine.alone(late=19 * MS) == 10  # long after
-
-
-def test_not_for_ever():
-    machine = Machine()
-    machine.run()
-    assert max(machine.alone(late=19 * MS) for _ in range(9)) == MOST_ALONE * 20 // 2
+    assert machine.alone(late=CREDIT + 3 * MS) == ALONE // (2 * MS)
+    assert machine.run(late=CREDIT - 2 * MS) == ["team"]  # may lose as much as at first
+    assert machine.alone(late=6 * MS) == ALONE // (2 * MS)
 
 
 def test_a_turn_lost_now_and_then_costs_less_than_the_team_brings():
     machine = Machine()
-    machine.run(100)
+    for _ in range(20):
+        assert machine.run(20) + machine.run(late=15 * MS) == ["team"] * 21
+
+
+def test_a_team_that_did_well_may_lose_more():
+    machine = Machine()
+    machine.run(1000)
     assert machine.run(late=MOST_CREDIT) == ["team"]
     assert machine.run() == ["team"]
-    assert machine.alone(late=MOST_CREDIT) > 0  # too soon after
+    assert machine.alone(late=5 * MS) > 0
 
 
 def test_many_threads_bring_more_than_a_late_one_costs():
@@ -107,11 +106,11 @@ def test_many_threads_bring_more_than_a_late_one_costs():
 
 def test_what_one_thread_takes_is_known_once_it_was_alone():
     machine = Machine(threads=4, alone=0.5)
+    assert machine.run(200) == ["team"] * 200  # may be four times as fast
+    machine.run(late=MOST_CREDIT + 4 * MS)
     machine.run()
-    assert machine.run(3) == ["team"] * 3  # may be four times as fast
-    machine.alone(late=29 * MS)
     assert [*machine.fastest] == [MS, MS // 2]
-    assert machine.run(20).count("team") < 5
+    assert machine.run(2000).count("team") < 500
 
 
 def test_a_clock_between_two_seconds():

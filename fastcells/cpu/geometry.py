@@ -80,9 +80,8 @@ TEAM = (  # of the process, for scripts that run on its threads
     "thread_num",  # and what it asks the library;
     "num_threads",
     "clock",  # the system's
-    "credit",  # nanoseconds that the team saved, lately
-    "period",  # nanoseconds for which scripts ran on one thread when it last had none left,
-    "alone",  # and until when, by the clock
+    "credit",  # nanoseconds that the team may lose until scripts run on one thread,
+    "alone",  # and until when they do, by the clock
 )
 LINE = 64  # bytes of a line of cache
 

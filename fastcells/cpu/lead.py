@@ -2,9 +2,10 @@
 given their turn.
 
 A team is as slow as its last thread, and one whose processor runs something else can come many milliseconds late. An
-account is kept of what runs on the team saved, lately, over runs on one thread, and of what late ones lost. Once there
-is nothing left of it, scripts run on the caller's thread for a while, which doubles where the team is no better after
-it. Results are the same: nothing depends on how many threads there are.
+account is kept of what runs on the team saved over runs on one thread, and of what late ones lost. Once there is
+nothing left of it, scripts run on the caller's thread for a while. That takes a lasting reason: threads of other
+libraries that spin on for some milliseconds after their work are none. Results are the same: nothing depends on how
+many threads there are.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ from numba.extending import intrinsic
 from .geometry import SCRIPT, TEAM
 from .loops import call, least, peek, poke
 from .simd import I64, i64
-
-MOST_CREDIT = 10_000_000  # nanoseconds: what a team may lose that did well until then, a few turns of a processor
-MOST_ALONE = 16  # times what a run took that was too late
+from .team import ALONE, CREDIT, MOST_CREDIT
 
 STATUS = ir.IntType(32)
 
@@ -60,15 +59,15 @@ def fork(typingctx, parallel, member, driver, script, thread_num, num_threads, t
 
 def make_lead() -> Callable:
     """The kernel that runs a script by its driver: (script, the team, driver)."""
-    parallel_at, member_at, *functions_at, clock_at, credit_at, period_at, alone_at = range(len(TEAM))
+    parallel_at, member_at, *functions_at, clock_at, credit_at, alone_at = range(len(TEAM))
     thread_num_at, num_threads_at = functions_at
     threads_at, fastest_at = SCRIPT.index("threads"), SCRIPT.index("fastest")
 
     def lead(script, team, driver):
         threads, fastest = peek(script, threads_at), peek(script, fastest_at)
-        begin, resumed = now(peek(team, clock_at)), peek(team, alone_at)
+        begin = now(peek(team, clock_at))
         shared, single = peek(fastest, 0), peek(fastest, 1)
-        if begin < resumed:
+        if begin < peek(team, alone_at):
             call(driver, script, 0, 1)
             took = now(peek(team, clock_at)) - begin
             poke(fastest, 1, took if single == 0 else least(took, single))
@@ -82,10 +81,8 @@ def make_lead() -> Callable:
         saved = (threads * shared if single == 0 else single) - took  # at most, where that is not known
         credit = least(peek(team, credit_at) + saved, MOST_CREDIT)
         if credit < 0:
-            credit, period = 0, peek(team, period_at)
-            period = least(2 * period, MOST_ALONE * took) if begin - resumed < period else took
-            poke(team, period_at, period)
-            poke(team, alone_at, end + period)
+            credit = CREDIT
+            poke(team, alone_at, end + ALONE)
         poke(team, credit_at, credit)
 
     return lead

@@ -23,6 +23,9 @@ from . import store
 from .geometry import TEAM
 from .store import Kernel, _target_machine
 
+# Nanoseconds: what a team may lose that did well until then, what it may at first and after a pause, and a pause.
+MOST_CREDIT, CREDIT, ALONE = 100_000_000, 20_000_000, 200_000_000
+
 _used = _lost = False  # a team was started; a fork took it away
 
 
@@ -39,14 +42,15 @@ def size() -> int:
     """Threads that a kernel may use now: torch's setting, but no more than there are processors, which would wait for
     each other's turns; or 1 where no team can be had."""
     threads = torch.get_num_threads()
-    if threads > 1:
-        threads = min(threads, processors())
-    return threads if threads > 1 and not _lost and _openmp() is not None else 1
+    return min(threads, processors()) if threads > 1 and not _lost and _openmp() is not None else 1
 
 
 def processors() -> int:
     """How many of them this process may keep busy: those that it may run on, or what its container is granted."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if (openmp := _openmp()) is not None:
+        allowed = openmp[-1][0].omp_get_num_procs()  # knows of all, also where it has bound this thread to one of them
+    else:
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(allowed, _granted(allowed))
 
 
@@ -102,7 +106,7 @@ def leading() -> tuple[Kernel, ctypes.Array]:
     """That kernel, and what it has to know of the team."""
     parallel, member, functions, _ = _openmp()  # type: ignore[misc]
     clock = _address(ctypes.CDLL(None).clock_gettime)
-    return leader(), (ctypes.c_int64 * len(TEAM))(_address(parallel), member, *functions, clock)
+    return leader(), (ctypes.c_int64 * len(TEAM))(_address(parallel), member, *functions, clock, CREDIT)
 
 
 def _address(function: Any) -> int:
