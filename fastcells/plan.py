@@ -14,11 +14,13 @@ STEP_ROWS = 32  # of a single step, up to which packing the weights does not pay
 FEW_ROWS = 8  # of several steps together, up to which it does not either
 ROW_BLOCK = 96  # rows that go through all time steps together
 THREAD_FLOPS = 400_000  # of a call, below which waking a team costs more than it brings
-STEP_FLOPS = 36_000  # of a recurrent product, below which a barrier costs more than the second thread brings
+WAIT_FLOPS = 9_000  # that a barrier costs for each thread that meets there
 PADDING_FLOPS = 45_000_000  # past the ends of sequences, up to which they take less time than packing the rest
+UNITS_A_PIECE = 32  # that threads share
 ROWS_A_THREAD = 2  # at least; a tile of a single row cannot keep the multiply-adds busy
-SHARED_ROWS, ROWS_A_READ = 4, 16  # so many a thread for each thread that reads the same weights, at most so many, are
-# worth that each reads all of them: the more there are, the less each gets of the cache that they share
+# Where weights are far, threads that share rows take them from each other's share of a cache: it takes so many rows a
+# thread for each of the threads, and never more than ROWS_A_READ.
+SHARED_ROWS, ROWS_A_READ = 4, 16
 UNITS_A_ROW = 8  # in a backward pass, from which on reading all gates' gradients costs less than all weights
 
 
@@ -40,16 +42,21 @@ class Shape(NamedTuple):
     apart: bool = False
 
 
-@dataclass(frozen=True)
-class Plan:
-    """threads: of one direction. split: what they share, "rows" or "units"; back: in the backward pass. side_by_side:
-    each direction has threads of its own. project_ahead: the input projection of all time steps is one product before
-    the loop. in_place: weights are read as they are, not packed first. row_block: see the constant. reasons: a sentence
-    a choice."""
+class Share(NamedTuple):
+    """How many threads, and what they share: "rows" or "units"."""
 
     threads: int
     split: str
-    back: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """forward, back: what threads share of one direction, in either pass. side_by_side: each direction has threads of
+    its own. project_ahead: the input projection of all time steps is one product before the loop. in_place: weights are
+    read as they are, not packed first. row_block: see the constant. reasons: a sentence a choice."""
+
+    forward: Share
+    back: Share
     side_by_side: bool
     project_ahead: bool
     in_place: bool
@@ -84,43 +91,53 @@ def plan(shape: Shape) -> Plan:
 
     side_by_side = shape.directions > 1 and shape.threads >= shape.directions and 2 * flops >= THREAD_FLOPS
     available = shape.threads // shape.directions if side_by_side else shape.threads
-    # The input's part of a single row's step is there before the loop, or done in the shadow of the rest.
-    waiting = step_flops * shape.depth // (shape.depth + shape.inputs)
-    threads, split = share(shape.rows, flops, waiting, available, recurrent_bytes if project_ahead else weight_bytes)
+    # The input's part of a step is there before the loop, or done in the shadow of the rest.
+    alone = step_flops * shape.depth // (shape.depth + shape.inputs)
+    read = recurrent_bytes if project_ahead else weight_bytes
     near = shape.depth < UNITS_A_ROW * shape.rows
-    _, back = share(shape.rows, flops, waiting, available, 0 if near else recurrent_bytes)
+    forward, back = (
+        share(shape.rows, flops, available, chained=alone, units=shape.hidden, weight_bytes=weights)
+        for weights in (read, 0 if near else recurrent_bytes)
+    )
     if side_by_side:
-        reasons.append(f"the {shape.directions} directions run side by side, {threads} thread(s) each")
-    elif threads == 1:
+        reasons.append(f"the {shape.directions} directions run side by side, {forward.threads} thread(s) each")
+    elif forward.threads == 1:
         why = (
             "one thread is set"
             if shape.threads == 1
             else f"{flops:,} operations, {step_flops:,} a step: too few to share"
         )
         reasons.append(f"one thread: {why}")
-    elif split == "rows":
-        reasons.append(f"{threads} threads share the {shape.rows} sequences: they never wait for each other")
+    elif forward.split == "rows":
+        reasons.append(f"{forward.threads} threads share the {shape.rows} sequences: they never wait for each other")
     else:
         few = f"{shape.rows} sequence(s) are too few for each to read all weights"
-        reasons.append(f"{threads} threads share the units, with a barrier a step: {few}")
-    if back != split:
-        reasons.append(f"backward, they share the {back}: there are more gradients to exchange than states")
+        reasons.append(f"{forward.threads} threads share the units, with a barrier a step: {few}")
+    if back != forward:
+        reasons.append(f"backward, {back.threads} share the {back.split}: there are more gradients to exchange")
     if in_place:
         reasons.append(f"weights read as they are: {shape.total} row(s) of all steps do not pay for packing them")
     row_block = shape.rows if shape.rows <= ROW_BLOCK else -(-shape.rows // -(-shape.rows // ROW_BLOCK))
-    return Plan(threads, split, back, side_by_side, project_ahead, in_place, row_block, tuple(reasons))
+    return Plan(forward, back, side_by_side, project_ahead, in_place, row_block, tuple(reasons))
 
 
-def share(rows: int, flops: int, step_flops: int, threads: int, weight_bytes: int = 0) -> tuple[int, str]:
-    """(threads to use, what they share). weight_bytes: of what every thread reads at each step to share rows."""
+def share(rows: int, flops: int, threads: int, *, chained: int = 0, units: int = 0, weight_bytes: int = 0) -> Share:
+    """What so many threads at most share. chained: operations of a step that the next step's wait for, and `units` of
+    it; 0: none do. weight_bytes: of what every thread reads at each step to share rows."""
     if threads == 1 or flops < THREAD_FLOPS:
-        return 1, "rows"
+        return Share(1, "rows")
     far = weight_bytes > AHEAD_BYTES and weight_bytes * threads >= FAR_BYTES
-    if rows >= threads * (min(SHARED_ROWS * threads, ROWS_A_READ) if far else ROWS_A_THREAD):
-        return threads, "rows"
-    if step_flops < STEP_FLOPS:
-        return 1, "rows"
-    return threads, "units"
+    fed = min(threads, rows // (min(SHARED_ROWS * threads, ROWS_A_READ) if far else ROWS_A_THREAD))
+    if fed == threads:
+        return Share(threads, "rows")
+    if not chained:
+        return Share(threads, "units")
+    # What the thread with the most of it does of a step, and the barrier after it.
+    by_rows, pieces = max(fed, 1), -(-units // UNITS_A_PIECE)
+    costs = {Share(by_rows, "rows"): chained * -(-rows // by_rows) / rows}
+    for several in range(2, threads + 1):
+        costs[Share(several, "units")] = chained * -(-pieces // several) / pieces + WAIT_FLOPS * several
+    return min(costs, key=lambda s: costs[s])
 
 
 def worth_packing(padding_flops: int, training: bool) -> bool:

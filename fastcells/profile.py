@@ -384,7 +384,7 @@ def profile_layer(
     batch = module._batch(as_run(module, input, **options))
     sequences = cpu.Sequences(batch.x, batch.batch_sizes)
     schedule, before = _roof(module, batch.x.dtype, sequences, train)
-    timing = take_apart(call, schedule.split == "units" and schedule.threads > 1, budget)
+    timing = take_apart(call, schedule.forward.split == "units", budget)
     _, roof = _roof(module, batch.x.dtype, sequences, train)  # both sides of the timing, as other load comes and goes
     roof = replace(roof, peak=max(before.peak, roof.peak), bandwidth=max(before.bandwidth, roof.bandwidth))
     return LayerProfile(
@@ -452,10 +452,11 @@ def _roof(module: DropIn, dtype: torch.dtype, sequences: cpu.Sequences, train: b
             step = (own if schedule.project_ahead else own + input_weights) * item
             once = input_weights * item if schedule.project_ahead else 0
             # Threads that share the rows each read all weights, once for every block of rows.
-            readers = schedule.threads if schedule.split == "rows" else 1
+            threads, split = schedule.forward
+            readers = threads if split == "rows" else 1
             blocks = math.ceil(sequences.rows / readers / schedule.row_block)
             moved += once + sequences.steps * step * readers * blocks
-            working_set = max(working_set, step if schedule.split == "rows" else step // schedule.threads)
+            working_set = max(working_set, step if split == "rows" else step // threads)
     if train:  # backward has each product twice: for the gradient of its rows and of its weights
         flops, moved = 3 * flops, 2 * moved
     threads = torch.get_num_threads()
@@ -463,7 +464,7 @@ def _roof(module: DropIn, dtype: torch.dtype, sequences: cpu.Sequences, train: b
         flops,
         moved,
         peak_flops(dtype, threads),
-        bandwidth(working_set, schedules[0].threads),
+        bandwidth(working_set, schedules[0].forward.threads),
         working_set,
         level(working_set),
     )

@@ -42,7 +42,7 @@ class Machine:
 
         self.clock, self.parallel, self.driver = Clock(clock), Parallel(parallel), Driver(driver)
         self.fastest = (ctypes.c_int64 * 2)()
-        self.script = self.frame(SCRIPT, threads=threads, fastest=ctypes.addressof(self.fastest))
+        self.script = self.frame(SCRIPT, threads=threads, team=threads, fastest=ctypes.addressof(self.fastest))
         functions = {"parallel": self.address(self.parallel), "clock": self.address(self.clock)}
         self.team = self.frame(TEAM, **functions, member=7, thread_num=8, num_threads=9, credit=CREDIT)
         self.kernel = store.kernel("lead", [], make_lead)

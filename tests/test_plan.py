@@ -23,17 +23,17 @@ def shape(**changes):
 
 def test_many_sequences_are_shared_without_a_barrier():
     chosen = plan(shape(rows=32))
-    assert (chosen.threads, chosen.split) == (2, "rows")
+    assert chosen.forward == (2, "rows")
 
 
 def test_one_sequence_shares_its_units():
     chosen = plan(shape(rows=1, hidden=512, depth=512))
-    assert (chosen.threads, chosen.split) == (2, "units")
+    assert chosen.forward == (2, "units")
 
 
 @pytest.mark.parametrize("changes", [{"threads": 1}, {"rows": 1, "hidden": 8, "depth": 8, "inputs": 8}])
 def test_little_work_stays_on_one_thread(changes):
-    assert plan(shape(**changes)).threads == 1
+    assert plan(shape(**changes)).forward.threads == 1
 
 
 def test_rows_are_taken_in_even_blocks():
@@ -95,4 +95,4 @@ def test_explain_wants_a_recurrent_module():
 )
 def test_threads_do_not_all_read_weights_that_are_many_for_few_rows(rows, hidden, threads, forward, back):
     chosen = plan(shape(rows=rows, hidden=hidden, depth=hidden, inputs=hidden, threads=threads))
-    assert (chosen.threads, chosen.split, chosen.back) == (threads, forward, back)
+    assert (chosen.forward, chosen.back) == ((threads, forward), (threads, back))

@@ -279,15 +279,16 @@ def make_pack(dtype: str, lanes: int) -> Callable:
 def make_turn(dtype: str, lanes: int) -> Callable:
     """The kernel that copies a matrix with rows and columns exchanged. Rows of the target hold whole vectors."""
     size = FORMATS[dtype].bytes
-    target_at, target_row_at, source_at, source_row_at, rows_at, columns_at = range(len(TURN))
+    target_at, target_row_at, source_at, source_row_at, rows_at, columns_at, shares_at = range(len(TURN))
     _, gather, transpose = moves(dtype, lanes)
 
     def member(frame, thread, team):
         target, target_row = peek(frame, target_at), peek(frame, target_row_at)
         source, source_row = peek(frame, source_at), peek(frame, source_row_at)
         rows, columns = peek(frame, rows_at), peek(frame, columns_at)
-        squares = (columns + lanes - 1) // lanes
-        begin, end = squares * thread // team * lanes, least(squares * (thread + 1) // team * lanes, columns)
+        begin, end = 0, columns
+        if team > 1:
+            begin, end = peek(peek(frame, shares_at), thread), peek(peek(frame, shares_at), thread + 1)
         row = 0
         while row < rows:
             count = least(lanes, rows - row)

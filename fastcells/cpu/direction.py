@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Container, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
@@ -103,14 +102,15 @@ class Sequences:
             exists = step > 0
         return torch.where(exists, self.offsets[other] + row, -1), row
 
-    def shares(self, threads: int) -> array | None:
-        """Rows at which threads' shares begin, so that each has as many time steps to do; None for even shares."""
+    def shares(self, script: Script, threads: int) -> int:
+        """Address of the rows at which threads' shares begin, so that each has as many time steps to do; 0 for even
+        shares."""
         if self.counts is None or threads == 1:
-            return None
+            return 0
         done = self.lengths.cumsum(0)
         goals = torch.arange(1, threads) * (self.total / threads)
         ends = torch.searchsorted(done, goals).add(1).clamp(max=self.rows).tolist()
-        return array("q", [0, *ends, self.rows])
+        return script.table([0, *ends, self.rows])
 
 
 def view(t: Buffer, sequences: Sequences, initial: Buffer | int = 0) -> View:
@@ -176,8 +176,8 @@ class Direction:
         """Choose the threads of the products around the time loop: where that runs on one thread, another that waits
         for it slows it down, so that only large products are worth it."""
         flops = 2 * total * len(self.r.gates) * self.hidden * self.inputs
-        shared = schedule.threads > 1 or schedule.side_by_side or flops > APART_FLOPS
-        self.team = team.size() if shared else 1
+        shared = max(schedule.forward.threads, schedule.back.threads) > 1 or schedule.side_by_side
+        self.team = team.size() if shared or flops > APART_FLOPS else 1
 
     def own_views(self, sequences: Sequences) -> dict[str, View]:
         """Of the cell's own tensors, and of its extra inputs."""
@@ -234,9 +234,10 @@ class Direction:
         return start, self.rows_of(script, self.b_hh, p.bias_gates).at if p.bias_gates else 0
 
     def products(
-        self, script: Script, run: Runner, schedule: Plan, first: int, unused: Container[str] = ()
+        self, script: Script, run: Runner, threads: int, first: int, in_place: bool, unused: Container[str] = ()
     ) -> list[list[Product]]:
-        """The weights of every segment of every stage; nothing is packed for those `unused`.
+        """The weights of every segment of every stage, packed by so many threads from number `first` on, or read as
+        they are; nothing is packed for those `unused`.
 
         unused: "x" where the input is projected ahead; "before" where the only step is every sequence's first.
         """
@@ -249,7 +250,8 @@ class Direction:
                 elif segment.rows.when in unused:
                     row.append(Product(self.depth_of(segment.weights)))
                 else:
-                    row.append(self.weights(script, run, k, segment.weights, self.units(stage.size), schedule, first))
+                    units = self.units(stage.size)
+                    row.append(self.weights(script, run, k, segment.weights, units, threads, first, in_place))
             found.append(row)
         return found
 
@@ -261,17 +263,24 @@ class Direction:
         return self.inputs if weights.matrix == "ih" else self.depth
 
     def weights(
-        self, script: Script, run: Runner, stage: int, weights: Weights, units: int, schedule: Plan, first: int
+        self,
+        script: Script,
+        run: Runner,
+        stage: int,
+        weights: Weights,
+        units: int,
+        threads: int,
+        first: int,
+        in_place: bool,
     ) -> Product:
         depth = self.depth_of(weights)
         matrix = {"ih": self.w_ih, "hh": self.w_hh, "hr": self.w_hr}[weights.matrix]
         if weights.transposed and weights.matrix != "hr":
             matrix = self.rows_of(script, matrix, weights.gates)
-        if schedule.in_place and run.readable(weights.transposed, units):
+        if in_place and run.readable(weights.transposed, units):
             return run.in_place(matrix, weights.transposed, self.hidden, depth)
         one = weights.transposed or weights.matrix == "hr"
         offsets = [0] if one else [self.r.gates[g] * self.hidden for g in weights.gates]
-        threads = schedule.threads
         return run.panel(script, matrix, stage, weights.transposed, offsets, units, depth, threads, first)
 
     def units(self, size: str) -> int:

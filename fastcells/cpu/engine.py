@@ -123,6 +123,8 @@ class Runner:
         self.before = [[s.rows.when == "before" for s in stage.segments] for stage in program.stages]
         self.shapes = [tile_shape(s, host().registers, self.lanes) for s in program.stages]
         self.direct = [is_direct(s) for s in program.stages]
+        # Whether what one unit takes is made of others.
+        self.chained = len(program.stages) > 1 or any(s.rows.when != "now" for s in program.stages[0].segments)
         self._kernel: store.Kernel | None = None
 
     @property
@@ -175,7 +177,8 @@ class Runner:
 
         views: of every buffer. products: of every stage. units: of every stage. slot: units between slots. skip_first:
         at a first step, products of "before" rows are zero. threads, from number `first` on, share by `split`; shares:
-        address of the rows at which their shares begin, if not even. dot: weights are read as they are.
+        address of the rows, or vectors of units, at which their shares begin, if not even. dot: weights are read as
+        they are.
         """
         row_block = row_block or times.rows
         block = depth_block(row_block)
@@ -216,7 +219,7 @@ class Runner:
             training,
             self._weight_bytes(products, units) > AHEAD_BYTES,
         )
-        counter = WORD["barrier"] if split == "units" and threads > 1 else None
+        counter = WORD["barrier"] if split == "units" and threads > 1 and self.chained else None
         script.launch(self.kernel, words, threads=threads, first=first, wait=wait, counter=counter, label=label)
 
     def panel(
@@ -281,11 +284,14 @@ def turning(dtype: torch.dtype) -> store.Kernel:
     return store.kernel(f"turn_{DTYPES[dtype]}", [], make)
 
 
-def turned(script: Script, dtype: torch.dtype, source: Buffer, target: Buffer, **options: Any) -> None:
-    """target = source.T. target: rows of whole vectors, what is past their end is lost."""
+def turned(
+    script: Script, dtype: torch.dtype, source: Buffer, target: Buffer, shares: Sequence[int], **options: Any
+) -> None:
+    """target = source.T. target: rows of whole vectors, what is past their end is lost. shares: the columns at which
+    those of the threads begin, and the end."""
     rows, columns = source.shape
     words: list[Address] = [target.at, target.strides[0], source.at, source.strides[0], rows, columns]
-    script.launch(turning(dtype), words, **options)
+    script.launch(turning(dtype), [*words, script.table(shares)], threads=len(shares) - 1, **options)
 
 
 # ---- plain linear algebra, of the same tiles ----
@@ -335,14 +341,18 @@ def product(
     *,
     transposed: bool = False,
     threads: int = 1,
+    shares: Address = 0,
+    split: str = "rows",
     pack: bool = True,
+    wait: bool = True,
     label: str = "",
 ) -> None:
     """out = start + x @ weight.T, or start + x @ weight if transposed, over the last dimension.
 
     x: [A, B, depth], any strides. out: [A, B, units] with adjacent units. start: address of [units], or None to add to
-    what `out` holds. weight: [rows, columns] with adjacent columns. pack: whether the weights are packed first; not to
-    needs `transposed`.
+    what `out` holds. weight: [rows, columns] with adjacent columns. threads: at most; with `shares` so many, and they
+    share by `split` (see `launch`). pack: whether the weights are packed first; not to needs `transposed`. wait: for
+    what earlier launches do.
     """
     run, _ = plain(dtype)
     units, depth = out.shape[-1], x.shape[-1]
@@ -358,10 +368,10 @@ def product(
         "out": target,
         "start": target if start is None else View(start),
     }
-    flops = 2 * rows * units * depth
-    team_size, split = share(rows, flops * steps, flops, threads)
+    if not shares:
+        threads, split = share(rows, 2 * rows * units * depth * steps, threads)
     if pack or not run.readable(transposed, units):
-        weights = run.panel(script, weight, 0, transposed, [0], units, depth, team_size)
+        weights, wait = run.panel(script, weight, 0, transposed, [0], units, depth, threads), True
     else:
         weights = run.in_place(weight, transposed, units, depth)
     run.launch(
@@ -370,8 +380,10 @@ def product(
         views,
         [[weights._replace(k=x_strides[2])]],
         [units],
-        threads=team_size,
+        threads=threads,
         split=split,
+        shares=shares,
         row_block=min(rows, ROW_BLOCK),
+        wait=wait,
         label=label,
     )

@@ -10,17 +10,19 @@ from typing import NamedTuple
 
 from ..program import Program, Stage
 
+LINE = 64  # bytes of a line of cache
+
 HEADER = (
     "steps",  # time steps
     "rows",  # sequences at the fullest step
-    "shares",  # address of the row that each thread's share begins at, and the end; 0: even shares
+    "shares",  # address of the row, or vector of units, that each thread's share begins at, and the end; 0: even ones
     "threads",  # that the shares were made for
     "positions",  # address of the position of every step, 0 where positions are first + step * delta
     "first",
     "delta",
     "counts",  # address of the number of sequences at every step, 0 where it is always `rows`
-    "split",  # 0: threads share the rows, 1: threads share the units and wait for each other after every stage
-    "barrier",  # address of the arrival counter
+    "split",  # 0: threads share the rows, 1: the units
+    "barrier",  # address of the counter by which they wait for each other after every stage; 0: they do not
     "yield",  # address of the function that gives up the processor
     "row_block",  # rows that go through all time steps together
     "depth_block",  # depth of the products taken at a time
@@ -57,10 +59,12 @@ WORD = {name: k for k, name in enumerate(HEADER)}
 SCRIPT = (
     "launches",
     "table",
-    "threads",
+    "threads",  # that have something to do,
+    "team",  # and that it runs on: all that torch has, since those that a team lacks end, and are made anew
     "yield",
-    "counter",
     "fastest",  # address of the nanoseconds of its fastest runs, on a team and on one thread, 0 before the first
+    "counter",  # of the barriers between launches,
+    *[""] * (2 * LINE // 8 - 1),  # and room for it to be on a line of cache of its own, as what follows it
     "operands",
 )
 LAUNCH = (
@@ -83,7 +87,6 @@ TEAM = (  # of the process, for scripts that run on its threads
     "credit",  # nanoseconds that the team may lose until scripts run on one thread,
     "alone",  # and until when they do, by the clock
 )
-LINE = 64  # bytes of a line of cache
 
 
 class Layout:
@@ -208,5 +211,6 @@ PACK = (
 DIGEST = 65  # words of a digest; the last is 1 once the panel is whole
 DIGEST_BYTES = -(-8 * DIGEST // LINE) * LINE
 
-# The frame of a turning kernel: addresses, bytes from row to row, and the sizes of the source.
-TURN = ("target", "target_row", "source", "source_row", "rows", "columns")
+# The frame of a turning kernel: addresses, bytes from row to row, and the sizes of the source; address of the columns
+# at which the threads' shares begin.
+TURN = ("target", "target_row", "source", "source_row", "rows", "columns", "shares")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
+from ..plan import share
 from .direction import Direction
-from .engine import Buffer, add, product, turned
+from .engine import Buffer, add, plain, product, turned
 from .host import host
 from .script import Script, ones, zeros
 
@@ -93,15 +96,15 @@ class OverTime:
     def _run(self, sums: Buffer | None = None) -> None:
         """Compute all terms; sums: what becomes the sum of the first columns over all rows, [1, columns]."""
         script, dtype, item = self.script, self.d.r.dtype, self.grad.item
-        options: dict[str, Any] = {"threads": self.d.team, "label": LABEL}
         total, used = self.grad.shape[0], max([begin + count for begin, count, *_ in self.terms], default=0)
-        length = total
+        lanes = host().lanes(item)
+        shares = self._shares(used, lanes)
+        threads, length = len(shares) - 1, total
         if turn := used and total * self.grad.strides[0] > NEAR_BYTES:
             # Whole time steps, if an operand's rows are apart by two distances.
             whole = max([other.shape[1] for *_, other, _ in self.terms if len(other.shape) == 3], default=1)
             size = sum([count * other.shape[-1] * item for _, count, _, other, _ in self.terms])
             length = max(1, (STRETCH if size <= LONG_BYTES else LONG_STRETCH) // whole) * whole
-            lanes = host().lanes(item)
             row = (-(-min(length, total) // lanes) + 1) * lanes  # whole vectors, at a distance that is no power of two
             copy = Buffer.new(script.take(used * row * item), (used, row), item)
         near = {
@@ -111,36 +114,58 @@ class OverTime:
         }
         begun: set[Buffer] = set()
 
-        def start(target: Buffer) -> Any:
-            more = target in begun
+        def add_product(x: Buffer, weight: Buffer, target: Buffer, shares: int, split: str, wait: bool) -> None:
+            product(
+                script, dtype, x.by_time(), weight, target.by_time(),
+                None if target in begun else zeros(target.shape[1] * item), transposed=True, pack=False,
+                threads=threads, shares=shares, split=split, wait=wait, label=LABEL,
+            )  # fmt: skip
             begun.add(target)
-            return None if more else zeros(target.shape[1] * item)
 
+        # A thread's share are columns of `grad`: no thread needs what another one does, but for copies that all read.
+        rows_of = {
+            (begin, count): script.table([min(max(c - begin, 0), count) for c in shares])
+            for begin, count, *_ in self.terms
+        }
+        if sums is not None:
+            tile = plain(dtype)[0].shapes[0].widths[0]  # shares of whole tiles, for sums to be the same
+            vectors = [min(c, sums.shape[1]) // lanes // tile * tile for c in shares[:-1]]
+            vectors_of = script.table([*vectors, -(-sums.shape[1] // lanes)])
+        wait = True
         for begin in range(0, total, length):
             end = min(begin + length, total)
             stretch = self.grad.narrow(0, begin, end - begin)
-            if turn:
-                turned(script, dtype, stretch.columns(0, used), copy, **options)
-            rows = copy.narrow(1, 0, end - begin) if turn else stretch.turned()
             for other, here in near.items():  # which has rows of all steps
                 steps = other.narrow(0, begin // other.shape[1], (end - begin) // other.shape[1])
                 into = here.narrow(0, 0, end - begin).by_time(steps.shape[:2])
-                add(script, dtype, into, steps, **options)
+                add(script, dtype, into, steps, threads=threads, wait=True, label=LABEL)
+                wait = True
+            if turn:
+                turned(script, dtype, stretch.columns(0, used), copy, shares, wait=wait, label=LABEL)
+                wait = False
+            rows = copy.narrow(1, 0, end - begin) if turn else stretch.turned()
             for column, count, first, other, target in self.terms:
                 low, high = max(begin, first), min(end, first + self._rows(other))
                 if low < high:
                     x = rows.narrow(0, column, count).narrow(1, low - begin, high - low)
                     weight = near[other] if other in near else other.narrow(0, low - first, high - low)
-                    product(
-                        script, dtype, x.by_time(), weight, target.by_time(), start(target), transposed=True,
-                        pack=False, **options,
-                    )  # fmt: skip
+                    add_product(x, weight, target, rows_of[column, count], "rows", wait)
+                    wait = False
             if sums is not None:
                 unit = Buffer.new(ones(end - begin, dtype), (1, end - begin), item)
-                product(
-                    script, dtype, unit.by_time(), stretch.columns(0, sums.shape[1]), sums.by_time(), start(sums),
-                    transposed=True, pack=False, **options,
-                )  # fmt: skip
+                add_product(unit, stretch.columns(0, sums.shape[1]), sums, vectors_of, "units", wait)
+                wait = False
+
+    def _shares(self, columns: int, lanes: int) -> list[int]:
+        """Whole vectors of columns of `grad` at which the threads' shares begin, and the end: as much for each."""
+        costs = [0] * -(-columns // lanes)
+        for begin, count, _, other, _ in self.terms:
+            for k in range(begin // lanes, -(-(begin + count) // lanes)):
+                costs[k] += self._rows(other) * other.shape[-1]
+        done = list(accumulate(costs, initial=0))
+        threads = min(share(columns, 2 * lanes * done[-1], self.d.team).threads, len(costs))
+        goals = [done[-1] * k / threads for k in range(1, threads)]
+        return [0, *(bisect_left(done, goal) * lanes for goal in goals), columns]
 
     @staticmethod
     def _rows(other: Buffer) -> int:

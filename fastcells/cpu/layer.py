@@ -160,7 +160,7 @@ class Forward(Call):
         starts = []
         launches = []
         for k, d in enumerate(directions):
-            first = k * schedule.threads if schedule.side_by_side else 0
+            first = k * schedule.forward.threads if schedule.side_by_side else 0
             start, own = d.biases(self.script)
             initial: list[Buffer | int] = [nothing] * len(p.states) if states is None else [s[k] for s in given]
             views = {"s." + p.states[0]: view(y.columns(k * width, width), sequences, initial[0]), "bias": View(own)}
@@ -183,7 +183,8 @@ class Forward(Call):
                 "x" if schedule.project_ahead else "",
                 "before" if states is None and sequences.steps == 1 else "",
             )
-            launches.append(d.products(self.script, r.forward, schedule, first, unused))
+            threads, in_place_ = schedule.forward.threads, schedule.in_place
+            launches.append(d.products(self.script, r.forward, threads, first, in_place_, unused))
         for k, d in enumerate(directions):
             start, views = starts[k]
             if not schedule.project_ahead:
@@ -197,10 +198,8 @@ class Forward(Call):
             product(self.script, dtype, x_.by_time(), weight, out, start, threads=d.team, label="input projection")
         self.owned = []
         for k, d in enumerate(directions):
-            first = k * schedule.threads if schedule.side_by_side else 0
-            times = sequences.times(descending=d.reverse)
-            shares = sequences.shares(schedule.threads)
-            self.owned += [times, shares]
+            times, (threads, split) = sequences.times(descending=d.reverse), schedule.forward
+            self.owned.append(times)
             r.forward.launch(
                 self.script,
                 times,
@@ -210,12 +209,12 @@ class Forward(Call):
                 slot=hidden,
                 skip_first=states is None,
                 training=training,
-                threads=schedule.threads,
-                first=first,
+                threads=threads,
+                first=k * threads if schedule.side_by_side else 0,
                 wait=k == 0 or not schedule.side_by_side,
-                split=schedule.split,
+                split=split,
                 row_block=schedule.row_block,
-                shares=0 if shares is None else shares.buffer_info()[0],
+                shares=sequences.shares(self.script, threads),
                 dot=schedule.in_place,
             )
         for k, d in enumerate(directions):
@@ -331,7 +330,7 @@ class Backward(Call):
         others = len(p.states) - 1
         launches, totals, self.owned = [], [], []
         for k, d in enumerate(directions):
-            first = k * schedule.threads if schedule.side_by_side else 0
+            first = k * schedule.back.threads if schedule.side_by_side else 0
             initial: list[Buffer | int] = [nothing] * len(p.states) if states is None else [s[k] for s in given]
             views = {
                 "dy": View(nothing) if dy_ is None else view(dy_.columns(k * width, width), sequences),
@@ -372,10 +371,11 @@ class Backward(Call):
             if projected[k] is not None:
                 views["projected"] = view(projected[k], sequences)
             unused = ("before",) if sequences.steps == 1 else ()
-            launches.append((views, d.products(self.script, r.backward, schedule, first, unused)))
+            weights = d.products(self.script, r.backward, schedule.back.threads, first, schedule.in_place, unused)
+            launches.append((views, weights))
         for k, d in enumerate(directions):
-            times, shares = sequences.times(descending=not d.reverse), sequences.shares(schedule.threads)
-            self.owned += [times, shares]
+            times, (threads, split) = sequences.times(descending=not d.reverse), schedule.back
+            self.owned.append(times)
             r.backward.launch(
                 self.script,
                 times,
@@ -383,12 +383,12 @@ class Backward(Call):
                 [d.units(s.size) for s in p.backward.stages],
                 slot=hidden,
                 skip_first=True,
-                threads=schedule.threads,
-                first=k * schedule.threads if schedule.side_by_side else 0,
+                threads=threads,
+                first=k * threads if schedule.side_by_side else 0,
                 wait=k == 0 or not schedule.side_by_side,
-                split=schedule.back,
+                split=split,
                 row_block=schedule.row_block,
-                shares=0 if shares is None else shares.buffer_info()[0],
+                shares=sequences.shares(self.script, threads),
             )
         for k, d in enumerate(directions):
             if dx is not None:

@@ -61,10 +61,10 @@ def make_lead() -> Callable:
     """The kernel that runs a script by its driver: (script, the team, driver)."""
     parallel_at, member_at, *functions_at, clock_at, credit_at, alone_at = range(len(TEAM))
     thread_num_at, num_threads_at = functions_at
-    threads_at, fastest_at = SCRIPT.index("threads"), SCRIPT.index("fastest")
+    threads_at, team_at, fastest_at = (SCRIPT.index(name) for name in ("threads", "team", "fastest"))
 
     def lead(script, team, driver):
-        threads, fastest = peek(script, threads_at), peek(script, fastest_at)
+        fastest = peek(script, fastest_at)
         begin = now(peek(team, clock_at))
         shared, single = peek(fastest, 0), peek(fastest, 1)
         if begin < peek(team, alone_at):
@@ -73,12 +73,12 @@ def make_lead() -> Callable:
             poke(fastest, 1, took if single == 0 else least(took, single))
             return
         member, thread_num, num_threads = peek(team, member_at), peek(team, thread_num_at), peek(team, num_threads_at)
-        fork(peek(team, parallel_at), member, driver, script, thread_num, num_threads, threads)
+        fork(peek(team, parallel_at), member, driver, script, thread_num, num_threads, peek(script, team_at))
         end = now(peek(team, clock_at))
         took = end - begin
         shared = took if shared == 0 else least(took, shared)
         poke(fastest, 0, shared)
-        saved = (threads * shared if single == 0 else single) - took  # at most, where that is not known
+        saved = (peek(script, threads_at) * shared if single == 0 else single) - took  # at most, where not known
         credit = least(peek(team, credit_at) + saved, MOST_CREDIT)
         if credit < 0:
             credit = CREDIT

@@ -22,6 +22,7 @@ from .geometry import (
     EPILOGUES,
     FAR,
     LAUNCH,
+    LINE,
     MAX_ROWS,
     MAX_WIDTHS,
     PARTIAL,
@@ -86,13 +87,19 @@ def least(typingctx, a, b):
 
 
 @intrinsic
-def barrier(typingctx, counter, target, give_way):
-    """Arrive, then wait until `target` threads have; the processor is offered to others after a bounded spin."""
+def barrier(typingctx, counter, target, team, give_way):
+    """Arrive, then wait until `target` threads have: `team` more than at the barrier before; the processor is offered
+    to others after a bounded spin. Of more than two threads, the last one writes on a line of its own that all have
+    arrived: the others look there, and do not take the counter from those who arrive."""
 
     def emit(context, b, signature, args):
-        counter, target, give_way = args
+        counter, target, team, give_way = args
+        several = b.icmp_signed(">", team, i64(2))
         address = b.inttoptr(counter, I64.as_pointer())
-        b.atomic_rmw("add", address, i64(1), "acq_rel")
+        seen = b.inttoptr(b.add(counter, b.select(several, i64(LINE), i64(0))), I64.as_pointer())
+        arrived = b.add(b.atomic_rmw("add", address, i64(1), "acq_rel"), i64(1))
+        with b.if_then(b.and_(several, b.icmp_signed("==", arrived, target))):
+            b.store_atomic(target, seen, "release", 8)
         before, spin, patience, yielding, done = (
             b.block,
             *(b.append_basic_block(f"barrier.{n}") for n in ("spin", "patience", "yield", "done")),
@@ -101,8 +108,7 @@ def barrier(typingctx, counter, target, give_way):
         b.position_at_end(spin)
         spins = b.phi(I64)
         spins.add_incoming(i64(0), before)
-        arrived = b.load_atomic(address, "acquire", 8)
-        b.cbranch(b.icmp_signed("<", arrived, target), patience, done)
+        b.cbranch(b.icmp_signed("<", b.load_atomic(seen, "acquire", 8), target), patience, done)
         b.position_at_end(patience)
         _pause(b)
         more = b.add(spins, i64(1))
@@ -115,7 +121,7 @@ def barrier(typingctx, counter, target, give_way):
         b.position_at_end(done)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64), emit
+    return types.void(*[types.int64] * 4), emit
 
 
 def _pause(b) -> None:
@@ -179,11 +185,17 @@ def float_control(typingctx, wanted):
 
 def make_driver() -> Callable:
     """The kernel that runs a script: fills in the frames, then each thread does its part of every launch."""
-    launches_at, table_at, threads_at, yield_at, counter_at, _, operands_at = range(len(SCRIPT))
+    launches_at, table_at, threads_at, yield_at, counter_at, operands_at = (
+        SCRIPT.index(name) for name in ("launches", "table", "threads", "yield", "counter", "operands")
+    )
     kernel_at, words_at, length_at, relocations_at, count_at, frame_at, first_at, team_at, wait_at = range(len(LAUNCH))
     entry = 8 * len(LAUNCH)
 
     def member(script, thread, team):
+        asked = peek(script, threads_at)
+        if thread >= asked:
+            return
+        team = least(team, asked)
         launches, table = peek(script, launches_at), peek(script, table_at)
         operands = script + 8 * operands_at
         memory = peek(operands, 0)
@@ -203,9 +215,9 @@ def make_driver() -> Callable:
             launch = table + k * entry
             if team > 1 and (k == 0 or peek(launch, wait_at) == 1):
                 arrivals += team
-                barrier(counter, arrivals, peek(script, yield_at))
+                barrier(counter, arrivals, team, peek(script, yield_at))
             first, threads = peek(launch, first_at), peek(launch, team_at)
-            if team < peek(script, threads_at):  # fewer threads than asked for: all of it on the first
+            if team < asked:  # fewer threads than asked for: all of it on the first
                 first, threads = 0, 1
             if first <= thread < first + threads:
                 call(peek(launch, kernel_at), memory + peek(launch, frame_at), thread - first, threads)
@@ -396,9 +408,10 @@ def over_time(frame, thread, team):
     by_units = peek(frame, SPLIT) == 1
     scratch = peek(frame, SCRATCH) + thread * peek(frame, SCRATCH_THREAD)
     row_begin, row_end = 0, rows
+    shares = peek(frame, SHARES)
+    own_share = shares != 0 and peek(frame, THREADS) == team
     if not by_units:
-        shares = peek(frame, SHARES)
-        if shares != 0 and peek(frame, THREADS) == team:
+        if own_share:
             row_begin, row_end = peek(shares, thread), peek(shares, thread + 1)
         else:
             row_begin, row_end = rows * thread // team, rows * (thread + 1) // team
@@ -418,7 +431,9 @@ def over_time(frame, thread, team):
                 unit, units = 0, (peek(frame, stage_word(stage) + UNITS_AT) + lanes(0) - 1) // lanes(0)
                 if by_row(stage) == 1:
                     units = 1
-                if by_units:  # in pieces that do not change which tiles there are, so that sums stay the same
+                if by_units and own_share:
+                    unit, units = peek(shares, thread), peek(shares, thread + 1)
+                elif by_units:  # in pieces that do not change which tiles there are, so that sums stay the same
                     piece = piece_of(frame, stage, active == 1)
                     pieces = (units + piece - 1) // piece
                     unit = pieces * thread // team * piece
@@ -436,9 +451,9 @@ def over_time(frame, thread, team):
                         is_first, is_last, now, before, after, scratch,
                     )  # fmt: skip
                     n = group_end
-                if by_units and team > 1:
+                if team > 1 and peek(frame, BARRIER) != 0:
                     arrivals += team
-                    barrier(peek(frame, BARRIER), arrivals, peek(frame, YIELD))
+                    barrier(peek(frame, BARRIER), arrivals, team, peek(frame, YIELD))
             carried, before = active, now
             if step + 1 < steps:
                 carried = least(active, count(frame, step + 1))

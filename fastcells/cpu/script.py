@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from struct import Struct
 from typing import NamedTuple
@@ -105,6 +105,12 @@ class Script:
         self._memory = self._kept = 0  # bytes
         self._keeping: Memory | None = None
         self._pack: Callable[..., bytes] | None = None
+        self._owned: list[array] = []  # what the launches' frames point to
+
+    def table(self, words: Iterable[int]) -> int:
+        """Address of words that last as long as the script."""
+        self._owned.append(array("q", words))
+        return self._owned[-1].buffer_info()[0]
 
     def take(self, size: int) -> Address:
         """`size` bytes of the call's memory, on lines of cache of their own."""
@@ -147,25 +153,25 @@ class Script:
         """A function that makes the driver's frame of the words that differ from call to call: the address of the
         call's memory, so many others, and KEPT and KEEPS."""
         table: list[int] = []
-        self._owned = []
         kept = {KEPT: operands + 1, KEEPS: operands + 2}
         for launch in self.launches:
-            words = array("q", [0 if isinstance(a, At) else int(a) for a in launch.frame])
+            words = self.table(0 if isinstance(a, At) else int(a) for a in launch.frame)
             relative = [
                 (k, kept.get(a.operand, a.operand), a.offset) for k, a in enumerate(launch.frame) if isinstance(a, At)
             ]
-            relocations = array("q", [n for entry in relative for n in entry])
-            self._owned += [words, relocations]
-            table += [launch.kernel.address, words.buffer_info()[0], len(words)]
-            table += [relocations.buffer_info()[0], len(relative), launch.at.offset]
+            relocations = self.table(n for entry in relative for n in entry)
+            table += [launch.kernel.address, words, len(launch.frame), relocations, len(relative), launch.at.offset]
             table += [launch.first, launch.threads, launch.wait]
-        owned = array("q", table)
-        self._owned.append(owned)
         self._driver = driver()
-        self._fastest = array("q", [0, 0])
-        last = team.give_way(), 0, self._fastest.buffer_info()[0]
-        header = len(self.launches), owned.buffer_info()[0], self.threads, *last
-        return partial(Struct(f"{len(SCRIPT) + operands + 2}q").pack, *header)
+        header: dict[str, int] = dict.fromkeys(SCRIPT[:-1], 0) | {
+            "launches": len(self.launches),
+            "table": self.table(table),
+            "threads": self.threads,
+            "team": team.size() if self.threads > 1 else 1,
+            "yield": team.give_way(),
+            "fastest": self.table([0, 0]),
+        }
+        return partial(Struct(f"{len(SCRIPT) + operands + 2}q").pack, *[header[name] for name in SCRIPT[:-1]])
 
     @property
     def size(self) -> int:
@@ -184,8 +190,8 @@ class Script:
     def frame(self, operands: Sequence[int], memory: int, kept: Memory | None) -> bytes:
         """What the driver runs on: the addresses of the operands from number 1 on, and of `size` bytes of memory;
         where none are kept, of `kept` bytes more."""
-        last = (memory + self._memory, 0) if kept is None else (kept.address, 1)
-        return self._packed(len(operands))(memory, *operands, *last)
+        memories = (memory + self._memory, 0) if kept is None else (kept.address, 1)
+        return self._packed(len(operands))(memory, *operands, *memories)
 
     def _packed(self, operands: int) -> Callable[..., bytes]:
         if self._pack is None:

@@ -69,12 +69,10 @@ def _granted(most: int, groups: Path = Path("/sys/fs/cgroup")) -> int:
 
 def run(kernel: Kernel, frame: bytes, threads: int) -> None:
     """Run `kernel` on a frame with a team of `threads`, which write in a copy of theirs."""
-    global _used
     if threads <= 1:
         kernel.call(frame, 0, 1)
         return
-    words = array("q", frame)
-    _used = True
+    words = _shared(frame)
     parallel, member, functions, _ = _openmp()  # type: ignore[misc]
     arguments = (ctypes.c_int64 * 4)(kernel.address, words.buffer_info()[0], *functions)
     parallel(member, ctypes.addressof(arguments), threads, 0)
@@ -82,11 +80,16 @@ def run(kernel: Kernel, frame: bytes, threads: int) -> None:
 
 def lead(driver: Kernel, frame: bytes) -> None:
     """Run a script's frame on the team, or on the caller's thread while others have lost theirs (see lead.py)."""
-    global _used
-    words = array("q", frame)
-    _used = True
+    words = _shared(frame)
     kernel, team = leading()
     kernel.call(words.buffer_info()[0], ctypes.addressof(team), driver.address)
+
+
+def _shared(frame: bytes) -> array:
+    """A copy of a frame for a team."""
+    global _used
+    _used = True
+    return array("q", frame)
 
 
 @lru_cache
