@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastcells
-from fastcells import cell, cells, functional, unrolled
-from fastcells.cpu import gradients, layer
+from fastcells import cell, cells, functional, plan, unrolled
+from fastcells.cpu import gradients, layer, team
 from fastcells.cpu.host import host
 from fastcells.expression import (
     cos,
@@ -433,18 +433,25 @@ def test_functions_in_kernels(dtype):
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("c", [cells.lstm, cells.gru, cells.gru_reset_before, normed], ids=lambda c: c.name)
-def test_bitwise_the_same_run_to_run_and_on_one_thread_or_two(c, rows):
-    """Gradients of 16 rows' weights are taken a stretch at a time."""
-    arguments, leaves, _ = problem(c, 20, rows, 40, 120, dtype=torch.float32, directions=2)
+@pytest.mark.parametrize("split", ["", "rows", "units"])
+def test_bitwise_the_same_run_to_run_and_on_any_number_of_threads(c, rows, split, monkeypatch):
+    """Gradients of 16 rows' weights are taken a stretch at a time. split: what threads share in any case."""
+    arguments, leaves, _ = problem(c, 20, rows, 40, 120, dtype=torch.float32, directions=1 if split else 2)
     threads = torch.get_num_threads()
+    monkeypatch.setattr(team, "processors", lambda: 5)  # whatever there are
+    if split:
+        monkeypatch.setattr(plan, "share", lambda rows, flops, most, **_: plan.Share(most, split))
     results = []
     try:
-        for n in (1, 2, 2, 1):
+        for n in (1, 2, 5, 3, 2, 1):
             torch.set_num_threads(n)
+            plan.plan.cache_clear()
             outputs, grads = everything(functional.layer, arguments, leaves)
             results.append([*outputs, *grads])
     finally:
         torch.set_num_threads(threads)
+        plan.plan.cache_clear()
+        layer.forget()
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)

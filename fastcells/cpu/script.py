@@ -138,13 +138,13 @@ class Script:
         counter: int | None = None,
         label: str = "",
     ) -> None:
-        """Add a kernel with its frame. counter: the word that is to be the address of a zero on a line of its own."""
+        """Add a kernel with its frame. counter: the word that is to be the address of two lines of zeros."""
         if counter is None:
             at = self._take(8 * len(frame))
         else:
             lines = -(-8 * len(frame) // LINE)
-            at = self._take((lines + 1) * LINE)
-            frame = frame + [0] * ((lines + 1) * LINE // 8 - len(frame))
+            at = self._take((lines + 2) * LINE)
+            frame = frame + [0] * ((lines + 2) * LINE // 8 - len(frame))
             frame[counter] = at + lines * LINE
         self.launches.append(Launch(label or kernel.name, kernel, frame, at, first, threads, wait))
         self.threads = max(self.threads, first + threads)
