@@ -16,7 +16,7 @@ ROW_BLOCK = 96  # rows that go through all time steps together
 THREAD_FLOPS = 400_000  # of a call, below which waking a team costs more than it brings
 WAIT_FLOPS = 9_000  # that a barrier costs for each thread that meets there
 PADDING_FLOPS = 45_000_000  # past the ends of sequences, up to which they take less time than packing the rest
-UNITS_A_PIECE = 32  # that threads share
+UNITS_A_PIECE = 16  # that threads share
 ROWS_A_THREAD = 2  # at least; a tile of a single row cannot keep the multiply-adds busy
 # Where weights are far, threads that share rows take them from each other's share of a cache: it takes so many rows a
 # thread for each of the threads, and never more than ROWS_A_READ.

@@ -26,7 +26,7 @@ def one_thread_after_the_other(order):
             words = [bases[w.operand] + w.offset if isinstance(w, At) else int(w) for w in launch.frame]
             frames.append((ctypes.c_int64 * len(words))(*words))
             if launch.threads > 1 and not launch.kernel.name.startswith(("pack", "turn")):
-                assert not words[WORD["barrier"]], "these threads wait for each other"
+                assert not words[WORD["arrivals"]], "these threads wait for each other"
             if launch.wait or not groups:
                 groups.append([])
             groups[-1].append((launch, frames[-1]))

@@ -63,7 +63,7 @@ RECORD = (
     "result_end",
 )
 MADE = ("dimensions", "sizes", "strides", "dtype")  # without dimensions: at `sizes` of the call's memory
-ROOM = 256  # words, for tensors and for frames
+ROOM, FRAMES_ROOM = 256, 4096  # words, for tensors, and for the frames of scripts
 NOTHING = ROOM  # stands for None in a result
 
 PYTHON = (  # of its functions, those that the method uses
@@ -259,7 +259,7 @@ class Record:
             self._set("lead", kernel.address)
             self._set("team", ctypes.addressof(known))
         each_once = sorted(shown) == sorted(code for code in order if 0 <= code < NOTHING)
-        self.fits &= len(frames) <= ROOM and count < ROOM and len(order) <= ROOM and each_once
+        self.fits &= len(frames) <= FRAMES_ROOM and count < ROOM and len(order) <= ROOM and each_once
 
 
 class Definition(ctypes.Structure):

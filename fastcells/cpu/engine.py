@@ -219,8 +219,8 @@ class Runner:
             training,
             self._weight_bytes(products, units) > AHEAD_BYTES,
         )
-        counter = WORD["barrier"] if split == "units" and threads > 1 and self.chained else None
-        script.launch(self.kernel, words, threads=threads, first=first, wait=wait, counter=counter, label=label)
+        arrivals = WORD["arrivals"] if split == "units" and threads > 1 and self.chained else None
+        script.launch(self.kernel, words, threads=threads, first=first, wait=wait, arrivals=arrivals, label=label)
 
     def panel(
         self,

@@ -22,7 +22,7 @@ HEADER = (
     "delta",
     "counts",  # address of the number of sequences at every step, 0 where it is always `rows`
     "split",  # 0: threads share the rows, 1: the units
-    "barrier",  # address of the counter by which they wait for each other after every stage; 0: they do not
+    "arrivals",  # address of lines of cache, by which they wait for each other after every stage; 0: they do not
     "yield",  # address of the function that gives up the processor
     "row_block",  # rows that go through all time steps together
     "depth_block",  # depth of the products taken at a time
@@ -63,8 +63,7 @@ SCRIPT = (
     "team",  # and that it runs on: all that torch has, since those that a team lacks end, and are made anew
     "yield",
     "fastest",  # address of the nanoseconds of its fastest runs, on a team and on one thread, 0 before the first
-    "counter",  # of the barriers between launches,
-    *[""] * (2 * LINE // 8 - 1),  # and room for it to be on a line of cache of its own, as what follows it
+    "arrivals",  # offset of lines of cache, one for each thread, by which threads wait for each other between launches
     "operands",
 )
 LAUNCH = (

@@ -42,7 +42,7 @@ from .tile import TILE, TILE_ARGUMENTS, emit_tiles
 
 STEPS, ROWS, SHARES, THREADS = WORD["steps"], WORD["rows"], WORD["shares"], WORD["threads"]
 POSITIONS, FIRST, DELTA = WORD["positions"], WORD["first"], WORD["delta"]
-COUNTS, SPLIT, BARRIER, YIELD = WORD["counts"], WORD["split"], WORD["barrier"], WORD["yield"]
+COUNTS, SPLIT, ARRIVALS, YIELD = WORD["counts"], WORD["split"], WORD["arrivals"], WORD["yield"]
 ROW_BLOCK, DEPTH_BLOCK, FAR_AT = WORD["row_block"], WORD["depth_block"], WORD["far"]
 SCRATCH, SCRATCH_THREAD = WORD["scratch"], WORD["scratch_thread"]
 
@@ -87,52 +87,68 @@ def least(typingctx, a, b):
 
 
 @intrinsic
-def barrier(typingctx, counter, target, team, give_way):
-    """Arrive, then wait until `target` threads have: `team` more than at the barrier before; the processor is offered
-    to others after a bounded spin. Of more than two threads, the last one writes on a line of its own that all have
-    arrived: the others look there, and do not take the counter from those who arrive."""
+def tell(typingctx, address, number):
+    """Set a word that other threads look at, after all that was written before."""
 
     def emit(context, b, signature, args):
-        counter, target, team, give_way = args
-        several = b.icmp_signed(">", team, i64(2))
-        address = b.inttoptr(counter, I64.as_pointer())
-        seen = b.inttoptr(b.add(counter, b.select(several, i64(LINE), i64(0))), I64.as_pointer())
-        arrived = b.add(b.atomic_rmw("add", address, i64(1), "acq_rel"), i64(1))
-        with b.if_then(b.and_(several, b.icmp_signed("==", arrived, target))):
-            b.store_atomic(target, seen, "release", 8)
-        before, spin, patience, yielding, done = (
-            b.block,
-            *(b.append_basic_block(f"barrier.{n}") for n in ("spin", "patience", "yield", "done")),
-        )
-        b.branch(spin)
-        b.position_at_end(spin)
-        spins = b.phi(I64)
-        spins.add_incoming(i64(0), before)
-        b.cbranch(b.icmp_signed("<", b.load_atomic(seen, "acquire", 8), target), patience, done)
-        b.position_at_end(patience)
-        _pause(b)
-        more = b.add(spins, i64(1))
-        spins.add_incoming(more, patience)
-        b.cbranch(b.icmp_signed("<", more, i64(SPINS)), spin, yielding)
-        b.position_at_end(yielding)
-        b.call(b.inttoptr(give_way, ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
-        spins.add_incoming(i64(SPINS), yielding)  # from now on, yield at every look
-        b.branch(spin)
-        b.position_at_end(done)
+        b.store_atomic(args[1], b.inttoptr(args[0], I64.as_pointer()), "release", 8)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4), emit
+    return types.void(types.int64, types.int64), emit
 
 
-def _pause(b) -> None:
+@intrinsic
+def told(typingctx, address):
+    """A word that another thread sets, before all that is read after."""
+
+    def emit(context, b, signature, args):
+        return b.load_atomic(b.inttoptr(args[0], I64.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
+def pause(typingctx):
     """Tell the core that this is a spin loop, where the architecture has such a hint."""
-    triple = b.module.triple
-    void = ir.FunctionType(ir.VoidType(), [])
-    if triple.startswith(("x86", "i686", "amd64")):
-        b.call(cgutils.get_or_insert_function(b.module, void, "llvm.x86.sse2.pause"), [])
-    elif triple.startswith(("aarch64", "arm64")):
-        hint = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
-        b.call(cgutils.get_or_insert_function(b.module, hint, "llvm.aarch64.hint"), [ir.Constant(ir.IntType(32), 1)])
+
+    def emit(context, b, signature, args):
+        triple = b.module.triple
+        void = ir.FunctionType(ir.VoidType(), [])
+        if triple.startswith(("x86", "i686", "amd64")):
+            b.call(cgutils.get_or_insert_function(b.module, void, "llvm.x86.sse2.pause"), [])
+        elif triple.startswith(("aarch64", "arm64")):
+            hint = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
+            name = "llvm.aarch64.hint"
+            b.call(cgutils.get_or_insert_function(b.module, hint, name), [ir.Constant(ir.IntType(32), 1)])
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+@intrinsic
+def give_way(typingctx, function):
+    """Offer the processor to others, by the address of the function that does so."""
+
+    def emit(context, b, signature, args):
+        b.call(b.inttoptr(args[0], ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), emit
+
+
+@njit(inline="always")
+def barrier(arrivals, thread, team, times, yielding):
+    """Wait until all of the team have arrived so many times. Each notes its own arrivals, on a line of cache of its
+    own, so that none waits for another one to note its; after a bounded spin it offers the processor to others."""
+    tell(arrivals + LINE * thread, times)
+    spins = 0
+    for other in range(team):
+        while told(arrivals + LINE * other) < times:
+            if spins < SPINS:
+                spins += 1
+                pause()
+            else:
+                give_way(yielding)
 
 
 @intrinsic
@@ -185,9 +201,7 @@ def float_control(typingctx, wanted):
 
 def make_driver() -> Callable:
     """The kernel that runs a script: fills in the frames, then each thread does its part of every launch."""
-    launches_at, table_at, threads_at, yield_at, counter_at, operands_at = (
-        SCRIPT.index(name) for name in ("launches", "table", "threads", "yield", "counter", "operands")
-    )
+    launches_at, table_at, threads_at, _, yield_at, _, arrivals_at, operands_at = range(len(SCRIPT))
     kernel_at, words_at, length_at, relocations_at, count_at, frame_at, first_at, team_at, wait_at = range(len(LAUNCH))
     entry = 8 * len(LAUNCH)
 
@@ -210,12 +224,12 @@ def make_driver() -> Callable:
                     poke(frame, peek(relocation, 0), peek(operands, peek(relocation, 1)) + peek(relocation, 2))
                     relocation += 24
         control = float_control(-1)
-        counter, arrivals = script + 8 * counter_at, 0
+        arrivals, times = script + peek(script, arrivals_at), 0
         for k in range(launches):
             launch = table + k * entry
             if team > 1 and (k == 0 or peek(launch, wait_at) == 1):
-                arrivals += team
-                barrier(counter, arrivals, team, peek(script, yield_at))
+                times += 1
+                barrier(arrivals, thread, team, times, peek(script, yield_at))
             first, threads = peek(launch, first_at), peek(launch, team_at)
             if team < asked:  # fewer threads than asked for: all of it on the first
                 first, threads = 0, 1
@@ -415,7 +429,7 @@ def over_time(frame, thread, team):
             row_begin, row_end = peek(shares, thread), peek(shares, thread + 1)
         else:
             row_begin, row_end = rows * thread // team, rows * (thread + 1) // team
-    arrivals = 0
+    times = 0
     block = row_begin
     while block < row_end:
         block_end = least(block + peek(frame, ROW_BLOCK), row_end)
@@ -451,9 +465,9 @@ def over_time(frame, thread, team):
                         is_first, is_last, now, before, after, scratch,
                     )  # fmt: skip
                     n = group_end
-                if team > 1 and peek(frame, BARRIER) != 0:
-                    arrivals += team
-                    barrier(peek(frame, BARRIER), arrivals, team, peek(frame, YIELD))
+                if team > 1 and peek(frame, ARRIVALS) != 0:
+                    times += 1
+                    barrier(peek(frame, ARRIVALS), thread, team, times, peek(frame, YIELD))
             carried, before = active, now
             if step + 1 < steps:
                 carried = least(active, count(frame, step + 1))

@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from .again import MADE, NOTHING, RECORD, ROOM
+from .again import FRAMES_ROOM, MADE, NOTHING, RECORD, ROOM
 from .loops import call, peek, poke
 from .simd import I64
 
@@ -77,15 +77,21 @@ driver, lead, team = map(_word, ("driver", "lead", "team"))
 result, result_end = map(_word, ("result", "result_end"))
 
 
-@intrinsic
-def room(typingctx):
-    """The address of ROOM words, which last as long as the function that asks for them runs."""
+def _room(words: int) -> Callable:
+    """An intrinsic: the address of so many words, which last as long as the function that asks for them runs."""
 
-    def emit(context, b, signature, args):
-        with b.goto_entry_block():
-            return b.ptrtoint(b.alloca(ir.ArrayType(I64, ROOM)), I64)
+    @intrinsic
+    def room(typingctx):
+        def emit(context, b, signature, args):
+            with b.goto_entry_block():
+                return b.ptrtoint(b.alloca(ir.ArrayType(I64, words)), I64)
 
-    return WORD(), emit
+        return WORD(), emit
+
+    return room
+
+
+room, frames_room, word = map(_room, (ROOM, FRAMES_ROOM, 1))
 
 
 @inlined
@@ -203,7 +209,7 @@ def own_memory(record):
 @inlined
 def address_of(handle):
     """Of a tensor's first element."""
-    place = room()
+    place = word()
     data_pointer(handle, place)
     return peek(place, 0)
 
@@ -281,7 +287,7 @@ def make_recall() -> Callable:
     def recall(owner, args, count):
         record = integer(tuple_item(owner, 0))
         nothing = none(record)
-        tensors, addresses, handles, scripts = room(), room(), room(), room()
+        tensors, addresses, handles, scripts = room(), room(), room(), frames_room()
         taken = 0
         if given(record) != 0:
             if count == given(record):

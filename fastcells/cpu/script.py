@@ -135,24 +135,23 @@ class Script:
         threads: int = 1,
         first: int = 0,
         wait: bool = True,
-        counter: int | None = None,
+        arrivals: int | None = None,
         label: str = "",
     ) -> None:
-        """Add a kernel with its frame. counter: the word that is to be the address of two lines of zeros."""
-        if counter is None:
-            at = self._take(8 * len(frame))
-        else:
+        """Add a kernel with its frame. arrivals: the word that is to be the address of a line of zeros a thread."""
+        if arrivals is not None:
             lines = -(-8 * len(frame) // LINE)
-            at = self._take((lines + 2) * LINE)
-            frame = frame + [0] * ((lines + 2) * LINE // 8 - len(frame))
-            frame[counter] = at + lines * LINE
+            frame = frame + [0] * ((lines + threads) * LINE // 8 - len(frame))
+        at = self._take(8 * len(frame))
+        if arrivals is not None:
+            frame[arrivals] = at + lines * LINE
         self.launches.append(Launch(label or kernel.name, kernel, frame, at, first, threads, wait))
         self.threads = max(self.threads, first + threads)
 
     def _finish(self, operands: int) -> Callable[..., bytes]:
         """A function that makes the driver's frame of the words that differ from call to call: the address of the
         call's memory, so many others, and KEPT and KEEPS."""
-        table: list[int] = []
+        table, count = list[int](), len(SCRIPT) + operands + 2
         kept = {KEPT: operands + 1, KEEPS: operands + 2}
         for launch in self.launches:
             words = self.table(0 if isinstance(a, At) else int(a) for a in launch.frame)
@@ -170,8 +169,10 @@ class Script:
             "team": team.size() if self.threads > 1 else 1,
             "yield": team.give_way(),
             "fastest": self.table([0, 0]),
+            "arrivals": 8 * count + LINE,  # apart from what is before them
         }
-        return partial(Struct(f"{len(SCRIPT) + operands + 2}q").pack, *[header[name] for name in SCRIPT[:-1]])
+        lines = LINE * (1 + self.threads) if self.threads > 1 else 0
+        return partial(Struct(f"{count}q{lines}x").pack, *[header[name] for name in SCRIPT[:-1]])
 
     @property
     def size(self) -> int:
