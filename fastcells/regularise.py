@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
 
-from .cell import Cell, Names, Recurrent, cell
+from .cell import Cell, Names, Recurrent, cell, registered
 from .dynamo import constant
 from .expression import less, where
 from .functional import Parameters, unchecked_layer
@@ -78,7 +78,8 @@ class Dropping(Base):
             sizes = len(parameters), call.batch.size, self.hidden_size
             return layer(cell, x, states, parameters, batch_sizes, masks(x, sizes, *rates), **options)
 
-        call = call._replace(cell=masked(call.cell, bool(self.recurrent_dropout), zoned))
+        mask = "recurrent_mask" if self.recurrent_dropout else ""
+        call = call._replace(cell=masked(call.cell.key, mask, zoned))
         return super()._run(input, call, regularised, return_cell_states)
 
     def _thinned(self, parameters: Parameters) -> Parameters:
@@ -94,15 +95,15 @@ def _rate(name: str, rate: Any) -> float:
 
 
 @constant
-def masked(base: Cell, dropped: bool, zoned: tuple[str, ...]) -> Cell:
-    """The cell whose products take in `recurrent_mask` times their vector (Gal & Ghahramani 2016), if dropped, and
-    whose states named in zoned stay as they were where `zoneout_<state>` is 1 (Krueger et al. 2017).
+def masked(key: str, mask: str, zoned: tuple[str, ...]) -> Cell:
+    """The cell of that key, whose products take in an input named `mask` times their vector (Gal & Ghahramani 2016), if
+    there is one, and whose states named in zoned stay as they were where `zoneout_<state>` is 1 (Krueger et al. 2017).
     """
-    return _masked(base, dropped, zoned)
+    return _masked(registered(key), mask, zoned)
 
 
 @lru_cache(maxsize=256)
-def _masked(base: Cell, dropped: bool, zoned: tuple[str, ...]) -> Cell:
+def _masked(base: Cell, mask: str, zoned: tuple[str, ...]) -> Cell:
 
     @cell(
         " ".join(base.gates),
@@ -110,15 +111,13 @@ def _masked(base: Cell, dropped: bool, zoned: tuple[str, ...]) -> Cell:
         f"{base.name}_masked",
         parameters=" ".join(base.parameters),
         scalars=" ".join(base.scalars),
-        inputs="recurrent_mask" if dropped else "",
+        inputs=mask,
         step_inputs=" ".join(f"zoneout_{state}" for state in zoned),
     )
     def step(x: Any, u: Any, s: Any, p: Any) -> tuple:
-        if dropped:
-            hidden = getattr(s, base.states[0])
-            u = Names(
-                **{g: Recurrent(partial(_dropped, product, p.recurrent_mask), hidden) for g, product in vars(u).items()}
-            )
+        if mask:
+            hidden, kept = getattr(s, base.states[0]), getattr(p, mask)
+            u = Names(**{g: Recurrent(partial(_dropped, product, kept), hidden) for g, product in vars(u).items()})
         new = base(x, u, s, *([p] if base.own else []))
         new = new if isinstance(new, (tuple, list)) else (new,)
         return tuple(_zoned(p, n, getattr(s, n), v) if n in zoned else v for n, v in zip(base.states, new, strict=True))

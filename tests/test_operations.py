@@ -78,8 +78,8 @@ ODD = [
 SPECIAL = {  # where the gradient is torch's, of functions of which it is not everywhere
     "sin": lambda v: v.abs() < 1e5,  # the range of the reduction
     "cos": lambda v: v.abs() < 1e5,
-    "clip": lambda v: ~v.isnan(),  # torch gives 0
-    "clamp_min": lambda v: ~v.isnan(),
+    "clip": lambda v: ~v.isnan() & (v != -1.0) & (v != 0.5),  # torch gives 0 where it is not a number, and from 2.14 on
+    "clamp_min": lambda v: ~v.isnan() & (v != 0.0),  # at the ends
     "hard_sigmoid": lambda v: ~v.isnan(),
 }
 
