@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
 import json
 import math
@@ -23,6 +22,9 @@ from .cell import Cell
 from .cpu import store, team
 from .cpu.engine import DTYPES
 from .cpu.host import host
+from .profile.layer import profile_layer
+from .profile.picture import roofline
+from .profile.words import compiled, quantity, table
 from .warmup import CELLS, find_cell
 
 DTYPE = {name: dtype for dtype, name in DTYPES.items()}
@@ -98,7 +100,6 @@ def add_profile(commands: Any) -> None:
 
 
 def run_profile(arguments: argparse.Namespace) -> None:
-    profiler = importlib.import_module("fastcells.profile")  # the package shows the function of that name
     if arguments.plot is not None:
         check_plot(arguments)
     name, make, _ = arguments.cell
@@ -106,8 +107,8 @@ def run_profile(arguments: argparse.Namespace) -> None:
     steps = 1 if name in STEPS else arguments.steps or 100
     needed, there_is = memory_needed(arguments, steps), memory()
     if there_is is not None and needed > there_is:
-        q = profiler.quantity
-        arguments.fail(f"these sizes need about {q(needed, 1024)}B of memory, and there is {q(there_is, 1024)}B")
+        of, most = quantity(needed, 1024), quantity(there_is, 1024)
+        arguments.fail(f"these sizes need about {of}B of memory, and there is {most}B")
     with roof.using_threads(arguments.threads or torch.get_num_threads()):
         torch.manual_seed(0)
         dtype = DTYPE[arguments.dtype]
@@ -123,10 +124,10 @@ def run_profile(arguments: argparse.Namespace) -> None:
             x = x[0]
         if arguments.packed:
             x = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
-        given = {"lengths": lengths} if arguments.lengths else {}
-        found = profiler.profile_layer(module, x, train=arguments.train, rate=arguments.rate, **given)
+        given: dict[str, Any] = {"lengths": lengths} if arguments.lengths else {}
+        found = profile_layer(module, x, train=arguments.train, rate=arguments.rate, **given)
     if arguments.plot is not None:
-        profiler.roofline([found], arguments.plot)
+        roofline([found], arguments.plot)
     if arguments.json:
         print(json.dumps({"machine": machine(), "cache": cache(), **found.to_dict()}, indent=2))
         return
@@ -247,7 +248,6 @@ def cache() -> dict[str, Any]:
 
 
 def run_info(arguments: argparse.Namespace) -> None:
-    profiler = importlib.import_module("fastcells.profile")
     threads = team.size()
     levels = [*roof.caches()]
     sizes = [(name, size // 2) for name, size in levels] + [
@@ -263,23 +263,22 @@ def run_info(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(facts, indent=2))
         return
-    q = profiler.quantity
     widths = {name: host().lanes(dtype.itemsize) for name, dtype in DTYPE.items()}
     rows = [
         ("processor", f"{facts['processor']} ({facts['cpu']}), {facts['cores']} cores"),
         ("features", " ".join(facts["features"])),
         ("vectors", f"{8 * host().vector_bytes} bits ({', '.join(f'{n} {k}' for k, n in widths.items())}), "
          f"{host().registers} registers"),
-        ("multiply-adds", ", ".join(f"{q(v)}FLOP/s {k}" for k, v in facts["peak_flops"].items())),
-        ("bandwidth", ", ".join(f"{q(v)}B/s {k}" for k, v in facts["bandwidth"].items())),
+        ("multiply-adds", ", ".join(f"{quantity(v)}FLOP/s {k}" for k, v in facts["peak_flops"].items())),
+        ("bandwidth", ", ".join(f"{quantity(v)}B/s {k}" for k, v in facts["bandwidth"].items())),
         ("threads", f"{threads}, of {facts['team_library'] or 'no OpenMP library: kernels run on the calling thread'}"),
         ("cache", f"{facts['cache']['folder']}: {facts['cache']['kernels']} kernels, "
-         f"{q(facts['cache']['bytes'], 1024)}B"),
+         f"{quantity(facts['cache']['bytes'], 1024)}B"),
         ("versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())),
     ]  # fmt: skip
-    print("\n".join(profiler.table(rows)))
+    print("\n".join(table(rows)))
     print("\nwhat torch.nn does for each kind of layer (inference)")
-    print("\n".join(profiler.table([(f"  {kind}", route) for kind, route in facts["torch_routes"].items()])))
+    print("\n".join(table([(f"  {kind}", route) for kind, route in facts["torch_routes"].items()])))
 
 
 def torch_routes() -> dict[str, str]:
@@ -351,7 +350,6 @@ def run_warmup(arguments: argparse.Namespace) -> None:
         except ValueError as error:
             arguments.fail(f"argument CELL: {error}")
     os.environ.setdefault("FASTCELLS_QUIET", "1")  # each kernel has a line of its own
-    compiled = importlib.import_module("fastcells.profile").compiled
     wants = warmup.wanted(
         arguments.cells, [DTYPE[name] for name in arguments.dtype or ["float32"]], arguments.projection
     )

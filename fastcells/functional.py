@@ -17,8 +17,8 @@ from .cell import Cell
 from .cpu import layer as cpu
 from .cpu import script
 from .cpu.engine import DTYPES
+from .derivation import build
 from .guards import alike, same_memory
-from .program import build
 from .ragged import Lengths, Ragged, backward_in_time
 
 Parameters = tuple[Any, ...]

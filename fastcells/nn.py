@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import cells, regularise, replay, unrolled
 from .cell import Cell
+from .derivation import build
 from .dropin import (
     Batch,
     Call,
@@ -36,7 +37,6 @@ from .dynamo import admit
 from .functional import Parameters, flat, observer, unchecked_layer
 from .marked import Marked, Overrun
 from .plan import worth_packing
-from .program import build
 from .ragged import Lengths, Ragged, backward_in_time, ends_and_resets
 from .stream import Stream
 

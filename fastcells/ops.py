@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from . import functional, unrolled
 from .cell import Cell, registered
 from .cpu import layer as cpu
-from .program import build
+from .derivation import build
 
 LIBRARY = torch.library.Library("fastcells", "DEF")
 """Holds the registrations for as long as the package is loaded."""

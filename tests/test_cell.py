@@ -11,8 +11,8 @@ import torch
 
 from fastcells import cell, cells, nn
 from fastcells import expression as ex
+from fastcells.derivation import build
 from fastcells.expression import Node, constant, gradients, leaf, substitute, tanh, topological
-from fastcells.program import build
 
 BUILT_IN = [cells.lstm, cells.gru, cells.gru_reset_before, cells.rnn_tanh, cells.rnn_relu]
 

@@ -1,6 +1,5 @@
 """The profiler and the command line."""
 
-import importlib
 import json
 import os
 import re
@@ -15,15 +14,15 @@ import fastcells
 from fastcells import cells, roof
 from fastcells.__main__ import main
 from fastcells.cpu import again, engine, script, store, team
-from fastcells.program import build
-
-profiler = importlib.import_module("fastcells.profile")  # the package may show the function of that name
+from fastcells.derivation import build
+from fastcells.profile import layer as one_layer
+from fastcells.profile import timing as timings
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """The machine's limits are taken as given, to save the time of measuring them."""
-    for module in (profiler, roof):
+    for module in (one_layer, roof):
         monkeypatch.setattr(module, "peak_flops", lambda dtype, threads: 1e11)
         monkeypatch.setattr(module, "bandwidth", lambda size, threads: 1e11)
 
@@ -53,7 +52,7 @@ def test_parts_are_told_apart_exactly(monkeypatch, threads):
         used = torch.get_num_threads()
         launch("lstm_forward_float32", work / used + (wait if used > 1 else 0))
 
-    monkeypatch.setattr(profiler, "clock", lambda: now[0])
+    monkeypatch.setattr(timings, "clock", lambda: now[0])
     monkeypatch.setattr(engine.Runner, "launch", recurrence)
 
     def call():
@@ -67,17 +66,17 @@ def test_parts_are_told_apart_exactly(monkeypatch, threads):
         launch("sum_float32", cost["pack"])
 
     with roof.using_threads(threads):
-        timing = profiler.take_apart(call, units_shared=threads > 1)
+        timing = timings.take_apart(call, units_shared=threads > 1)
     expected = {
-        profiler.INPUT: cost["ahead"] + cost["x"] / threads,
-        profiler.PRODUCT: cost["s.h"] / threads,
-        profiler.POINTWISE: cost["pointwise"] / threads,
-        profiler.BARRIER: wait,
-        profiler.INPUT_GRADIENT: cost["ahead"],
-        profiler.WEIGHT_GRADIENTS: cost["weights"],
-        profiler.PACKING: cost["pack"],
-        profiler.COPIES: cost["pack"],
-        profiler.REST: cost["torch"],
+        timings.INPUT: cost["ahead"] + cost["x"] / threads,
+        timings.PRODUCT: cost["s.h"] / threads,
+        timings.POINTWISE: cost["pointwise"] / threads,
+        timings.BARRIER: wait,
+        timings.INPUT_GRADIENT: cost["ahead"],
+        timings.WEIGHT_GRADIENTS: cost["weights"],
+        timings.PACKING: cost["pack"],
+        timings.COPIES: cost["pack"],
+        timings.REST: cost["torch"],
     }
     assert timing.parts == pytest.approx({k: v for k, v in expected.items() if v})
     assert timing.best == pytest.approx(sum(expected.values()))
@@ -86,15 +85,15 @@ def test_parts_are_told_apart_exactly(monkeypatch, threads):
 @pytest.mark.parametrize(("kind", "train"), [("LSTM", True), ("GRU", False), ("RNN", True)])
 def test_sum_of_parts_is_the_whole(quick, kind, train):
     layer = getattr(fastcells.nn, kind)(16, 32)
-    timing = profiler.profile_layer(layer, torch.randn(40, 8, 16), train=train, budget=0.3).timing
+    timing = one_layer.profile_layer(layer, torch.randn(40, 8, 16), train=train, budget=0.3).timing
     assert timing.sum_of_parts == pytest.approx(timing.best)
-    expected = {profiler.INPUT, profiler.PRODUCT, profiler.POINTWISE, profiler.PACKING, profiler.COPIES, profiler.REST}
+    expected = {timings.INPUT, timings.PRODUCT, timings.POINTWISE, timings.PACKING, timings.COPIES, timings.REST}
     if train:
-        expected |= {profiler.BACK_PRODUCT, profiler.BACK_POINTWISE}
-        expected |= {profiler.INPUT_GRADIENT, profiler.WEIGHT_GRADIENTS}
+        expected |= {timings.BACK_PRODUCT, timings.BACK_POINTWISE}
+        expected |= {timings.INPUT_GRADIENT, timings.WEIGHT_GRADIENTS}
     assert set(timing.parts) <= expected
-    kernels = [{profiler.INPUT, profiler.PRODUCT, profiler.POINTWISE}, {profiler.BACK_PRODUCT, profiler.BACK_POINTWISE}]
-    noise = {profiler.REST} if not train else set()  # a compiled call has a microsecond or two besides its parts
+    kernels = [{timings.INPUT, timings.PRODUCT, timings.POINTWISE}, {timings.BACK_PRODUCT, timings.BACK_POINTWISE}]
+    noise = {timings.REST} if not train else set()  # a compiled call has a microsecond or two besides its parts
     assert set(timing.parts) >= expected - noise - set.union(*kernels)
     assert all(kernel & set(timing.parts) for kernel in kernels[: 1 + train])  # how it splits may drown in the noise
 
@@ -102,7 +101,7 @@ def test_sum_of_parts_is_the_whole(quick, kind, train):
 def test_watching_costs_no_part_anything(monkeypatch):
     """Calls that are watched take longer; the engine's share is what it was, and so is the rest."""
     now = [0.0]
-    watched = profiler.Watch.reset
+    watched = timings.Watch.reset
 
     def spend(seconds):
         now[0] += seconds
@@ -112,8 +111,8 @@ def test_watching_costs_no_part_anything(monkeypatch):
         burden[0] = 5.0 if on else 0.0
 
     burden = [0.0]
-    monkeypatch.setattr(profiler, "clock", lambda: now[0])
-    monkeypatch.setattr(profiler.Watch, "reset", reset)
+    monkeypatch.setattr(timings, "clock", lambda: now[0])
+    monkeypatch.setattr(timings.Watch, "reset", reset)
 
     def call():
         spend(1.0 + burden[0])
@@ -122,20 +121,20 @@ def test_watching_costs_no_part_anything(monkeypatch):
         else:
             script.observer(SimpleNamespace(label="pack_float32"), lambda: spend(2.0))
 
-    timing = profiler.take_apart(call, units_shared=False)
-    assert timing.parts == pytest.approx({profiler.PACKING: 2.0, profiler.REST: 1.0})
+    timing = timings.take_apart(call, units_shared=False)
+    assert timing.parts == pytest.approx({timings.PACKING: 2.0, timings.REST: 1.0})
     assert timing.best == pytest.approx(3.0)
 
 
 def test_calls_within_calls_are_counted_once():
     """Of the engine's calls, those inside others too, no more than the whole is seen."""
-    watch = profiler.Watch()
+    watch = timings.Watch()
     inner = watch.wrap(lambda: sum(range(20_000)), lambda: "inner")
     outer = watch.wrap(lambda: (inner(), sum(range(20_000)), inner()), lambda: "outer")
     watch.on = True
-    began = profiler.clock()
+    began = timings.clock()
     outer()
-    whole = profiler.clock() - began
+    whole = timings.clock() - began
     assert set(watch.seconds) == {"inner", "outer"}
     assert 0 < sum(watch.seconds.values()) <= whole
 
@@ -145,9 +144,9 @@ def test_the_engine_is_left_as_it_was(quick):
         return script.observer, engine.Runner.launch
 
     before = engine_functions()
-    with pytest.raises(ZeroDivisionError), profiler.watching(profiler.Watch()):
+    with pytest.raises(ZeroDivisionError), timings.watching(timings.Watch()):
         raise ZeroDivisionError
-    profiler.profile_layer(fastcells.nn.RNN(3, 4), torch.randn(5, 2, 3), train=True, budget=0.01)
+    one_layer.profile_layer(fastcells.nn.RNN(3, 4), torch.randn(5, 2, 3), train=True, budget=0.01)
     assert engine_functions() == before
 
 
@@ -156,7 +155,7 @@ def test_rates_follow_from_the_counts(quick):
     lengths = torch.tensor([9, 5, 2])
     packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(9, 3, 6), lengths)
     for train in (False, True):
-        p = profiler.profile_layer(layer, packed, train=train, rate=100.0, budget=0.01)
+        p = one_layer.profile_layer(layer, packed, train=train, rate=100.0, budget=0.01)
         t = p.timing.best
         assert (p.steps, p.sequences, p.tokens, p.cells) == (9, 3, 16, 4)
         weights = sum(w.numel() for w in layer.parameters() if w.dim() == 2)
@@ -213,7 +212,7 @@ def test_a_row_for_every_layer_of_a_model(quick, train):
     model, x = Model(), torch.randn(6, 2, 3)
     classes = {n: type(m) for n, m in model.named_modules()}
     state = torch.get_rng_state()
-    report = profiler.profile(model, x, train=train, budget=0.02)
+    report = fastcells.profile(model, x, train=train, budget=0.02)
     assert {n: type(m) for n, m in model.named_modules()} == classes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
@@ -232,14 +231,14 @@ def test_a_row_for_every_layer_of_a_model(quick, train):
 
 def test_profile_says_what_it_cannot_take():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
-        profiler.profile(3)
+        fastcells.profile(3)
     with pytest.raises(ValueError, match="at least one recurrent layer"):
-        profiler.profile(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+        fastcells.profile(torch.nn.Linear(2, 2), torch.zeros(1, 2))
     with pytest.raises(TypeError, match=r"layer or cell of fastcells\.nn, got LSTM"):
-        profiler.profile_layer(torch.nn.LSTM(2, 2), torch.zeros(1, 1, 2))
+        one_layer.profile_layer(torch.nn.LSTM(2, 2), torch.zeros(1, 1, 2))
     model = Model()
     with pytest.raises(RuntimeError):
-        profiler.profile(model, torch.zeros(2, 2, 5))
+        fastcells.profile(model, torch.zeros(2, 2, 5))
     assert type(model.encoder) is torch.nn.LSTM
 
 
@@ -275,7 +274,7 @@ def test_json(quick, capsys, tmp_path):
     assert {k: type(v) for k, v in found.items()} == SCHEMA
     assert found["layer"] == "GRU(5, 8, num_layers=2, bidirectional=True)"
     assert (found["steps"], found["sequences"], found["dtype"], found["threads"]) == (7, 3, "float64", 1)
-    assert set(found["parts"]) <= set(profiler.PARTS)
+    assert set(found["parts"]) <= set(timings.PARTS)
     assert sum(found["parts"].values()) == pytest.approx(found["sum_of_parts"])
     assert set(found["roof"]) == {"flops", "bytes", "peak", "bandwidth", "working_set", "level", "seconds", "binds"}
     assert plot.read_bytes().startswith(b"\x89PNG")

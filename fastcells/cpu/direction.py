@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..cell import Cell
+from ..derivation import build, runs
 from ..plan import Plan, Shape, plan
-from ..program import Programs, Weights, build, runs
+from ..program import Programs, Weights
 from . import team
 from .engine import Buffer, Product, Runner, Times, View, add
 from .script import Address, At, Script, zeros

@@ -135,10 +135,10 @@ class OverTime:
         for begin in range(0, total, length):
             end = min(begin + length, total)
             stretch = self.grad.narrow(0, begin, end - begin)
-            for other, here in near.items():  # which has rows of all steps
+            for k, (other, here) in enumerate(near.items()):  # which has rows of all steps
                 steps = other.narrow(0, begin // other.shape[1], (end - begin) // other.shape[1])
                 into = here.narrow(0, 0, end - begin).by_time(steps.shape[:2])
-                add(script, dtype, into, steps, threads=threads, wait=True, label=LABEL)
+                add(script, dtype, into, steps, threads=threads, wait=k == 0, label=LABEL)
                 wait = True
             if turn:
                 turned(script, dtype, stretch.columns(0, used), copy, shares, wait=wait, label=LABEL)

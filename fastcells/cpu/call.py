@@ -1,0 +1,131 @@
+"""Calls of a layer made ready: scripts with what is done between them, kept for the next call of the same sizes."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import again, blocks
+from .script import Script, arena
+
+SMALL = 1 << 10  # numbers in a tensor, up to which one is kept to make others like it
+
+
+class Call:
+    """A call made ready: scripts and functions of the call's tensors, in order."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.script = Script()
+        self.parts: list[Script | Callable[[Sequence[Tensor | None]], None]] = [self.script]
+        self.shapes: list[Any] = []
+        self.make: list[Callable[[], Any]] = []
+
+    def makes(self, shapes: Sequence[Any], own: int) -> None:
+        """Note what the call makes, tensors of these shapes, or None for none; from number `own` on no caller sees
+        them."""
+        self.shapes = list(shapes)
+        self.make = [maker(s, self.dtype, k >= own) for k, s in enumerate(shapes)]
+
+    def then(self, function: Callable[[Sequence[Tensor | None]], None]) -> None:
+        """Go on with a function of the operands, by number less 1."""
+        self.script = Script()
+        self.parts += [function, self.script]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the script is all of it."""
+        return len(self.parts) == 1
+
+    def again(
+        self, tensors: Sequence[Tensor | None], check: Callable[..., bool] | None, result: Callable[[list], Any]
+    ) -> Callable[..., Any]:
+        """A function that makes the call, of those of its tensors that there are; it returns None if `check` of them is
+        not true. Without Python, where that can be. result: what it returns, of all that the call makes."""
+        sizes = [torch.Size(s).numel() * self.dtype.itemsize for s in self.shapes if s is not None]
+        if self.whole and max(sizes) < blocks.LARGE:
+            made = [None if s is None else torch.empty(s, device="meta", dtype=self.dtype) for s in self.shapes]
+            numbers = count()
+            operands = [None if t is None else again.Operand(next(numbers)) for t in (*tensors, *made)]
+            examples = [t for t in made if t is not None]
+            does = again.Made([(self.script, operands, None)], examples, result(made), self.dtype)
+            taken = next(numbers) - len(examples)
+            if (function := again.function(taken, check, does)) is not None:
+                return function
+        there = [t is not None for t in tensors]
+
+        def in_python(*given: Tensor) -> Any:
+            if check is not None and not check(*given):
+                return None
+            rest = iter(given)
+            return result(self.begin([next(rest) if t else None for t in there]))
+
+        return in_python
+
+    def begin(self, tensors: Sequence[Tensor | None]) -> list[Any]:
+        """Make the call of the tensors in the order of `prepared`: all that it makes."""
+        made = [make() for make in self.make]
+        self.run([*tensors, *made])
+        return made
+
+    def run(self, tensors: Sequence[Tensor | None]) -> None:
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        for part in self.parts:
+            if not isinstance(part, Script):
+                part(tensors)
+            elif part.launches:
+                part.run(addresses)
+
+
+def maker(shape: Sequence[int] | None, dtype: torch.dtype, own: bool = False) -> Callable[[], Any]:
+    """A function that makes a tensor of that shape, or None for no shape: for a small one, from another like it, which
+    is the quickest way. own: no caller sees it."""
+    if shape is None:
+        return _nothing
+    if torch.Size(shape).numel() <= SMALL:
+        return partial(torch.empty_like, torch.empty(tuple(shape), dtype=dtype))
+    return partial(blocks.empty, tuple(shape), dtype) if own else partial(torch.empty, *shape, dtype=dtype)
+
+
+def _nothing() -> None:
+    return None
+
+
+_calls: OrderedDict[tuple, Call] = OrderedDict()
+KEPT_CALLS = 256
+_lock = threading.Lock()
+
+
+def kept(key: tuple | None, make: Callable[[], Call]) -> Any:
+    """The call of this key, made now or earlier; the least recently used ones are forgotten."""
+    if key is None:
+        return make()
+    call = _calls.get(key)
+    if call is None:
+        call = make()
+        with _lock:
+            _calls[key] = call
+            while len(_calls) > KEPT_CALLS:
+                _calls.popitem(last=False)
+    return call
+
+
+forgetting: list[Callable[[], None]] = []
+"""What else has prepared calls, and drops them."""
+
+
+def forget() -> None:
+    """Drop all prepared calls, and the memory that is kept for the next ones."""
+    with _lock:
+        _calls.clear()
+    for others in forgetting:
+        others()
+    blocks.pool.release()
+    arena.release()

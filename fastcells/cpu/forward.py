@@ -1,0 +1,152 @@
+"""The forward pass of one layer, all its directions: buffers, the time loop and the input projection before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..plan import Plan
+from .call import Call
+from .direction import Direction, Operands, Ready, Sequences, fixed, planned, view
+from .engine import Buffer, View, add, product
+from .script import zeros
+
+
+@dataclass
+class Saved:
+    """What forward leaves to backward, tensors for each direction."""
+
+    slots: list[Tensor]  # [total, Programs.width]
+    series: list[Tensor]  # [total, H], of each state but the hidden one
+    plan: Plan
+
+
+class Forward(Call):
+    """The forward call for tensors laid out like these."""
+
+    def __init__(
+        self,
+        r: Ready,
+        x: Tensor,
+        states: Sequence[Tensor] | None,
+        parameters: Sequence[Sequence[Tensor | None]],
+        inputs: Sequence[Tensor],
+        sequences: Sequences,
+        training: bool,
+    ) -> None:
+        super().__init__(r.dtype)
+        p, item, dtype = r.programs, r.item, r.dtype
+        self.cell = r.cell
+        self.plan = schedule = planned(r.cell, parameters[0], sequences, len(parameters))
+        operands = Operands(item)
+        x_, given = operands.given(x), [operands.given(s) for s in states or ()]
+        fed = [operands.given(t) for t in inputs]
+        directions = [Direction(r, [operands.given(t) for t in q], fed, k) for k, q in enumerate(parameters)]
+        count, rows, total = len(directions), sequences.rows, sequences.total
+        for d in directions:
+            d.share(schedule, total)
+        width, hidden = directions[0].depth, directions[0].hidden
+        # A unit's state is read and then written by the same tile, so that states may be kept in place.
+        in_place = not training and len(p.forward.stages) == 1
+        self.y = (*x.shape[:-1], count * width)
+        self.finals = [(count, rows, hidden if j else width) for j in range(len(r.cell.states))]
+        self.slots = (total, p.width(hidden))
+        self.series = (total, hidden)
+        # Other states are kept at every step for the backward pass, and for products.
+        kinds = [j for j, name in enumerate(p.states) if j and (name in p.streams or not in_place)]
+        self.many = len(kinds)
+        y, finals = operands.made(self.y), [operands.made(s) for s in self.finals]
+        kept = [operands.made(self.slots) for _ in directions] if training else []
+        series = [{j: operands.made(self.series) for j in kinds} for _ in directions]
+        nothing = zeros(max(width, hidden) * item)
+        starts = []
+        launches = []
+        for k, d in enumerate(directions):
+            first = k * schedule.forward.threads if schedule.side_by_side else 0
+            start, own = d.biases(self.script)
+            initial: list[Buffer | int] = [nothing] * len(p.states) if states is None else [s[k] for s in given]
+            views = {"s." + p.states[0]: view(y.columns(k * width, width), sequences, initial[0]), "bias": View(own)}
+            views |= d.own_views(sequences)
+            for j, name in enumerate(p.states[1:], 1):
+                kept_series = series[k].get(j)
+                if kept_series is None:
+                    views["s." + name] = fixed(finals[j][k], initial[j])
+                else:
+                    views["s." + name] = view(kept_series, sequences, initial[j])
+            if training:
+                views["saved"] = view(kept[k], sequences)
+            elif in_place:
+                views["saved"] = View(0)
+            else:  # a later stage reads here what an earlier one left, at the same step
+                shape = rows, p.width(hidden)
+                views["saved"] = fixed(Buffer.new(self.script.take(shape[0] * shape[1] * item), shape, item))
+            starts.append((start, views))
+            unused = (
+                "x" if schedule.project_ahead else "",
+                "before" if states is None and sequences.steps == 1 else "",
+            )
+            threads, in_place_ = schedule.forward.threads, schedule.in_place
+            launches.append(d.products(self.script, r.forward, threads, first, in_place_, unused))
+        for k, d in enumerate(directions):
+            start, views = starts[k]
+            if not schedule.project_ahead:
+                views["start"], views["x"] = View(start), view(x_, sequences)
+                continue
+            units = len(p.start_gates) * hidden
+            ahead = kept[k] if training else Buffer.new(self.script.take(total * units * item), (total, units), item)
+            views["start"], views["x"] = view(ahead, sequences), View(0)
+            out = ahead.columns(0, units).by_time(x.shape[:-1])
+            weight = d.rows_of(self.script, d.w_ih, p.start_gates)
+            product(self.script, dtype, x_.by_time(), weight, out, start, threads=d.team, label="input projection")
+        self.owned = []
+        for k, d in enumerate(directions):
+            times, (threads, split) = sequences.times(descending=d.reverse), schedule.forward
+            self.owned.append(times)
+            r.forward.launch(
+                self.script,
+                times,
+                starts[k][1],
+                launches[k],
+                [d.units(s.size) for s in p.forward.stages],
+                slot=hidden,
+                skip_first=states is None,
+                training=training,
+                threads=threads,
+                first=k * threads if schedule.side_by_side else 0,
+                wait=k == 0 or not schedule.side_by_side,
+                split=split,
+                row_block=schedule.row_block,
+                shares=sequences.shares(self.script, threads),
+                dot=schedule.in_place,
+            )
+        for k, d in enumerate(directions):
+            for j in (0, *(j for j in kinds if j < len(finals))):
+                source = series[k][j] if j else y.columns(k * width, width)
+                if sequences.counts is None:
+                    edge = source.by_time((sequences.steps, rows))[0 if d.reverse else sequences.steps - 1]
+                    add(self.script, dtype, finals[j][k], edge, wait=k == 0 and j == 0)
+                    continue
+                operand: Any = source.at
+                at = operand.operand - 1, finals[j].at.operand - 1, k * width if not j else 0, k
+
+                def copy(tensors, at=at, size=source.shape[-1], last=not d.reverse):
+                    source, final, column, k = at
+                    edge = sequences.edge(tensors[source], last=last)
+                    tensors[final].select(0, k).copy_(edge[:, column : column + size])
+
+                self.then(copy)
+        kept_shapes = [*[self.slots] * (count if training else 0), *[self.series] * count * self.many]
+        self.makes([self.y, *self.finals, *kept_shapes], own=1 + len(self.finals))
+        self._end = 1 + len(self.finals), 1 + len(self.finals) + (count if training else 0)
+
+    def start(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
+        """(y, final states, what backward needs) of the tensors in the order of `prepared`."""
+        return self.results(self.begin(tensors))
+
+    def results(self, made: Sequence[Any]) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
+        """Those among all that the call makes."""
+        finals, slots = self._end
+        return made[0], tuple(made[1:finals]), Saved(list(made[finals:slots]), list(made[slots:]), self.plan)
