@@ -96,3 +96,19 @@ def test_explain_wants_a_recurrent_module():
 def test_threads_do_not_all_read_weights_that_are_many_for_few_rows(rows, hidden, threads, forward, back):
     chosen = plan(shape(rows=rows, hidden=hidden, depth=hidden, inputs=hidden, threads=threads))
     assert (chosen.forward, chosen.back) == ((threads, forward), (threads, back))
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden", "chosen"),
+    [
+        (1, 128, (4, "units")),
+        (1, 512, (16, "units")),
+        (4, 256, (16, "units")),
+        (8, 64, (4, "rows")),
+        (16, 128, (8, "rows")),
+        (3, 8, (1, "rows")),
+    ],
+)
+def test_no_more_threads_than_a_barrier_or_the_rows_pay_for(rows, hidden, chosen):
+    sizes = {"rows": rows, "hidden": hidden, "depth": hidden, "inputs": hidden}
+    assert plan(shape(**sizes, threads=16)).forward == chosen
