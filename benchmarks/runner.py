@@ -22,7 +22,7 @@ from benchmarks.problem import Problem
 from benchmarks.providers import OURS, PLAIN_LAYER, Prepared, Provider, Unsupported
 from benchmarks.results import Row
 
-WARM = 2e-3  # seconds of calls that a turn begins with, not timed; a call that takes longer needs none
+WARM = 10e-3  # seconds of calls that a turn begins with, not timed: till then threads of the one before may spin on
 SAMPLE = 4e-3  # seconds that a sample takes at least, by repeating the call
 LEAST_ROUNDS, MOST_ROUNDS = 3, 25
 SLOW = 3.0  # times the fastest provider's time, from which one round is enough where there is no time for more
