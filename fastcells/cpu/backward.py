@@ -73,7 +73,7 @@ class Backward(Call):
         dothers_ = [operands.given(t) for t in dothers]
         count, rows, total = len(directions), sequences.rows, sequences.total
         for d in directions:
-            d.share(schedule, total)
+            d.share(schedule, schedule.back, total)
         width, hidden = directions[0].depth, directions[0].hidden
         # What it makes: the gradients, and those of the pre-activations.
         self.dx = tuple(x.shape) if wanted.x else None
@@ -102,9 +102,8 @@ class Backward(Call):
         previous = [{n: operands.made(s) if packed else None for n, s in self.previous.items()} for _ in directions]
         nothing = zeros(max(width, hidden) * item)
         others = len(p.states) - 1
-        launches, totals, self.owned = [], [], []
+        launches, totals = [], []
         for k, d in enumerate(directions):
-            first = k * schedule.back.threads if schedule.side_by_side else 0
             initial: list[Buffer | int] = [nothing] * len(p.states) if states is None else [s[k] for s in given]
             views = {
                 "dy": View(nothing) if dy_ is None else view(dy_.columns(k * width, width), sequences),
@@ -145,25 +144,9 @@ class Backward(Call):
             if projected[k] is not None:
                 views["projected"] = view(projected[k], sequences)
             unused = ("before",) if sequences.steps == 1 else ()
-            weights = d.products(self.script, r.backward, schedule.back.threads, first, schedule.in_place, unused)
-            launches.append((views, weights))
+            launches.append((views, d.products(self.script, r.backward, unused)))
         for k, d in enumerate(directions):
-            times, (threads, split) = sequences.times(descending=not d.reverse), schedule.back
-            self.owned.append(times)
-            r.backward.launch(
-                self.script,
-                times,
-                *launches[k],
-                [d.units(s.size) for s in p.backward.stages],
-                slot=hidden,
-                skip_first=True,
-                threads=threads,
-                first=k * threads if schedule.side_by_side else 0,
-                wait=k == 0 or not schedule.side_by_side,
-                split=split,
-                row_block=schedule.row_block,
-                shares=sequences.shares(self.script, threads),
-            )
+            d.launch(self.script, r.backward, sequences, *launches[k], descending=not d.reverse, skip_first=True)
         for k, d in enumerate(directions):
             if dx is not None:
                 self._input(d, x_, dx, grads[k])

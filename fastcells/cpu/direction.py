@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..cell import Cell
 from ..derivation import build, runs
-from ..plan import Plan, Shape, plan
+from ..plan import Plan, Shape, Share, plan
 from ..program import Programs, Weights
 from . import team
 from .engine import Buffer, Product, Runner, Times, View, add
@@ -173,9 +173,11 @@ class Direction:
         self.fed = {name: t[index] for name, t in zip(r.cell.fed, inputs, strict=True)}
         self.inputs = self.w_ih.shape[1]
 
-    def share(self, schedule: Plan, total: int) -> None:
-        """Choose the threads of the products around the time loop: where that runs on one thread, another that waits
-        for it slows it down, so that only large products are worth it."""
+    def share(self, schedule: Plan, share: Share, total: int) -> None:
+        """Take this direction's part of a pass, and choose the threads of the products around the time loop: where that
+        runs on one thread, another that waits for it slows it down, so that only large products are worth it."""
+        self.schedule, self.threads, self.split = schedule, share.threads, share.split
+        self.first = self.index * share.threads if schedule.side_by_side else 0
         flops = 2 * total * len(self.r.gates) * self.hidden * self.inputs
         shared = max(schedule.forward.threads, schedule.back.threads) > 1 or schedule.side_by_side
         self.team = team.size() if shared or flops > APART_FLOPS else 1
@@ -234,11 +236,36 @@ class Direction:
                 add(script, self.r.dtype, out, a, b if shared else None, wait=False)
         return start, self.rows_of(script, self.b_hh, p.bias_gates).at if p.bias_gates else 0
 
-    def products(
-        self, script: Script, run: Runner, threads: int, first: int, in_place: bool, unused: Container[str] = ()
-    ) -> list[list[Product]]:
-        """The weights of every segment of every stage, packed by so many threads from number `first` on, or read as
-        they are; nothing is packed for those `unused`.
+    def launch(
+        self,
+        script: Script,
+        run: Runner,
+        sequences: Sequences,
+        views: Mapping[str, View],
+        products: Sequence[Sequence[Product]],
+        *,
+        descending: bool,
+        **options: Any,
+    ) -> None:
+        """Add a pass's program over the time steps, from the last one if descending."""
+        run.launch(
+            script,
+            sequences.times(descending),
+            views,
+            products,
+            [self.units(s.size) for s in run.program.stages],
+            slot=self.hidden,
+            threads=self.threads,
+            first=self.first,
+            wait=self.index == 0 or not self.schedule.side_by_side,
+            split=self.split,
+            row_block=self.schedule.row_block,
+            shares=sequences.shares(script, self.threads),
+            **options,
+        )
+
+    def products(self, script: Script, run: Runner, unused: Container[str] = ()) -> list[list[Product]]:
+        """The weights of every segment of every stage; nothing is packed for those `unused`.
 
         unused: "x" where the input is projected ahead; "before" where the only step is every sequence's first.
         """
@@ -251,8 +278,7 @@ class Direction:
                 elif segment.rows.when in unused:
                     row.append(Product(self.depth_of(segment.weights)))
                 else:
-                    units = self.units(stage.size)
-                    row.append(self.weights(script, run, k, segment.weights, units, threads, first, in_place))
+                    row.append(self.weights(script, run, k, segment.weights, self.units(stage.size)))
             found.append(row)
         return found
 
@@ -263,26 +289,17 @@ class Direction:
             return len(weights.gates) * self.hidden
         return self.inputs if weights.matrix == "ih" else self.depth
 
-    def weights(
-        self,
-        script: Script,
-        run: Runner,
-        stage: int,
-        weights: Weights,
-        units: int,
-        threads: int,
-        first: int,
-        in_place: bool,
-    ) -> Product:
+    def weights(self, script: Script, run: Runner, stage: int, weights: Weights, units: int) -> Product:
         depth = self.depth_of(weights)
         matrix = {"ih": self.w_ih, "hh": self.w_hh, "hr": self.w_hr}[weights.matrix]
         if weights.transposed and weights.matrix != "hr":
             matrix = self.rows_of(script, matrix, weights.gates)
-        if in_place and run.readable(weights.transposed, units):
+        if self.schedule.in_place and run.readable(weights.transposed, units):
             return run.in_place(matrix, weights.transposed, self.hidden, depth)
         one = weights.transposed or weights.matrix == "hr"
         offsets = [0] if one else [self.r.gates[g] * self.hidden for g in weights.gates]
-        return run.panel(script, matrix, stage, weights.transposed, offsets, units, depth, threads, first)
+        threads = self.threads
+        return run.panel(script, matrix, stage, weights.transposed, offsets, units, depth, threads, self.first)
 
     def units(self, size: str) -> int:
         return self.depth if size == "P" else self.hidden

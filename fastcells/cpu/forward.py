@@ -47,7 +47,7 @@ class Forward(Call):
         directions = [Direction(r, [operands.given(t) for t in q], fed, k) for k, q in enumerate(parameters)]
         count, rows, total = len(directions), sequences.rows, sequences.total
         for d in directions:
-            d.share(schedule, total)
+            d.share(schedule, schedule.forward, total)
         width, hidden = directions[0].depth, directions[0].hidden
         # A unit's state is read and then written by the same tile, so that states may be kept in place.
         in_place = not training and len(p.forward.stages) == 1
@@ -65,7 +65,6 @@ class Forward(Call):
         starts = []
         launches = []
         for k, d in enumerate(directions):
-            first = k * schedule.forward.threads if schedule.side_by_side else 0
             start, own = d.biases(self.script)
             initial: list[Buffer | int] = [nothing] * len(p.states) if states is None else [s[k] for s in given]
             views = {"s." + p.states[0]: view(y.columns(k * width, width), sequences, initial[0]), "bias": View(own)}
@@ -88,8 +87,7 @@ class Forward(Call):
                 "x" if schedule.project_ahead else "",
                 "before" if states is None and sequences.steps == 1 else "",
             )
-            threads, in_place_ = schedule.forward.threads, schedule.in_place
-            launches.append(d.products(self.script, r.forward, threads, first, in_place_, unused))
+            launches.append(d.products(self.script, r.forward, unused))
         for k, d in enumerate(directions):
             start, views = starts[k]
             if not schedule.project_ahead:
@@ -101,27 +99,10 @@ class Forward(Call):
             out = ahead.columns(0, units).by_time(x.shape[:-1])
             weight = d.rows_of(self.script, d.w_ih, p.start_gates)
             product(self.script, dtype, x_.by_time(), weight, out, start, threads=d.team, label="input projection")
-        self.owned = []
         for k, d in enumerate(directions):
-            times, (threads, split) = sequences.times(descending=d.reverse), schedule.forward
-            self.owned.append(times)
-            r.forward.launch(
-                self.script,
-                times,
-                starts[k][1],
-                launches[k],
-                [d.units(s.size) for s in p.forward.stages],
-                slot=hidden,
-                skip_first=states is None,
-                training=training,
-                threads=threads,
-                first=k * threads if schedule.side_by_side else 0,
-                wait=k == 0 or not schedule.side_by_side,
-                split=split,
-                row_block=schedule.row_block,
-                shares=sequences.shares(self.script, threads),
-                dot=schedule.in_place,
-            )
+            options = {"skip_first": states is None, "training": training, "dot": schedule.in_place}
+            views = starts[k][1]
+            d.launch(self.script, r.forward, sequences, views, launches[k], descending=d.reverse, **options)
         for k, d in enumerate(directions):
             for j in (0, *(j for j in kinds if j < len(finals))):
                 source = series[k][j] if j else y.columns(k * width, width)

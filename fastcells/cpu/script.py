@@ -105,12 +105,18 @@ class Script:
         self._memory = self._kept = 0  # bytes
         self._keeping: Memory | None = None
         self._pack: Callable[..., bytes] | None = None
-        self._owned: list[array] = []  # what the launches' frames point to
+        self._owned: list[array | Tensor] = []  # what the launches' frames point to
+
+    def hold(self, tensor: Tensor) -> int:
+        """Address of a tensor, which lasts as long as the script."""
+        self._owned.append(tensor)
+        return tensor.data_ptr()
 
     def table(self, words: Iterable[int]) -> int:
         """Address of words that last as long as the script."""
-        self._owned.append(array("q", words))
-        return self._owned[-1].buffer_info()[0]
+        table = array("q", words)
+        self._owned.append(table)
+        return table.buffer_info()[0]
 
     def take(self, size: int) -> Address:
         """`size` bytes of the call's memory, on lines of cache of their own."""
