@@ -163,6 +163,15 @@ def test_equal_expressions_are_one_node_and_trivial_ones_fold():
     assert substitute([ex.tanh(a + b)], {b: constant(0.0)})[0] is ex.tanh(a)
 
 
+def test_a_graph_may_be_deeper_than_python_calls_functions():
+    first = last = leaf("v")
+    for _ in range(5000):
+        last = ex.tanh(last)
+    order = topological([last])
+    assert (len(order), order[0], order[-1]) == (5001, first, last)
+    assert first in gradients([last], [constant(1.0)], lambda node, grad: [])
+
+
 @pytest.mark.parametrize("c", BUILT_IN, ids=lambda c: c.name)
 def test_cell_is_callable_on_arrays_and_tensors_alike(c):
     rng = np.random.default_rng(1)

@@ -114,23 +114,29 @@ class OverTime:
         }
         begun: set[Buffer] = set()
 
-        def add_product(x: Buffer, weight: Buffer, target: Buffer, shares: int, split: str, wait: bool) -> None:
-            product(
-                script, dtype, x.by_time(), weight, target.by_time(),
-                None if target in begun else zeros(target.shape[1] * item), transposed=True, pack=False,
-                threads=threads, shares=shares, split=split, wait=wait, label=LABEL,
-            )  # fmt: skip
+        def add_product(x: Buffer, weight: Buffer, target: Buffer, shares: list[int], split: str, wait: bool) -> None:
+            """shares: tables for whole vectors of the target, which read weights where they are, and what is left."""
+            whole = target.shape[1] // lanes * lanes
+            for first, count, table in ((0, whole, shares[0]), (whole, target.shape[1] - whole, shares[-1])):
+                if count:
+                    product(
+                        script, dtype, x.by_time(), weight.columns(first, count),
+                        target.columns(first, count).by_time(), None if target in begun else zeros(count * item),
+                        transposed=True, pack=False, threads=threads, shares=table, split=split, wait=wait, label=LABEL,
+                    )  # fmt: skip
+                    wait = False
             begun.add(target)
 
         # A thread's share are columns of `grad`: no thread needs what another one does, but for copies that all read.
         rows_of = {
-            (begin, count): script.table([min(max(c - begin, 0), count) for c in shares])
+            (begin, count): [script.table([min(max(c - begin, 0), count) for c in shares])]
             for begin, count, *_ in self.terms
         }
         if sums is not None:
             tile = plain(dtype)[0].shapes[0].widths[0]  # shares of whole tiles, for sums to be the same
-            vectors = [min(c, sums.shape[1]) // lanes // tile * tile for c in shares[:-1]]
-            vectors_of = script.table([*vectors, -(-sums.shape[1] // lanes)])
+            whole = sums.shape[1] // lanes
+            vectors = [min(c // lanes, whole) // tile * tile for c in shares[:-1]]
+            vectors_of = [script.table([*vectors, whole]), script.table([*[0] * threads, 1])]
         wait = True
         for begin in range(0, total, length):
             end = min(begin + length, total)

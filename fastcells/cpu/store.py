@@ -73,7 +73,7 @@ def _base() -> str:
     """The part of every digest that is the same in this process: source, machine, versions."""
     root = Path(__file__).parent.parent
     source = hashlib.sha256()
-    for file in [root / "program.py", root / "expression.py", *sorted(root.glob("cpu/*.py"))]:
+    for file in [root / "program.py", *sorted(root.glob("expression/*.py")), *sorted(root.glob("cpu/*.py"))]:
         source.update(file.read_bytes())
     versions = [importlib.metadata.version(p) for p in ("numba", "llvmlite", "numpy")]
     return repr((source.hexdigest(), host(), versions, sys.version_info[:3]))

@@ -1,0 +1,105 @@
+"""A cell written with NumPy's or torch's functions: what they stand for, and what to write where they do not."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from .functions import FUNCTIONS, clip, hard_sigmoid, maximum, minimum
+from .graph import OPERATIONS, Node, apply, as_node
+
+
+def _clamp(v, low=None, high=None, *, min=None, max=None):  # with torch's and NumPy's names
+    return clip(v, low if min is None else min, high if max is None else max)
+
+
+FOREIGN: dict[str, Callable] = {
+    "absolute": abs,
+    "clamp": _clamp,
+    "clamp_max": lambda v, max: _clamp(v, max=max),
+    "clamp_min": lambda v, min: _clamp(v, min=min),
+    "clip": _clamp,
+    "divide": operator.truediv,
+    "eq": operator.eq,
+    "ge": operator.ge,
+    "greater": operator.gt,
+    "greater_equal": operator.ge,
+    "gt": operator.gt,
+    "hardsigmoid": hard_sigmoid,
+    "hardtanh": lambda v, min_val=-1.0, max_val=1.0: clip(v, min_val, max_val),
+    "invert": operator.invert,
+    "le": operator.le,
+    "lerp": lambda a, b, weight: a + weight * (b - a),
+    "logical_and": operator.and_,
+    "logical_not": operator.invert,
+    "logical_or": operator.or_,
+    "lt": operator.lt,
+    "max": maximum,
+    "min": minimum,
+    "multiply": operator.mul,
+    "ne": operator.ne,
+    "negative": operator.neg,
+    "not_equal": operator.ne,
+    "pow": operator.pow,
+    "power": operator.pow,
+    "reciprocal": lambda v: 1.0 / v,
+    "square": lambda v: v * v,
+    "subtract": operator.sub,
+    "true_divide": operator.truediv,
+}
+"""What NumPy or torch has under a name, or with arguments, of its own."""
+
+_PRODUCT, _PARTS = "u.g(v), the recurrent product of any vector,", "a gate or state of its own for each part"
+INSTEAD = {
+    **dict.fromkeys(("mean", "sum"), "fastcells.expression.mean(v), over the units,"),
+    **dict.fromkeys(("norm", "layer_norm"), "fastcells.expression.norm(v), over the units,"),
+    **dict.fromkeys(("zeros_like", "ones_like", "full_like", "zeros", "ones"), "a plain number"),
+    "dropout": "recurrent_dropout, zoneout or weight_dropout, of the layer,",
+    **dict.fromkeys(("linear", "matmul", "mm", "dot", "einsum", "rmatmul"), _PRODUCT),
+    **dict.fromkeys(("cat", "stack", "concat", "concatenate", "chunk", "split"), _PARTS),
+}
+"""What to write where NumPy's or torch's function means another thing, or is none for a cell."""
+
+
+def _named(name: str) -> Callable | None:
+    """What NumPy or torch has under a name, as a function of this module."""
+    if name in INSTEAD:
+        return None
+    return FOREIGN.get(name) or FUNCTIONS.get(name) or (partial(apply, name) if name in OPERATIONS else None)
+
+
+def call(library: str, function: Callable, inputs: Sequence, options: dict) -> Any:
+    """A function of NumPy or torch on values of which some belong to a cell."""
+    name = getattr(function, "__name__", str(function)).strip("_")
+    values = [getattr(v, "__fastcells_value__", v) for v in inputs]
+    options = {key: getattr(v, "__fastcells_value__", v) for key, v in options.items()}
+    if any(v is not given for v, given in zip(values, inputs, strict=True)) and not any(map(_is_node, values)):
+        return function(*values, **options)  # a product, of arrays or tensors
+    ours = _named(name)
+    if ours is None or not any(map(_is_node, [*values, *options.values()])):
+        allowed = ", ".join(FUNCTIONS)
+        raise TypeError(f"a cell cannot use {library}'s {name}; it may use operators and {allowed}.{hint(name)}")
+    for k, v in enumerate(values):
+        if not isinstance(v, Node | str | None):
+            values[k] = as_node(name, v).value  # a plain number, so that no operator comes back here
+    options.pop("inplace", None)
+    return ours(*values, **options)
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, Node)
+
+
+def hint(name: str) -> str:
+    """What to write instead of NumPy's or torch's function or a tensor's method of this name, if anything."""
+    if name in INSTEAD:
+        return f" Write {INSTEAD[name]} instead."
+    if _named(name) is None:
+        return ""
+    return (
+        f" Write {name}(v), of fastcells.expression, instead."
+        if name in FUNCTIONS
+        else f" Write torch.{name}(v) instead."
+    )
