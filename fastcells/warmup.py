@@ -15,6 +15,7 @@ from . import cells
 from .cell import Cell
 from .cpu import again, engine, script, store, team
 from .cpu import layer as cpu
+from .cpu.host import host
 
 CELLS = {name: cell for name, cell in vars(cells).items() if isinstance(cell, Cell)}
 
@@ -55,7 +56,7 @@ ONCE: dict[str, Callable[[torch.dtype], store.Kernel]] = {
     **({"lead": lambda _: team.leader()} if team.library() else {}),
 }
 EACH: dict[str, Callable[[torch.dtype], store.Kernel]] = {
-    "pack": lambda dtype: engine.packing(dtype),
+    "pack": lambda dtype: engine.packing(dtype, host().lanes(dtype.itemsize)),
     "turn": lambda dtype: engine.turning(dtype),
     "sum": lambda dtype: engine.plain(dtype)[1].kernel,
     "product": lambda dtype: engine.plain(dtype)[0].kernel,
@@ -73,7 +74,8 @@ def wanted(names: Sequence[str], dtypes: Sequence[torch.dtype], project: bool) -
 def obtain(want: Wanted) -> tuple[str, float]:
     """Compile a kernel or load it: its name, and the seconds it took to compile, 0 if it was stored."""
     if want.cell:
-        kernel = getattr(cpu.ready(find_cell(want.cell), want.project, want.dtype), want.part).kernel
+        lanes = host().lanes(want.dtype.itemsize)
+        kernel = getattr(cpu.ready(find_cell(want.cell), want.project, want.dtype, lanes), want.part).kernel
     else:
         kernel = (ONCE | EACH)[want.part](want.dtype)
     return kernel.name, kernel.compiled

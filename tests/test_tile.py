@@ -31,7 +31,7 @@ def inner_loops(text):
 @pytest.mark.parametrize("cell", [cells.lstm, cells.gru, cells.rnn_tanh], ids=lambda c: c.name)
 def test_full_tiles_keep_their_sums_in_registers(cell, direction):
     """Of the widest loops: a multiply-add for every sum and step of the depth, and nothing of them on the stack."""
-    run = getattr(ready(cell, False, torch.float32), direction)
+    run = getattr(ready(cell, False, torch.float32, host().lanes(4)), direction)
     loops = list(inner_loops(store.assembly(run._make())))
     adds = [sum(line.startswith("vfmadd") and "ps" in line for line in loop) for loop in loops]
     (stage,) = run.program.stages

@@ -23,11 +23,11 @@ APART_FLOPS = 20_000_000  # of a product, worth a team of its own
 class Ready:
     """A cell with its programs and their runners for one number format."""
 
-    def __init__(self, cell: Cell, project: bool, dtype: torch.dtype, feed: bool, each: bool) -> None:
+    def __init__(self, cell: Cell, project: bool, dtype: torch.dtype, lanes: int, feed: bool, each: bool) -> None:
         self.cell, self.dtype, self.item = cell, dtype, dtype.itemsize
         self.programs: Programs = build(cell, project, feed, each)
-        self.forward = Runner(self.programs.forward, dtype)
-        self.backward = Runner(self.programs.backward, dtype)
+        self.forward = Runner(self.programs.forward, dtype, lanes)
+        self.backward = Runner(self.programs.backward, dtype, lanes)
         self.gates = {g: k for k, g in enumerate(cell.gates)}  # the order of the weights' rows
         g = self.programs.gradients
         # Blocks of adjacent slots, one product each: (gates, first slot, slot of the operand or name of the state).
@@ -40,9 +40,10 @@ class Ready:
 
 
 @lru_cache(maxsize=256)
-def ready(cell: Cell, project: bool, dtype: torch.dtype, feed: bool = False, each: bool = False) -> Ready:
-    """The same object for the same cell; nothing is compiled before a kernel first runs. feed, each: see `build`."""
-    return Ready(cell, project, dtype, feed, each)
+def ready(cell: Cell, project: bool, dtype: torch.dtype, lanes: int, feed: bool = False, each: bool = False) -> Ready:
+    """The same object for the same cell; nothing is compiled before a kernel first runs. lanes: numbers in a vector.
+    feed, each: see `build`."""
+    return Ready(cell, project, dtype, lanes, feed, each)
 
 
 class Sequences:

@@ -114,10 +114,9 @@ assert Product._fields == SEGMENT_WORDS
 class Runner:
     """A program for one number format, with its kernel loaded when first launched."""
 
-    def __init__(self, program: Program, dtype: torch.dtype) -> None:
+    def __init__(self, program: Program, dtype: torch.dtype, lanes: int) -> None:
         self.program, self.dtype = program, dtype
-        self.item = dtype.itemsize
-        self.lanes = host().lanes(self.item)
+        self.item, self.lanes = dtype.itemsize, lanes
         self.vector = self.lanes * self.item  # bytes
         self.layout = Layout(program)
         self.before = [[s.rows.when == "before" for s in stage.segments] for stage in program.stages]
@@ -131,7 +130,7 @@ class Runner:
     def kernel(self) -> store.Kernel:
         if self._kernel is None:
             name = f"{self.program.name}_{DTYPES[self.dtype]}"
-            self._kernel = store.kernel(name, [self.program.describe()], self._make)
+            self._kernel = store.kernel(name, [self.program.describe(), str(self.lanes)], self._make)
         return self._kernel
 
     def _make(self):
@@ -248,7 +247,7 @@ class Runner:
         words: list[Address] = [address, weight.at, units, depth, *strides, self.shapes[stage].block, gates]
         words += [threads, digests, At(KEEPS), *(o * row for o in offsets)]
         made = isinstance(weight.at, At) and weight.at.operand == MEMORY
-        script.launch(packing(self.dtype), words, threads=threads, first=first, wait=made)
+        script.launch(packing(self.dtype, self.lanes), words, threads=threads, first=first, wait=made)
         return Product(depth, address, depth * gates * self.vector, 0, gates * self.vector)
 
     def readable(self, transposed: bool, units: int) -> bool:
@@ -265,13 +264,13 @@ class Runner:
 
 
 @lru_cache
-def packing(dtype: torch.dtype) -> store.Kernel:
+def packing(dtype: torch.dtype, lanes: int) -> store.Kernel:
     def make():
         from .copies import make_pack
 
-        return make_pack(DTYPES[dtype], host().lanes(dtype.itemsize))
+        return make_pack(DTYPES[dtype], lanes)
 
-    return store.kernel(f"pack_{DTYPES[dtype]}", [], make)
+    return store.kernel(f"pack_{DTYPES[dtype]}", [str(lanes)], make)
 
 
 @lru_cache
@@ -316,7 +315,8 @@ SUM = Program("sum", (Stage("H", ((_SUM, (Place("a"), Place("b"))),), (), ((_SUM
 @lru_cache
 def plain(dtype: torch.dtype) -> tuple[Runner, Runner]:
     """The runners of PRODUCT and SUM."""
-    return Runner(PRODUCT, dtype), Runner(SUM, dtype)
+    lanes = host().lanes(dtype.itemsize)
+    return Runner(PRODUCT, dtype, lanes), Runner(SUM, dtype, lanes)
 
 
 def add(script: Script, dtype: torch.dtype, out: Buffer, a: Buffer | None, b: Buffer | None = None, **options) -> None:

@@ -11,16 +11,23 @@ import llvmlite.binding as llvm
 
 @dataclass(frozen=True)
 class Host:
-    """cpu, features: LLVM's names. vector_bytes, registers: of the widest vectors. Everything that code depends on."""
+    """cpu, features: LLVM's names. vector_bytes, registers: of the widest vectors. halves: these take as long as two of
+    half the width. Everything that code depends on."""
 
     triple: str
     cpu: str
     features: str
     vector_bytes: int
     registers: int
+    halves: bool = False
 
-    def lanes(self, item_bytes: int) -> int:
-        return self.vector_bytes // item_bytes
+    def lanes(self, item_bytes: int, units: int | None = None) -> int:
+        """Numbers in the widest vectors, or in those that take so many units in the least time."""
+        lanes = self.vector_bytes // item_bytes
+        if units is None or not self.halves:
+            return lanes
+        whole, half = (-(-units // n) * n for n in (lanes, lanes // 2))
+        return lanes // 2 if half <= 0.75 * whole else lanes  # twice as many instructions cost something, too
 
 
 @lru_cache
@@ -40,4 +47,4 @@ def host() -> Host:
         vector_bytes, registers = 16, 32
     else:
         vector_bytes, registers = 16, 16
-    return Host(triple, cpu, features, vector_bytes, registers)
+    return Host(triple, cpu, features, vector_bytes, registers, halves=cpu == "znver4" and vector_bytes == 64)
