@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 DEPTH, SINGLE_ROW_DEPTH = 512, 256  # of the products of several rows, and of one, that are summed up at a time
 AHEAD_BYTES = 1 << 20  # of the weights of a step, which a second-level cache no longer holds: they are asked for ahead
+NEAR_BYTES = 1 << 15  # that a first-level cache may hold
+BESIDE_STEPS = 32  # from which on most input projections of one sequence can be made beside its recurrence
 FAR_BYTES = 1 << 23  # of all weights, which a process's share of a third-level cache still holds
 FUSED_ROWS = 12  # of a step, from which on reading the input's weights at each costs less than to store its products
 STEP_ROWS = 32  # of a single step, up to which packing the weights does not pay
@@ -27,7 +29,8 @@ UNITS_A_ROW = 8  # in a backward pass, from which on reading all gates' gradient
 class Shape(NamedTuple):
     """One layer, by one of its directions. steps: T; rows: N at the fullest step; total: rows of all steps; gates:
     blocks of weight rows; depth: of the recurrent product (H, or the projected size); item: bytes of a number; threads:
-    at most, of all directions; apart: the cell needs its input projections before the time loop."""
+    at most, of all directions; apart: the cell needs its input projections before the time loop; rides: kernels can
+    make them beside the recurrence of a single sequence."""
 
     steps: int
     rows: int
@@ -40,6 +43,7 @@ class Shape(NamedTuple):
     threads: int
     directions: int = 1
     apart: bool = False
+    rides: bool = False
 
 
 class Share(NamedTuple):
@@ -52,13 +56,15 @@ class Share(NamedTuple):
 @dataclass(frozen=True)
 class Plan:
     """forward, back: what threads share of one direction, in either pass. side_by_side: each direction has threads of
-    its own. project_ahead: the input projection of all time steps is one product before the loop. in_place: weights are
+    its own. project_ahead: the input projection of all time steps is one product before the loop; beside: of the first
+    steps alone, those of others are made in the loop, some steps before they are needed. in_place: weights are
     read as they are, not packed first. row_block: see the constant. reasons: a sentence a choice."""
 
     forward: Share
     back: Share
     side_by_side: bool
     project_ahead: bool
+    beside: bool
     in_place: bool
     row_block: int
     reasons: tuple[str, ...]
@@ -84,7 +90,16 @@ def plan(shape: Shape) -> Plan:
         project_ahead, why = True, f"all {weight_bytes:,} bytes of weights are more than caches keep from step to step"
     else:
         project_ahead, why = False, "it goes into the same sums, and is stored nowhere"
-    if project_ahead:
+    beside = (
+        project_ahead
+        and shape.rides
+        and shape.rows == 1
+        and shape.steps >= BESIDE_STEPS
+        and (NEAR_BYTES <= recurrent_bytes <= AHEAD_BYTES and shape.inputs * 3 >= shape.depth)
+    )
+    if beside:
+        reasons = ["input projection of steps to come beside the recurrence: one sequence's waits for its weights"]
+    elif project_ahead:
         reasons = [f"input projection of all {shape.steps} steps ahead: {why}"]
     else:
         reasons = [f"input projection fused into the recurrent product: {why}"]
@@ -118,7 +133,7 @@ def plan(shape: Shape) -> Plan:
     if in_place:
         reasons.append(f"weights read as they are: {shape.total} row(s) of all steps do not pay for packing them")
     row_block = shape.rows if shape.rows <= ROW_BLOCK else -(-shape.rows // -(-shape.rows // ROW_BLOCK))
-    return Plan(forward, back, side_by_side, project_ahead, in_place, row_block, tuple(reasons))
+    return Plan(forward, back, side_by_side, project_ahead, beside, in_place, row_block, tuple(reasons))
 
 
 def share(rows: int, flops: int, threads: int, *, chained: int = 0, units: int = 0, weight_bytes: int = 0) -> Share:

@@ -457,6 +457,37 @@ def test_bitwise_the_same_run_to_run_and_on_any_number_of_threads(c, rows, split
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("c", [*BUILT_IN, peephole, normed], ids=lambda c: c.name)
+def test_input_projections_beside_the_recurrence_are_those_made_before_it(c, dtype, monkeypatch):
+    """Of one sequence: whole and partial vectors of units, on one thread and on more, from either end."""
+    tolerance = 200 * torch.finfo(dtype).eps
+    sizes = [(37, 20, 33, {}), (40, 150, 96, {"directions": 2}), (24, 9, 40, {"given": False}), (33, 70, 64, {})]
+    threads, found = torch.get_num_threads(), {}
+    monkeypatch.setattr(team, "processors", lambda: 3)
+    monkeypatch.setattr(plan, "NEAR_BYTES", 0)
+    monkeypatch.setattr(plan, "WAIT_FLOPS", 0)
+    monkeypatch.setattr(plan, "THREAD_FLOPS", 0)
+    try:
+        for beside, number in ((1 << 30, 1), (16, 1), (16, 3)):
+            monkeypatch.setattr(plan, "BESIDE_STEPS", beside)
+            torch.set_num_threads(number)
+            plan.plan.cache_clear()
+            layer.forget()
+            found[beside, number] = []
+            for steps, inputs, hidden, options in sizes:
+                arguments, leaves, _ = problem(c, steps, 1, inputs, hidden, dtype=dtype, **options)
+                outputs, grads = everything(functional.layer, arguments, leaves)
+                found[beside, number] += [*outputs, *grads]
+    finally:
+        torch.set_num_threads(threads)
+        plan.plan.cache_clear()
+        layer.forget()
+    for before, one, several in zip(*found.values(), strict=True):
+        assert torch.equal(one, several)
+        torch.testing.assert_close(one, before, rtol=tolerance, atol=tolerance)  # what is left of the steps may be summed in another order
+
+
 def test_python_threads_at_once():
     cases = [problem(c, 12, rows, 9, 33, seed=k) for k, (c, rows) in enumerate([(cells.lstm, 5), (cells.gru, 1)] * 3)]
     expected = [everything(functional.layer, a, leaves) for a, leaves, _ in cases]

@@ -31,6 +31,20 @@ def test_one_sequence_shares_its_units():
     assert chosen.forward == (2, "units")
 
 
+def test_one_sequence_makes_input_projections_beside_its_recurrence_where_that_pays():
+    one = {"rows": 1, "rides": True}
+    assert plan(shape(**one)).beside
+    for changes in (
+        {"rows": 2},
+        {"steps": 8},
+        {"hidden": 16, "depth": 16},
+        {"hidden": 512, "depth": 512},
+        {"inputs": 8},
+    ):
+        assert not plan(shape(**one | changes)).beside
+    assert not plan(shape(rows=1)).beside
+
+
 @pytest.mark.parametrize("changes", [{"threads": 1}, {"rows": 1, "hidden": 8, "depth": 8, "inputs": 8}])
 def test_little_work_stays_on_one_thread(changes):
     assert plan(shape(**changes)).forward.threads == 1

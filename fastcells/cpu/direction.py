@@ -15,6 +15,7 @@ from ..plan import Plan, Shape, Share, plan
 from ..program import Programs, Weights
 from . import team
 from .engine import Buffer, Product, Runner, Times, View, add
+from .host import host
 from .script import Address, At, Script, zeros
 
 APART_FLOPS = 20_000_000  # of a product, worth a team of its own
@@ -309,8 +310,10 @@ class Direction:
 def planned(cell: Cell, weights: Sequence[Any], sequences: Sequences, directions: int = 1) -> Plan:
     """The schedule that a direction with these weights (weight_ih, weight_hh) takes now."""
     w_ih, w_hh = weights[:2]
-    gates = len(cell.gates)
+    gates, item = len(cell.gates), w_ih.element_size()
     rows, inputs = w_ih.shape
+    project = len(weights) > 4 and weights[4] is not None
+    r = ready(cell, project, w_ih.dtype, host().lanes(item, rows // gates))
     return plan(
         Shape(
             sequences.steps,
@@ -320,9 +323,10 @@ def planned(cell: Cell, weights: Sequence[Any], sequences: Sequences, directions
             rows // gates,
             0 if w_hh is None else w_hh.shape[1],
             gates,
-            w_ih.element_size(),
+            item,
             team.size(),
             directions,
-            build(cell, False).ahead,
+            r.programs.ahead,
+            sequences.counts is None and r.forward.rides,
         )
     )

@@ -5,7 +5,7 @@ All addresses come from the frame (see geometry.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -56,6 +56,44 @@ def switch(module: ir.Module, name: str, arguments: tuple[str, ...]) -> Iterator
     builder.ret_void()
 
 
+def frame_word(b: ir.IRBuilder, frame, number: int):
+    """A word of the frame."""
+    value = b.load(b.inttoptr(b.add(frame, i64(8 * number)), I64.as_pointer()))
+    value.set_metadata("invariant.load", b.module.add_metadata([]))
+    return value
+
+
+def joined(b: ir.IRBuilder, *incoming):
+    """A value that comes from one of several blocks: (value, block) of each."""
+    node = b.phi(incoming[0][0].type)
+    for value, block in incoming:
+        node.add_incoming(value, block)
+    return node
+
+
+def counted(b: ir.IRBuilder, begin, end, stride: int, values: Sequence, body: Callable):
+    """values = body(k, values) for k from begin on in strides that fit below end; (where it ended, values)."""
+    before, loop, done = b.block, b.append_basic_block("k"), b.append_basic_block("k.done")
+    last = b.sub(end, i64(stride))
+    b.cbranch(b.icmp_signed("<=", begin, last), loop, done)
+    b.position_at_end(loop)
+    k = b.phi(I64)
+    current = [b.phi(x.type) for x in values]
+    new = body(k, current)
+    k_next = b.add(k, i64(stride))
+    for node, first, again in zip([k, *current], [begin, *values], [k_next, *new], strict=True):
+        node.add_incoming(first, before)
+        node.add_incoming(again, b.block)
+    end_of_loop = b.block
+    b.cbranch(b.icmp_signed("<=", k_next, last), loop, done)
+    b.position_at_end(done)
+    after = [
+        joined(b, (first, before), (again, end_of_loop))
+        for first, again in zip([begin, *values], [k_next, *new], strict=True)
+    ]
+    return after[0], after[1:]
+
+
 class Emitter:
     """Emits what a function of `CONTEXT`, and perhaps more arguments, does for one stage."""
 
@@ -85,9 +123,7 @@ class Emitter:
     # ---- addresses ----
     def word(self, number: int):
         """A word of the frame."""
-        value = self.b.load(self.b.inttoptr(self.b.add(self.arg["frame"], i64(8 * number)), I64.as_pointer()))
-        value.set_metadata("invariant.load", self.b.module.add_metadata([]))
-        return value
+        return frame_word(self.b, self.arg["frame"], number)
 
     def row_addresses(self, place: Place) -> list:
         """Address of the first unit of `place` in every row."""
@@ -135,12 +171,6 @@ class Emitter:
 
     def true(self, word):
         return self.b.trunc(word, I1)
-
-    def phi(self, *incoming):
-        node = self.b.phi(incoming[0][0].type)
-        for value, block in incoming:
-            node.add_incoming(value, block)
-        return node
 
     # ---- the epilogue ----
     @cached_property
@@ -220,14 +250,12 @@ class Emitter:
 
 def between(given: Callable[[Node], bool], roots: list[Node]) -> list[Node]:
     """What is to be computed to get from the given nodes to the roots, arguments first."""
-    needed: set[Node] = set()
-
-    def visit(node: Node) -> None:
-        if node not in needed and not given(node):
-            needed.add(node)
-            for a in node.args:
-                visit(a)
-
-    for r in roots:
-        visit(r)
-    return [n for n in topological(roots) if n in needed]
+    order = topological(roots)
+    needed = set(roots)
+    for node in reversed(order):  # users first
+        if node in needed:
+            if given(node):
+                needed.remove(node)
+            else:
+                needed.update(node.args)
+    return [n for n in order if n in needed]

@@ -14,7 +14,7 @@ from ..expression import leaf
 from ..plan import AHEAD_BYTES, ROW_BLOCK, depth_block, share
 from ..program import Place, Program, Segment, Stage, Weights
 from . import store, team
-from .geometry import DIGEST_BYTES, HEADER, LINE, SEGMENT_WORDS, WORD, Layout, is_direct, tile_shape
+from .geometry import DIGEST_BYTES, HEADER, LINE, SEGMENT_WORDS, WORD, Layout, is_direct, rides, tile_shape
 from .host import host
 from .script import KEEPS, MEMORY, Address, At, Script, zeros
 
@@ -122,6 +122,7 @@ class Runner:
         self.before = [[s.rows.when == "before" for s in stage.segments] for stage in program.stages]
         self.shapes = [tile_shape(s, host().registers, self.lanes) for s in program.stages]
         self.direct = [is_direct(s) for s in program.stages]
+        self.rides = rides(program, self.shapes[0]) and lanes == host().lanes(self.item)
         # Whether what one unit takes is made of others.
         self.chained = len(program.stages) > 1 or any(s.rows.when != "now" for s in program.stages[0].segments)
         self._kernel: store.Kernel | None = None
@@ -170,6 +171,7 @@ class Runner:
         row_block: int | None = None,
         shares: Address = 0,
         dot: bool = False,
+        beside: Sequence[Address] = (0,) * 5,
         label: str = "",
     ) -> None:
         """Add to a script: the program over the time steps.
@@ -177,8 +179,9 @@ class Runner:
         views: of every buffer. products: of every stage. units: of every stage. slot: units between slots. skip_first:
         at a first step, products of "before" rows are zero. threads, from number `first` on, share by `split`; shares:
         address of the rows, or vectors of units, at which their shares begin, if not even. dot: weights are read as
-        they are.
+        they are. beside: the words of HEADER on input projections of later steps, for a program that `rides`.
         """
+        assert self.rides or not beside[0], "this program's tiles do not make input projections"
         row_block = row_block or times.rows
         block = depth_block(row_block)
         words: list[Address] = [0] * self.layout.size
@@ -217,6 +220,7 @@ class Runner:
             slot * self.item,
             training,
             self._weight_bytes(products, units) > AHEAD_BYTES,
+            *beside,
         )
         arrivals = WORD["arrivals"] if split == "units" and threads > 1 and self.chained else None
         script.launch(self.kernel, words, threads=threads, first=first, wait=wait, arrivals=arrivals, label=label)
@@ -335,7 +339,7 @@ def product(
     script: Script,
     dtype: torch.dtype,
     x: Buffer,
-    weight: Buffer,
+    weight: Buffer | Product,
     out: Buffer,
     start: Address | None,
     *,
@@ -350,9 +354,9 @@ def product(
     """out = start + x @ weight.T, or start + x @ weight if transposed, over the last dimension.
 
     x: [A, B, depth], any strides. out: [A, B, units] with adjacent units. start: address of [units], or None to add to
-    what `out` holds. weight: [rows, columns] with adjacent columns. threads: at most; with `shares` so many, and they
-    share by `split` (see `launch`). pack: whether the weights are packed first; not to needs `transposed`. wait: for
-    what earlier launches do.
+    what `out` holds. weight: [rows, columns] with adjacent columns, or what `panel` made of it. threads: at most; with
+    `shares` so many, and they share by `split` (see `launch`). pack: whether the weights are packed first; not to needs
+    `transposed`. wait: for what earlier launches do.
     """
     run, _ = plain(dtype)
     units, depth = out.shape[-1], x.shape[-1]
@@ -370,7 +374,9 @@ def product(
     }
     if not shares:
         threads, split = share(rows, 2 * rows * units * depth * steps, threads)
-    if pack or not run.readable(transposed, units):
+    if isinstance(weight, Product):
+        weights = weight
+    elif pack or not run.readable(transposed, units):
         weights, wait = run.panel(script, weight, 0, transposed, [0], units, depth, threads), True
     else:
         weights = run.in_place(weight, transposed, units, depth)

@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from ..expression import Node, is_reduction, is_uniform
 from ..program import Outputs, Pass, Program
-from .emitter import CONTEXT, Emitter, between, switch
+from .emitter import CONTEXT, Emitter, between, joined, switch
 from .geometry import WORD, Layout, Shape, epilogues
 from .simd import I64, i64
 
@@ -94,7 +94,7 @@ class Row(Emitter):
             phi.add_incoming(then, end)
         b.cbranch(b.icmp_signed("<", k_next, self.whole), body, done)
         b.position_at_end(done)
-        sums = [self.phi((zero, before), (s, end)) for zero, s in zip(zeros, new, strict=True)]
+        sums = [joined(b, (zero, before), (s, end)) for zero, s in zip(zeros, new, strict=True)]
         tail, after = b.append_basic_block("tail"), b.append_basic_block("tail.done")
         b.cbranch(b.icmp_signed(">", self.rest, i64(0)), tail, after)
         b.position_at_end(tail)
@@ -104,7 +104,7 @@ class Row(Emitter):
         self.mask = None
         b.branch(after)
         b.position_at_end(after)
-        totals = [self.phi((s, done), (then, end)) for s, then in zip(sums, new, strict=True)]
+        totals = [joined(b, (s, done), (then, end)) for s, then in zip(sums, new, strict=True)]
         for node, total in zip(part.reductions, totals, strict=True):
             count = len(node.args) - (node.op == "variance")
             self.known[node] = b.fmul(v.sum(total), b.fmul(self.share, v.const(1 / count)))

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..plan import Plan
 from .call import Call
 from .direction import Direction, Operands, Ready, Sequences, fixed, planned, view
-from .engine import Buffer, View, add, product
-from .script import zeros
+from .engine import Buffer, View, add, plain, product
+from .geometry import BESIDE_ROWS
+from .script import Address, zeros
 
 
 @dataclass
@@ -88,6 +89,7 @@ class Forward(Call):
                 "before" if states is None and sequences.steps == 1 else "",
             )
             launches.append(d.products(self.script, r.forward, unused))
+        beside: list[Sequence[Address]] = []
         for k, d in enumerate(directions):
             start, views = starts[k]
             if not schedule.project_ahead:
@@ -95,12 +97,14 @@ class Forward(Call):
                 continue
             units = len(p.start_gates) * hidden
             ahead = kept[k] if training else Buffer.new(self.script.take(total * units * item), (total, units), item)
-            views["start"], views["x"] = view(ahead, sequences), View(0)
-            out = ahead.columns(0, units).by_time(x.shape[:-1])
-            weight = d.rows_of(self.script, d.w_ih, p.start_gates)
-            product(self.script, dtype, x_.by_time(), weight, out, start, threads=d.team, label="input projection")
+            views["start"], views["x"] = view(ahead, sequences), view(x_, sequences) if schedule.beside else View(0)
+            beside.append(
+                self._project(d, sequences, x_.by_time(), ahead.columns(0, units).by_time(x.shape[:-1]), start)
+            )
         for k, d in enumerate(directions):
-            options = {"skip_first": states is None, "training": training, "dot": schedule.in_place}
+            options: dict[str, Any] = {"skip_first": states is None, "training": training, "dot": schedule.in_place}
+            if beside:
+                options["beside"] = beside[k]
             views = starts[k][1]
             d.launch(self.script, r.forward, sequences, views, launches[k], descending=d.reverse, **options)
         for k, d in enumerate(directions):
@@ -122,6 +126,25 @@ class Forward(Call):
         kept_shapes = [*[self.slots] * (count if training else 0), *[self.series] * count * self.many]
         self.makes([self.y, *self.finals, *kept_shapes], own=1 + len(self.finals))
         self._end = 1 + len(self.finals), 1 + len(self.finals) + (count if training else 0)
+
+    def _project(self, d: Direction, sequences: Sequences, x: Buffer, out: Buffer, start: Address) -> Sequence[Address]:
+        """Add the input projections before the time loop; the words of a frame on those that are made within."""
+        weight: Any = d.rows_of(self.script, d.w_ih, d.r.programs.start_gates)
+        steps, _, units = out.shape
+        parts = [(0, steps)]
+        words: Sequence[Address] = (0,) * 5
+        if d.schedule.beside:
+            weight = plain(self.dtype)[0].panel(self.script, weight, 0, False, [0], units, d.inputs, d.team)
+            times = steps // BESIDE_ROWS - 1
+            begin, end = BESIDE_ROWS, BESIDE_ROWS * (times + 1)  # in the order of the loop
+            parts = [(0, begin), (end, steps - end)] if not d.reverse else [(steps - begin, begin), (0, steps - end)]
+            words = times, units, d.inputs, weight.weights, start
+        for first, count in parts:
+            if count:
+                rows, into = x.narrow(0, first, count), out.narrow(0, first, count)
+                options: dict[str, Any] = {"threads": d.team, "wait": first == parts[0][0], "label": "input projection"}
+                product(self.script, self.dtype, rows, weight, into, start, **options)
+        return words
 
     def start(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
         """(y, final states, what backward needs) of the tensors in the order of `prepared`."""

@@ -31,6 +31,11 @@ HEADER = (
     "slot",  # bytes of one vector of the hidden size
     "training",  # 1: store what only training needs
     "far",  # 1: the weights are more than a near cache holds
+    "beside",  # how often BESIDE_ROWS rows of later steps are multiplied by the input's weights on the way,
+    "beside_units",  # columns,
+    "beside_depth",
+    "beside_weights",  # address of the panel,
+    "beside_start",  # and of what their products start from
 )
 STAGE_WORDS = (
     "units",
@@ -53,6 +58,8 @@ SEGMENT_WORDS = (
     "grow",  # "dot": bytes from unit to unit, and from one gate's block of rows to the next
     "k",  # bytes from k to k + 1 of the rows that meet the weights, where a segment is `strided`
 )
+RIDDEN = 1  # of a single row's tiles, by number of their width, those that take input projections along
+BESIDE_ROWS = 8  # as many as a vector of weights has to meet to be read seldom
 WORD = {name: k for k, name in enumerate(HEADER)}
 
 # The frame of a script, from its last word on the addresses of the operands; the first is the call's own memory.
@@ -108,12 +115,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Shape:
-    """How a stage is cut into tiles, for registers of `lanes` numbers.
+    """How a stage is cut into tiles, for so many registers of `lanes` numbers.
 
     widths: vectors of units in a tile, widest first; the first is for a single row, which needs the independent
     chains; the last, 0, is one vector of which not all lanes exist. rows: at most that many rows in a tile.
     """
 
+    registers: int
     lanes: int
     rows: int
     widths: tuple[int, ...]
@@ -124,17 +132,18 @@ class Shape:
         return self.widths[1]
 
 
+WIDEST = 4  # vectors of units in a tile for several rows
 LATENCY_CHAINS = 8  # independent sums that hide the latency of a fused multiply-add: 4 cycles x 2 units
 
 
 def tile_shape(stage: Stage, registers: int, lanes: int) -> Shape:
     """Accumulators fill the registers, leaving room for a weight vector and the rows' broadcasts."""
     if stage.passes:
-        return Shape(lanes, 1, (1, 1, 0))
+        return Shape(registers, lanes, 1, (1, 1, 0))
     count = max(1, len(stage.accumulators))
-    block = 4 if count == 1 else 2 if count == 2 else 1
+    block = WIDEST if count == 1 else 2 if count == 2 else 1
     rows = max(1, min(6, (registers - 4) // (count * block)))
-    return Shape(lanes, rows, (2 * block, *(w for w in (4, 2, 1) if w <= block), 0))
+    return Shape(registers, lanes, rows, (2 * block, *(w for w in (WIDEST, 2, 1) if w <= block), 0))
 
 
 MAX_ROWS = 9  # variants are numbered ((stage * MAX_WIDTHS) + width) * MAX_ROWS + rows; rows 0 is a single row,
@@ -150,6 +159,14 @@ class Variant(NamedTuple):
     rows: int
     width: int
     kind: str
+
+
+def rides(program: Program, shape: Shape) -> bool:
+    """Whether a row's tiles have registers to spare for input projections of later steps (see beside.py)."""
+    (stage, *_), buffers = program.stages, program.buffers()
+    recurrent = any(s.rows.when == "before" for s in stage.segments) and {"x", "start"} <= set(buffers)
+    sums = shape.widths[0] * len(stage.accumulators)
+    return recurrent and sums + BESIDE_ROWS + 4 <= shape.registers
 
 
 def is_direct(stage: Stage) -> bool:

@@ -14,10 +14,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..program import Program
+from .beside import BESIDE, BESIDE_ARGUMENTS, emit_beside
 from .emitter import CONTEXT
 from .epilogue import EPILOGUE, emit_epilogues
 from .geometry import (
     ALONG,
+    BESIDE_ROWS,
     DOT,
     EPILOGUES,
     FAR,
@@ -26,13 +28,16 @@ from .geometry import (
     MAX_ROWS,
     MAX_WIDTHS,
     PARTIAL,
+    RIDDEN,
     SCRIPT,
     SEVERAL,
     STAGE_WORDS,
     TOGETHER,
+    WIDEST,
     WORD,
     Layout,
     is_direct,
+    rides,
     tile_shape,
 )
 from .host import host
@@ -44,6 +49,7 @@ STEPS, ROWS, SHARES, THREADS = WORD["steps"], WORD["rows"], WORD["shares"], WORD
 POSITIONS, FIRST, DELTA = WORD["positions"], WORD["first"], WORD["delta"]
 COUNTS, SPLIT, ARRIVALS, YIELD = WORD["counts"], WORD["split"], WORD["arrivals"], WORD["yield"]
 ROW_BLOCK, DEPTH_BLOCK, FAR_AT = WORD["row_block"], WORD["depth_block"], WORD["far"]
+AHEAD, COLUMNS, AHEAD_DEPTH, PANEL = (WORD[n] for n in ("beside", "beside_units", "beside_depth", "beside_weights"))
 SCRATCH, SCRATCH_THREAD = WORD["scratch"], WORD["scratch_thread"]
 
 # Of the program, read from tables that are linked in: numbers, then one for each stage (widths: MAX_WIDTHS for each).
@@ -61,6 +67,7 @@ TABLES = (
     "rest_width",  # of tiles that meet units that do not exist
     "row_sums",  # bytes of the sums of a row,
     "vector_sums",  # and of a vector of units
+    "vector_bytes",
 )
 
 SPINS = 4000  # of a waiting thread, some 20 us, before it offers the processor to others
@@ -263,7 +270,7 @@ def _table(name: str) -> Any:
 TABLE = "fastcells_{}"
 (
     stages, lanes, looks_ahead, stage_word, by_row, multiplies, finishes,
-    max_rows, widths, partial_width, rest_width, row_sums, vector_sums,
+    max_rows, widths, partial_width, rest_width, row_sums, vector_sums, vector_bytes,
 ) = map(_table, TABLES)  # fmt: skip
 
 
@@ -286,11 +293,13 @@ def make_recurrence(program: Program, dtype: str, registers: int, vector_lanes: 
         [len(shape.widths) - 1 - (not is_direct(s)) for s, shape in zip(program.stages, shapes, strict=True)],
         [s.block * n for s, n in zip(shapes, sums, strict=True)],
         sums,
+        [vector_lanes * FORMATS[dtype].bytes],
     )
     module = ir.Module(program.name)
     module.triple = host().triple  # the loops are linked to it, and bring the layout of data
     emit_tiles(module, program, dtype, shapes)
     emit_epilogues(module, program, dtype, shapes)
+    emit_beside(module, dtype, vector_lanes, Layout(program), rides(program, shapes[0]))
     for name, numbers in zip(TABLES, tables, strict=True):
         kind = ir.ArrayType(I64, len(numbers))
         table = ir.GlobalVariable(module, kind, TABLE.format(name))
@@ -304,7 +313,10 @@ def _linked(b, name: str, args) -> None:
 
 
 @intrinsic
-def tile(typingctx, frame, variant, row, unit, now, before, after, is_first, is_last, sums, begin, end, fresh, last):
+def tile(
+    typingctx, frame, variant, row, unit, now, before, after, is_first, is_last, sums, begin, end, fresh, last,
+    later, vector, panel, line,
+):  # fmt: skip
     """One tile of the program, by `TILE_ARGUMENTS`."""
 
     def emit(context, b, signature, args):
@@ -312,6 +324,17 @@ def tile(typingctx, frame, variant, row, unit, now, before, after, is_first, is_
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * len(TILE_ARGUMENTS)), emit
+
+
+@intrinsic
+def project(typingctx, frame, later, vector, panel, line):
+    """An input projection of later steps by itself, by `BESIDE_ARGUMENTS`."""
+
+    def emit(context, b, signature, args):
+        _linked(b, BESIDE, args)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * (1 + len(BESIDE_ARGUMENTS))), emit
 
 
 @intrinsic
@@ -337,10 +360,29 @@ def piece_of(frame, stage, single):
 
 
 @njit(inline="always")
-def sweep(frame, stage, unit, unit_end, row, row_end, back, single, is_first, is_last, now, before, after, scratch):
+def panel_of(frame, vector):
+    """A vector of the columns of the input's weights: its address, and the bytes from k to k + 1."""
+    whole, width = peek(frame, COLUMNS) // lanes(0), WIDEST
+    first = vector // width * width
+    while True:
+        while width > 1 and width > whole - first:
+            width >>= 1
+        if vector < first + width:
+            break
+        first += width
+    depth = peek(frame, AHEAD_DEPTH)
+    return peek(frame, PANEL) + (first * depth + vector - first) * vector_bytes(0), width * vector_bytes(0)
+
+
+@njit(inline="always")
+def sweep(
+    frame, stage, unit, unit_end, row, row_end, back, single, is_first, is_last, now, before, after, scratch,
+    later, vector, vectors,
+):  # fmt: skip
     """One stage at one step for some units and rows: products of a few units, whose sums stay near, then what is made
     of them; of a single row, tiles do both. back: from the last units to the first, as every other step does: the
-    weights that were read last are still in the cache."""
+    weights that were read last are still in the cache. later: position of the first rows whose input projections can be
+    made beside, of the vectors of columns from `vector` to `vectors`; returned is which of these is next."""
     words = stage_word(stage)
     full = 1 if by_row(stage) == 1 else peek(frame, words + UNITS_AT) // lanes(0)
     start = peek(frame, words + SKIP_AT) if is_first else 0
@@ -380,9 +422,14 @@ def sweep(frame, stage, unit, unit_end, row, row_end, back, single, is_first, is
                     if far and n == row and rows == max_rows(stage) and width == 1:  # the others find them near
                         variant = base + FAR
                     sums = scratch + (n - row) * row_sums(stage) + (at - begin_unit) * vector_sums(stage)
+                    other, panel, line = -1, 0, 0
+                    if vector < vectors and stage == 0 and variant == base and width <= RIDDEN and begin == start:
+                        other = vector
+                        panel, line = panel_of(frame, vector)
+                        vector += 1
                     tile(
                         frame, variant, n, at, now, before, after, is_first, is_last, sums,
-                        begin, end, begin == start, ends,
+                        begin, end, begin == start, ends, later, other, panel, line,
                     )  # fmt: skip
                     n += rows
                 if ends:
@@ -402,6 +449,7 @@ def sweep(frame, stage, unit, unit_end, row, row_end, back, single, is_first, is
                 epilogue(frame, variant, n, at, now, before, after, is_first, is_last, sums)
                 n += TOGETHER if several else 1
             at += TOGETHER if along else 1
+    return vector
 
 
 @njit(inline="always")
@@ -430,6 +478,8 @@ def over_time(frame, thread, team):
         else:
             row_begin, row_end = rows * thread // team, rows * (thread + 1) // team
     times = 0
+    columns = (peek(frame, COLUMNS) + lanes(0) - 1) // lanes(0)
+    vector, vectors, later = 0, 0, 0
     block = row_begin
     while block < row_end:
         block_end = least(block + peek(frame, ROW_BLOCK), row_end)
@@ -441,6 +491,12 @@ def over_time(frame, thread, team):
                 continuing = 0
                 if step + 1 < steps:
                     continuing, after = least(active, count(frame, step + 1)), position(frame, step + 1)
+            if step % BESIDE_ROWS == 0:
+                vector = vectors = 0
+                if step // BESIDE_ROWS < peek(frame, AHEAD):
+                    later, vectors = position(frame, step + BESIDE_ROWS), columns
+                    if by_units:
+                        vector, vectors = columns * thread // team, columns * (thread + 1) // team
             for stage in range(stages(0)):
                 unit, units = 0, (peek(frame, stage_word(stage) + UNITS_AT) + lanes(0) - 1) // lanes(0)
                 if by_row(stage) == 1:
@@ -460,11 +516,15 @@ def over_time(frame, thread, team):
                         group_end = least(group_end, carried)
                     if not is_last:
                         group_end = least(group_end, continuing)
-                    sweep(
+                    vector = sweep(
                         frame, stage, unit, units, n, group_end, step & 1, active == 1,
-                        is_first, is_last, now, before, after, scratch,
+                        is_first, is_last, now, before, after, scratch, later, vector, vectors,
                     )  # fmt: skip
                     n = group_end
+                while (step + 1) % BESIDE_ROWS == 0 and vector < vectors:  # that no tile took along
+                    panel, line = panel_of(frame, vector)
+                    project(frame, later, vector, panel, line)
+                    vector += 1
                 if team > 1 and peek(frame, ARRIVALS) != 0:
                     times += 1
                     barrier(peek(frame, ARRIVALS), thread, team, times, peek(frame, YIELD))

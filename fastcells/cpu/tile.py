@@ -6,12 +6,27 @@ they are its results; and of a single row, whose steps wait for each other, it i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llvmlite import ir
 
 from ..program import Program
-from .emitter import CONTEXT, Emitter, switch
-from .geometry import BUFFER_WORDS, LATENCY_CHAINS, LINE, SEGMENT_WORDS, Layout, Shape, Variant, is_direct, variants
-from .simd import I64, i64
+from .beside import BESIDE_ARGUMENTS, Beside
+from .emitter import CONTEXT, Emitter, counted, joined, switch
+from .geometry import (
+    BUFFER_WORDS,
+    LATENCY_CHAINS,
+    LINE,
+    RIDDEN,
+    SEGMENT_WORDS,
+    Layout,
+    Shape,
+    Variant,
+    is_direct,
+    rides,
+    variants,
+)
+from .simd import i64
 
 TILE = "fastcells_tile"
 TILE_ARGUMENTS = (
@@ -20,6 +35,7 @@ TILE_ARGUMENTS = (
     "end",
     "fresh",  # 1: the first part of the depth, 0: there are sums of the parts before
     "last",  # 1: no part follows
+    *BESIDE_ARGUMENTS,
 )
 
 UNROLL = 2  # steps of the depth in one turn of the inner loop of full tiles, whose loads and multiply-adds alone almost
@@ -54,6 +70,7 @@ class Tile(Emitter):
         self.full = variant.rows == shape.rows and width == shape.block
         self.several = variant.kind in ("rows", "far")
         self.direct = is_direct(self.stage) or not self.several
+        self.rides = self.kind == "single" and variant.width <= RIDDEN and index == 0 and rides(program, shape)
 
     def emit(self) -> None:
         b = self.b
@@ -64,6 +81,7 @@ class Tile(Emitter):
         self.look_ahead()
         sums = dict.fromkeys(self.columns, self.v.const(0.0))
         offset, parts = i64(0), list[tuple]()
+        beside = Beside(b, self.v, self.layout, self.arg) if self.rides else None
         for j, segment in enumerate(self.stage.segments):
             depth = self.word(self.layout.segment[self.index, j])
             clip = lambda x, depth=depth, offset=offset: self.clamp(b.sub(x, offset), depth)  # noqa: E731
@@ -72,8 +90,10 @@ class Tile(Emitter):
         if self.kind == "dot":
             sums = self.dots(sums, parts)
         else:
-            for part in parts:
-                sums = self.product(sums, *part)
+            for j, segment, begin, end in parts:
+                chained = segment.rows.when == "before"
+                sums = self.product(sums, j, segment, begin, end, beside if chained else None)
+                beside = None if chained else beside
         sums = self.add_partial_sums(sums)
         if not self.direct:
             self.keep(sums)
@@ -122,13 +142,13 @@ class Tile(Emitter):
         totals = {key: b.fadd(sums[key], self.v.load(self.sum_at(*key))) for key in self.columns}
         b.branch(go)
         b.position_at_end(go)
-        return {key: self.phi((sums[key], before), (totals[key], more)) for key in self.columns}
+        return {key: joined(b, (sums[key], before), (totals[key], more)) for key in self.columns}
 
     def segment_word(self, j: int, name: str):
         return self.word(self.layout.segment[self.index, j] + SEGMENT_WORDS.index(name))
 
-    def product(self, sums: dict, j: int, segment, begin, end) -> dict:
-        """sums + rows[begin:end] @ weights[begin:end].
+    def product(self, sums: dict, j: int, segment, begin, end, beside: Beside | None = None) -> dict:
+        """sums + rows[begin:end] @ weights[begin:end]; beside: another product, to be done on the way.
 
         Several rows: the rows' broadcasts stay in registers and the weights pass one vector at a time. A single row has
         too few independent sums to hide the latency of the multiply-adds: its depth is interleaved over several.
@@ -146,10 +166,13 @@ class Tile(Emitter):
         panels = [b.add(address, b.mul(vector, i64(p * self.panel))) for p in range(self.width // self.panel)]
         step = self.segment_word(j, "k") if segment.strided else i64(self.bytes)
         stride = interleave if self.kind == "single" else UNROLL if self.full else 1
-        begin, chain = self.loop(segment, chain, keys, panels, line, step, begin, end, stride)
+        add = self.multiplied(segment, keys, panels, line, step)
+        if beside is not None:
+            begin, chain = self.together(beside, add, chain, keys, begin, end, stride)
+        begin, chain, _ = self.loop(add, chain, keys, begin, end, stride)
         rest = chain[:1]
         if stride > 1:
-            _, rest = self.loop(segment, rest, keys, panels, line, step, begin, end, 1)
+            _, rest, _ = self.loop(add, rest, keys, begin, end, 1)
         total = rest + chain[1:]
         while len(total) > 1:
             half = len(total) // 2
@@ -189,7 +212,7 @@ class Tile(Emitter):
             x = v.load(b.add(row, at), mask)
             return [v.fma(v.load(b.add(p, at), mask), x, s) for p, s in zip(pointers, sums, strict=True)]
 
-        whole, sums = self.counted(begin, end, v.lanes, sums, add)
+        whole, sums = counted(b, begin, end, v.lanes, sums, add)
         rest = b.sub(end, whole)
         before, tail, done = b.block, b.append_basic_block("tail"), b.append_basic_block("tail.done")
         b.cbranch(b.icmp_signed(">", rest, i64(0)), tail, done)
@@ -198,55 +221,69 @@ class Tile(Emitter):
         end_of_tail = b.block
         b.branch(done)
         b.position_at_end(done)
-        return [self.phi((x, before), (y, end_of_tail)) for x, y in zip(sums, more, strict=True)]
+        return [joined(b, (x, before), (y, end_of_tail)) for x, y in zip(sums, more, strict=True)]
 
-    def counted(self, begin, end, stride: int, values: list, body):
-        """values = body(k, values) for k from begin on in strides that fit below end; (where it ended, values)."""
+    def together(self, beside: Beside, add: Callable, sums: list[dict], keys, begin, end, stride: int):
+        """A product as far as another one goes, and all of that, if it is wanted; (where it ended, sums)."""
         b = self.b
-        before, loop, done = b.block, b.append_basic_block("k"), b.append_basic_block("k.done")
-        last = b.sub(end, i64(stride))
-        b.cbranch(b.icmp_signed("<=", begin, last), loop, done)
-        b.position_at_end(loop)
-        k = b.phi(I64)
-        current = [b.phi(x.type) for x in values]
-        new = body(k, current)
-        k_next = b.add(k, i64(stride))
-        for node, first, again in zip([k, *current], [begin, *values], [k_next, *new], strict=True):
-            node.add_incoming(first, before)
-            node.add_incoming(again, b.block)
-        end_of_loop = b.block
-        b.cbranch(b.icmp_signed("<=", k_next, last), loop, done)
+        before, wanted, done = b.block, b.append_basic_block("beside"), b.append_basic_block("beside.done")
+        b.cbranch(beside.wanted, wanted, done)
+        b.position_at_end(wanted)
+        beside.begin()
+        both = b.add(begin, beside.depth)
+        both = b.select(b.icmp_signed("<", both, end), both, end)
+        reached, new, others = self.loop(add, sums, keys, begin, both, stride, beside)
+        beside.finish(b.sub(reached, begin), others)
+        after = b.block
+        b.branch(done)
         b.position_at_end(done)
-        after = [
-            self.phi((first, before), (again, end_of_loop))
-            for first, again in zip([begin, *values], [k_next, *new], strict=True)
+        new = [
+            {key: joined(b, (x[key], before), (y[key], after)) for key in keys} for x, y in zip(sums, new, strict=True)
         ]
-        return after[0], after[1:]
+        return joined(b, (begin, before), (reached, after)), new
 
-    def loop(self, segment, sums: list[dict], keys, panels, line, step, begin, end, stride: int):
-        """`stride` steps of the depth at a time, each added to the next of the sums in turn; (where it ended, sums)."""
-        b, v = self.b, self.v
-        rows = self.row_addresses(segment.rows)
+    def loop(
+        self, add: Callable, sums: list[dict], keys, begin, end, stride: int, beside: Beside | None = None
+    ) -> tuple:
+        """`stride` steps of the depth at a time, each added to the next of the sums in turn, and to those of a product
+        beside; (where it ended, sums, sums beside)."""
+        b = self.b
+        size = len(keys) * len(sums)
 
         def body(k, values):
             new = [dict(zip(keys, values[i * len(keys) :], strict=False)) for i in range(len(sums))]
+            others = values[size:]
             for i in range(stride):
                 at_k = b.add(k, i64(i))
-                at = b.mul(at_k, step)
-                scalar = [v.splat(b.load(v.pointer(b.add(r, at), v.fmt.scalar))) for r in rows]
-                out = {}
-                for w in range(self.width):
-                    base = b.add(panels[w // self.panel], b.mul(at_k, line))
-                    for t, a in enumerate(segment.targets):
-                        inner = ((w % self.panel) * len(segment.targets) + t) * self.vector_bytes
-                        weight = v.load(b.add(base, i64(inner)))
-                        if self.kind == "far":
-                            for byte in range(0, self.vector_bytes, LINE):
-                                v.prefetch(b.add(base, i64(inner + AHEAD + byte)))
-                        for m in range(self.rows):
-                            out[m, w, a] = v.fma(scalar[m], weight, new[i % len(sums)][m, w, a])
-                new[i % len(sums)] = out
-            return [part[key] for part in new for key in keys]
+                new[i % len(sums)] = add(at_k, new[i % len(sums)])
+                if beside is not None:
+                    others = beside.add(b.sub(at_k, begin), others)
+            return [*(part[key] for part in new for key in keys), *others]
 
-        begin, values = self.counted(begin, end, stride, [part[key] for part in sums for key in keys], body)
-        return begin, [dict(zip(keys, values[i * len(keys) :], strict=False)) for i in range(len(sums))]
+        others = [] if beside is None else beside.zeros
+        reached, values = counted(b, begin, end, stride, [*(p[key] for p in sums for key in keys), *others], body)
+        new = [dict(zip(keys, values[i * len(keys) :], strict=False)) for i in range(len(sums))]
+        return reached, new, values[size:]
+
+    def multiplied(self, segment, keys, panels, line, step) -> Callable:
+        """A function of k and sums: these with what step k of the depth adds."""
+        b, v = self.b, self.v
+        rows = self.row_addresses(segment.rows)
+
+        def add(k, sums: dict) -> dict:
+            at = b.mul(k, step)
+            scalar = [v.splat(b.load(v.pointer(b.add(r, at), v.fmt.scalar))) for r in rows]
+            out = {}
+            for w in range(self.width):
+                base = b.add(panels[w // self.panel], b.mul(k, line))
+                for t, a in enumerate(segment.targets):
+                    inner = ((w % self.panel) * len(segment.targets) + t) * self.vector_bytes
+                    weight = v.load(b.add(base, i64(inner)))
+                    if self.kind == "far":
+                        for byte in range(0, self.vector_bytes, LINE):
+                            v.prefetch(b.add(base, i64(inner + AHEAD + byte)))
+                    for m in range(self.rows):
+                        out[m, w, a] = v.fma(scalar[m], weight, sums[m, w, a])
+            return out
+
+        return add
