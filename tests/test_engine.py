@@ -485,7 +485,9 @@ def test_input_projections_beside_the_recurrence_are_those_made_before_it(c, dty
         layer.forget()
     for before, one, several in zip(*found.values(), strict=True):
         assert torch.equal(one, several)
-        torch.testing.assert_close(one, before, rtol=tolerance, atol=tolerance)  # what is left of the steps may be summed in another order
+        torch.testing.assert_close(
+            one, before, rtol=tolerance, atol=tolerance
+        )  # what is left of the steps may be summed in another order
 
 
 def test_python_threads_at_once():
@@ -582,6 +584,7 @@ def test_numbers_below_the_normal_range_are_flushed_in_kernels_alone():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("near", [0, 9000], ids=["turned", "near"])  # bytes: none, and more than seven rows
 @pytest.mark.parametrize(
     ("c", "options"),
     [
@@ -592,9 +595,9 @@ def test_numbers_below_the_normal_range_are_flushed_in_kernels_alone():
     ],
     ids=["lstm", "projected", "packed", "own"],
 )
-def test_gradients_of_weights_a_stretch_at_a_time(monkeypatch, c, options, threads):
-    """As for large ones: turned, some rows at a time, in stretches that begin and end within time steps."""
-    monkeypatch.setattr(gradients, "NEAR_BYTES", 0)
+def test_gradients_of_weights_a_stretch_at_a_time(monkeypatch, c, options, near, threads):
+    """As for large ones: some rows at a time, in stretches that begin and end within time steps."""
+    monkeypatch.setattr(gradients, "NEAR_BYTES", near)
     monkeypatch.setattr(gradients, "STRETCH", 7)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -16,7 +16,7 @@ from .script import Script, ones, zeros
 LABEL = "weight gradients"
 STRETCH = 256  # rows of all steps taken at a time, which stay in the second-level cache
 LONG_STRETCH, LONG_BYTES = 1024, 10 << 20  # and so many for more gradients than that, which are read for each stretch
-NEAR_BYTES = 1 << 19  # of gradients, which are there as they are
+NEAR_BYTES = 1 << 19  # of gradients taken at a time, which are near as they are
 
 
 def shifted(d: Direction, rows: int, series: Buffer, initial: Buffer | None) -> list[tuple[int, Buffer]]:
@@ -34,8 +34,8 @@ def shifted(d: Direction, rows: int, series: Buffer, initial: Buffer | None) -> 
 class OverTime:
     """Products of `grad`.T, which is gradients [total, width], with what was there at the same rows.
 
-    Rows of a large `grad` lie far apart, at distances that share few sets of a cache: it is turned, some rows at a
-    time, and all products of these rows follow.
+    A large `grad` is taken some rows at a time, with all products of these. Where its rows lie far apart, at distances
+    that share few sets of a cache, they are turned first.
     """
 
     def __init__(self, script: Script, d: Direction, grad: Buffer) -> None:
@@ -99,12 +99,14 @@ class OverTime:
         total, used = self.grad.shape[0], max([begin + count for begin, count, *_ in self.terms], default=0)
         lanes = host().lanes(item)
         shares = self._shares(used, lanes)
-        threads, length = len(shares) - 1, total
-        if turn := used and total * self.grad.strides[0] > NEAR_BYTES:
+        threads, length, step = len(shares) - 1, total, self.grad.strides[0]
+        if used and total * step > NEAR_BYTES:
             # Whole time steps, if an operand's rows are apart by two distances.
             whole = max([other.shape[1] for *_, other, _ in self.terms if len(other.shape) == 3], default=1)
             size = sum([count * other.shape[-1] * item for _, count, _, other, _ in self.terms])
             length = max(1, (STRETCH if size <= LONG_BYTES else LONG_STRETCH) // whole) * whole
+        turn = used and length * step > NEAR_BYTES
+        if turn:
             row = (-(-min(length, total) // lanes) + 1) * lanes  # whole vectors, at a distance that is no power of two
             copy = Buffer.new(script.take(used * row * item), (used, row), item)
         near = {
