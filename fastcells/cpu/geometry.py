@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..program import Program, Stage
+from .host import host
 
 LINE = 64  # bytes of a line of cache
 
@@ -162,11 +163,12 @@ class Variant(NamedTuple):
 
 
 def rides(program: Program, shape: Shape) -> bool:
-    """Whether a row's tiles have registers to spare for input projections of later steps (see beside.py)."""
+    """Whether a row's tiles take input projections of later steps along (see beside.py): there are registers to spare,
+    and vectors that pass in halves take longer to multiply and add than to read."""
     (stage, *_), buffers = program.stages, program.buffers()
     recurrent = any(s.rows.when == "before" for s in stage.segments) and {"x", "start"} <= set(buffers)
     sums = shape.widths[0] * len(stage.accumulators)
-    return recurrent and sums + BESIDE_ROWS + 4 <= shape.registers
+    return host().halves and recurrent and sums + BESIDE_ROWS + 4 <= shape.registers
 
 
 def is_direct(stage: Stage) -> bool:

@@ -16,7 +16,8 @@ from .script import Script, ones, zeros
 LABEL = "weight gradients"
 STRETCH = 256  # rows of all steps taken at a time, which stay in the second-level cache
 LONG_STRETCH, LONG_BYTES = 1024, 10 << 20  # and so many for more gradients than that, which are read for each stretch
-NEAR_BYTES = 1 << 19  # of gradients taken at a time, which are near as they are
+NEAR_BYTES = 1 << 19  # of gradients, which are there as they are
+ROW_BYTES = 512  # of their rows, up to which a stretch of them is near
 
 
 def shifted(d: Direction, rows: int, series: Buffer, initial: Buffer | None) -> list[tuple[int, Buffer]]:
@@ -100,13 +101,12 @@ class OverTime:
         lanes = host().lanes(item)
         shares = self._shares(used, lanes)
         threads, length, step = len(shares) - 1, total, self.grad.strides[0]
-        if used and total * step > NEAR_BYTES:
+        if large := used and total * step > NEAR_BYTES:
             # Whole time steps, if an operand's rows are apart by two distances.
             whole = max([other.shape[1] for *_, other, _ in self.terms if len(other.shape) == 3], default=1)
             size = sum([count * other.shape[-1] * item for _, count, _, other, _ in self.terms])
             length = max(1, (STRETCH if size <= LONG_BYTES else LONG_STRETCH) // whole) * whole
-        turn = used and length * step > NEAR_BYTES
-        if turn:
+        if turn := large and step > ROW_BYTES:
             row = (-(-min(length, total) // lanes) + 1) * lanes  # whole vectors, at a distance that is no power of two
             copy = Buffer.new(script.take(used * row * item), (used, row), item)
         near = {
