@@ -339,6 +339,8 @@ def add_warmup(commands: Any) -> None:
     default = [cell.name for cell in (cells.lstm, cells.gru, cells.rnn_tanh, cells.rnn_relu)]
     parser.add_argument("cells", nargs="*", metavar="CELL", default=default, help=f"default: {' '.join(default)}")
     parser.add_argument("--dtype", action="append", choices=list(DTYPE), help="may be repeated; default: float32")
+    sizes = "hidden size of the layers; may be repeated. Up to 24 units, some processors have kernels of their own"
+    parser.add_argument("--hidden", type=whole(1 << 20), action="append", metavar="H", default=[], help=sizes)
     parser.add_argument("--projection", action="store_true", help="of layers with proj_size")
     parser.set_defaults(run=run_warmup, fail=parser.error)
 
@@ -350,9 +352,8 @@ def run_warmup(arguments: argparse.Namespace) -> None:
         except ValueError as error:
             arguments.fail(f"argument CELL: {error}")
     os.environ.setdefault("FASTCELLS_QUIET", "1")  # each kernel has a line of its own
-    wants = warmup.wanted(
-        arguments.cells, [DTYPE[name] for name in arguments.dtype or ["float32"]], arguments.projection
-    )
+    dtypes = [DTYPE[name] for name in arguments.dtype or ["float32"]]
+    wants = warmup.wanted(arguments.cells, dtypes, arguments.projection, arguments.hidden)
     for name, seconds in warmup.run(wants):
         print(f"{name:36} {compiled(seconds)}", flush=True)
     print(f"kept in {cache()['folder']}")

@@ -51,8 +51,9 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None, **options: Any)
     batch = call.batch
     layout = "packed" if batch.batch_sizes is not None else "padded"
     sequences = Sequences(batch.x, batch.batch_sizes)
+    item, units = batch.x.element_size(), call.parameters[0][0][0].shape[0] // len(call.cell.gates)
     reasons = [
-        f"kernels of cell {call.cell.name}, {batch.x.dtype}, vectors of {host().vector_bytes} bytes; "
+        f"kernels of cell {call.cell.name}, {batch.x.dtype}, vectors of {item * host().lanes(item, units)} bytes; "
         f"{layout} input, {sequences.steps} steps, {sequences.rows} sequences, {sequences.total} tokens"
     ]
     if within is not None:

@@ -42,42 +42,57 @@ def find_cell(name: str, names: Sequence[str] = tuple(CELLS)) -> Cell:
 
 class Wanted(NamedTuple):
     """A kernel by what it takes to find it in another process: the part "forward" or "backward" of a cell by name, or
-    one of `ONCE` and `EACH` (for each dtype), which all cells use."""
+    one of `ONCE` and `EACH` (for each dtype), which all cells use. lanes: numbers in a vector of those of a cell."""
 
     part: str
     dtype: torch.dtype
+    lanes: int
     cell: str = ""
     project: bool = False
 
 
-ONCE: dict[str, Callable[[torch.dtype], store.Kernel]] = {
+ONCE: dict[str, Callable[[Wanted], store.Kernel]] = {
     "driver": lambda _: script.driver(),
     **({"recall": lambda _: again.kernel()} if again.interface() else {}),
     **({"lead": lambda _: team.leader()} if team.library() else {}),
 }
-EACH: dict[str, Callable[[torch.dtype], store.Kernel]] = {
-    "pack": lambda dtype: engine.packing(dtype, host().lanes(dtype.itemsize)),
-    "turn": lambda dtype: engine.turning(dtype),
-    "sum": lambda dtype: engine.plain(dtype)[1].kernel,
-    "product": lambda dtype: engine.plain(dtype)[0].kernel,
+EACH: dict[str, Callable[[Wanted], store.Kernel]] = {
+    "pack": lambda want: engine.packing(want.dtype, want.lanes),
+    "turn": lambda want: engine.turning(want.dtype),
+    "sum": lambda want: engine.plain(want.dtype)[1].kernel,
+    "product": lambda want: engine.plain(want.dtype)[0].kernel,
 }
 
 
-def wanted(names: Sequence[str], dtypes: Sequence[torch.dtype], project: bool) -> list[Wanted]:
-    """Every kernel of layers of these cells, those that take longest to compile first."""
-    parts = ("backward", "forward")
-    found = [Wanted(part, dtype, name, project) for dtype in dtypes for name in names for part in parts]
-    found += [Wanted(part, dtype) for dtype in dtypes for part in reversed(EACH)]
-    return found + [Wanted(part, dtypes[0]) for part in reversed(ONCE)]
+def wanted(
+    names: Sequence[str], dtypes: Sequence[torch.dtype], project: bool, sizes: Sequence[int] = ()
+) -> list[Wanted]:
+    """Every kernel of layers of these cells, those that take longest to compile first. sizes: the hidden sizes, where
+    they are known."""
+    widest = {dtype: host().lanes(dtype.itemsize) for dtype in dtypes}
+    widths = {dtype: {host().lanes(dtype.itemsize, size) for size in sizes} or {widest[dtype]} for dtype in dtypes}
+    found = [
+        Wanted(part, dtype, lanes, name, project)
+        for dtype in dtypes
+        for lanes in sorted(widths[dtype])
+        for name in names
+        for part in ("backward", "forward")
+    ]
+    found += [
+        Wanted(part, dtype, lanes)
+        for dtype in dtypes
+        for part in reversed(EACH)
+        for lanes in (sorted(widths[dtype] | {widest[dtype]}) if part == "pack" else [widest[dtype]])
+    ]
+    return found + [Wanted(part, dtypes[0], widest[dtypes[0]]) for part in reversed(ONCE)]
 
 
 def obtain(want: Wanted) -> tuple[str, float]:
     """Compile a kernel or load it: its name, and the seconds it took to compile, 0 if it was stored."""
     if want.cell:
-        lanes = host().lanes(want.dtype.itemsize)
-        kernel = getattr(cpu.ready(find_cell(want.cell), want.project, want.dtype, lanes), want.part).kernel
+        kernel = getattr(cpu.ready(find_cell(want.cell), want.project, want.dtype, want.lanes), want.part).kernel
     else:
-        kernel = (ONCE | EACH)[want.part](want.dtype)
+        kernel = (ONCE | EACH)[want.part](want)
     return kernel.name, kernel.compiled
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import fastcells
-from fastcells import cells, roof
+from fastcells import cells, roof, warmup
 from fastcells.__main__ import main
 from fastcells.cpu import again, engine, script, store, team
+from fastcells.cpu.host import Host
 from fastcells.derivation import build
 from fastcells.profile import layer as one_layer
 from fastcells.profile import timing as timings
@@ -364,6 +365,19 @@ def test_a_plot_without_matplotlib(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main(["profile", "lstm", "--plot", "roofline.png"])
     assert stop.value.code == "matplotlib is not installed: pip install fastcells[bench]"
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_warmup_has_the_kernels_of_the_hidden_sizes(halves, monkeypatch):
+    monkeypatch.setattr(warmup, "host", lambda: Host("", "", "", 64, 32, halves))
+
+    def lanes(sizes, part):
+        return sorted(w.lanes for w in warmup.wanted(["lstm"], [torch.float32], False, sizes) if w.part == part)
+
+    few = [8] if halves else [16]
+    assert (lanes([], "forward"), lanes([64], "forward"), lanes([8], "forward")) == ([16], [16], few)
+    assert lanes([8], "pack") == sorted({*few, 16})
+    assert lanes([8], "product") == [16]
 
 
 def test_the_life_of_a_cache(tmp_path, monkeypatch, capsys, quick):

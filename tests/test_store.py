@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -121,6 +122,14 @@ WIDE = {
     "avx2": Host("x86_64-unknown-linux-gnu", "haswell", "+avx,+avx2,+fma", 32, 16),
     "plain": Host("x86_64-unknown-linux-gnu", "generic", "", 16, 16),
 }
+
+
+@pytest.mark.parametrize(
+    ("units", "lanes"), [(4, 8), (8, 8), (9, 16), (16, 16), (17, 8), (24, 8), (25, 16), (40, 16), (64, 16), (None, 16)]
+)
+def test_few_units_take_narrower_vectors_where_wide_ones_pass_in_halves(units, lanes):
+    assert replace(WIDE["avx512"], halves=True).lanes(4, units) == lanes
+    assert WIDE["avx512"].lanes(4, units) == 16
 
 
 @pytest.mark.skipif(not llvm.get_process_triple().startswith("x86_64"), reason="code for another architecture")

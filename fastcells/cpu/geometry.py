@@ -59,8 +59,8 @@ SEGMENT_WORDS = (
     "grow",  # "dot": bytes from unit to unit, and from one gate's block of rows to the next
     "k",  # bytes from k to k + 1 of the rows that meet the weights, where a segment is `strided`
 )
-RIDDEN = 1  # of a single row's tiles, by number of their width, those that take input projections along
 BESIDE_ROWS = 8  # as many as a vector of weights has to meet to be read seldom
+BESIDE_WIDTHS = 2  # of a single row's tiles, the widest so many take input projections along
 WORD = {name: k for k, name in enumerate(HEADER)}
 
 # The frame of a script, from its last word on the addresses of the operands; the first is the call's own memory.

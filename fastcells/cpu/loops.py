@@ -20,6 +20,7 @@ from .epilogue import EPILOGUE, emit_epilogues
 from .geometry import (
     ALONG,
     BESIDE_ROWS,
+    BESIDE_WIDTHS,
     DOT,
     EPILOGUES,
     FAR,
@@ -28,7 +29,6 @@ from .geometry import (
     MAX_ROWS,
     MAX_WIDTHS,
     PARTIAL,
-    RIDDEN,
     SCRIPT,
     SEVERAL,
     STAGE_WORDS,
@@ -49,7 +49,8 @@ STEPS, ROWS, SHARES, THREADS = WORD["steps"], WORD["rows"], WORD["shares"], WORD
 POSITIONS, FIRST, DELTA = WORD["positions"], WORD["first"], WORD["delta"]
 COUNTS, SPLIT, ARRIVALS, YIELD = WORD["counts"], WORD["split"], WORD["arrivals"], WORD["yield"]
 ROW_BLOCK, DEPTH_BLOCK, FAR_AT = WORD["row_block"], WORD["depth_block"], WORD["far"]
-AHEAD, COLUMNS, AHEAD_DEPTH, PANEL = (WORD[n] for n in ("beside", "beside_units", "beside_depth", "beside_weights"))
+BESIDE_AT, COLUMNS = WORD["beside"], WORD["beside_units"]
+BESIDE_DEPTH, PANEL = WORD["beside_depth"], WORD["beside_weights"]
 SCRATCH, SCRATCH_THREAD = WORD["scratch"], WORD["scratch_thread"]
 
 # Of the program, read from tables that are linked in: numbers, then one for each stage (widths: MAX_WIDTHS for each).
@@ -370,7 +371,7 @@ def panel_of(frame, vector):
         if vector < first + width:
             break
         first += width
-    depth = peek(frame, AHEAD_DEPTH)
+    depth = peek(frame, BESIDE_DEPTH)
     return peek(frame, PANEL) + (first * depth + vector - first) * vector_bytes(0), width * vector_bytes(0)
 
 
@@ -423,7 +424,7 @@ def sweep(
                         variant = base + FAR
                     sums = scratch + (n - row) * row_sums(stage) + (at - begin_unit) * vector_sums(stage)
                     other, panel, line = -1, 0, 0
-                    if vector < vectors and stage == 0 and variant == base and width <= RIDDEN and begin == start:
+                    if vector < vectors and stage == 0 and variant == base and width < BESIDE_WIDTHS and begin == start:
                         other = vector
                         panel, line = panel_of(frame, vector)
                         vector += 1
@@ -479,7 +480,7 @@ def over_time(frame, thread, team):
             row_begin, row_end = rows * thread // team, rows * (thread + 1) // team
     times = 0
     columns = (peek(frame, COLUMNS) + lanes(0) - 1) // lanes(0)
-    vector, vectors, later = 0, 0, 0
+    vector, vectors, later = 0, 0, 0  # the next of the thread's vectors of columns, their end, and for which rows
     block = row_begin
     while block < row_end:
         block_end = least(block + peek(frame, ROW_BLOCK), row_end)
@@ -493,7 +494,7 @@ def over_time(frame, thread, team):
                     continuing, after = least(active, count(frame, step + 1)), position(frame, step + 1)
             if step % BESIDE_ROWS == 0:
                 vector = vectors = 0
-                if step // BESIDE_ROWS < peek(frame, AHEAD):
+                if step // BESIDE_ROWS < peek(frame, BESIDE_AT):
                     later, vectors = position(frame, step + BESIDE_ROWS), columns
                     if by_units:
                         vector, vectors = columns * thread // team, columns * (thread + 1) // team

@@ -14,10 +14,10 @@ from ..program import Program
 from .beside import BESIDE_ARGUMENTS, Beside
 from .emitter import CONTEXT, Emitter, counted, joined, switch
 from .geometry import (
+    BESIDE_WIDTHS,
     BUFFER_WORDS,
     LATENCY_CHAINS,
     LINE,
-    RIDDEN,
     SEGMENT_WORDS,
     Layout,
     Shape,
@@ -70,7 +70,7 @@ class Tile(Emitter):
         self.full = variant.rows == shape.rows and width == shape.block
         self.several = variant.kind in ("rows", "far")
         self.direct = is_direct(self.stage) or not self.several
-        self.rides = self.kind == "single" and variant.width <= RIDDEN and index == 0 and rides(program, shape)
+        self.rides = self.kind == "single" and variant.width < BESIDE_WIDTHS and index == 0 and rides(program, shape)
 
     def emit(self) -> None:
         b = self.b
