@@ -69,6 +69,7 @@ TABLES = (
     "row_sums",  # bytes of the sums of a row,
     "vector_sums",  # and of a vector of units
     "vector_bytes",
+    "takes_along",  # 1: tiles of the first stage take input projections of later steps along
 )
 
 SPINS = 4000  # of a waiting thread, some 20 us, before it offers the processor to others
@@ -272,6 +273,7 @@ TABLE = "fastcells_{}"
 (
     stages, lanes, looks_ahead, stage_word, by_row, multiplies, finishes,
     max_rows, widths, partial_width, rest_width, row_sums, vector_sums, vector_bytes,
+    takes_along,
 ) = map(_table, TABLES)  # fmt: skip
 
 
@@ -295,6 +297,7 @@ def make_recurrence(program: Program, dtype: str, registers: int, vector_lanes: 
         [s.block * n for s, n in zip(shapes, sums, strict=True)],
         sums,
         [vector_lanes * FORMATS[dtype].bytes],
+        [rides(program, shapes[0])],
     )
     module = ir.Module(program.name)
     module.triple = host().triple  # the loops are linked to it, and bring the layout of data
@@ -424,7 +427,8 @@ def sweep(
                         variant = base + FAR
                     sums = scratch + (n - row) * row_sums(stage) + (at - begin_unit) * vector_sums(stage)
                     other, panel, line = -1, 0, 0
-                    if vector < vectors and stage == 0 and variant == base and width < BESIDE_WIDTHS and begin == start:
+                    takes = takes_along(0) == 1 and stage == 0 and variant == base and width < BESIDE_WIDTHS
+                    if takes and begin == start and vector < vectors:
                         other = vector
                         panel, line = panel_of(frame, vector)
                         vector += 1
@@ -492,7 +496,7 @@ def over_time(frame, thread, team):
                 continuing = 0
                 if step + 1 < steps:
                     continuing, after = least(active, count(frame, step + 1)), position(frame, step + 1)
-            if step % BESIDE_ROWS == 0:
+            if takes_along(0) == 1 and step % BESIDE_ROWS == 0:
                 vector = vectors = 0
                 if step // BESIDE_ROWS < peek(frame, BESIDE_AT):
                     later, vectors = position(frame, step + BESIDE_ROWS), columns
@@ -522,10 +526,11 @@ def over_time(frame, thread, team):
                         is_first, is_last, now, before, after, scratch, later, vector, vectors,
                     )  # fmt: skip
                     n = group_end
-                while (step + 1) % BESIDE_ROWS == 0 and vector < vectors:  # that no tile took along
-                    panel, line = panel_of(frame, vector)
-                    project(frame, later, vector, panel, line)
-                    vector += 1
+                if takes_along(0) == 1 and (step + 1) % BESIDE_ROWS == 0:
+                    while vector < vectors:  # that no tile took along
+                        panel, line = panel_of(frame, vector)
+                        project(frame, later, vector, panel, line)
+                        vector += 1
                 if team > 1 and peek(frame, ARRIVALS) != 0:
                     times += 1
                     barrier(peek(frame, ARRIVALS), thread, team, times, peek(frame, YIELD))
