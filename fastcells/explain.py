@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch.nn.modules import rnn as original
 
-from .cpu.host import host
-from .cpu.layer import Sequences, planned
+from .cpu.layer import Sequences, planned, suited
 from .dropin import DropIn
 from .functional import flat
 from .nn import OverTime, Recurrent
@@ -51,9 +50,9 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None, **options: Any)
     batch = call.batch
     layout = "packed" if batch.batch_sizes is not None else "padded"
     sequences = Sequences(batch.x, batch.batch_sizes)
-    item, units = batch.x.element_size(), call.parameters[0][0][0].shape[0] // len(call.cell.gates)
+    vector = suited(call.cell, call.parameters[0][0]).forward.vector
     reasons = [
-        f"kernels of cell {call.cell.name}, {batch.x.dtype}, vectors of {item * host().lanes(item, units)} bytes; "
+        f"kernels of cell {call.cell.name}, {batch.x.dtype}, vectors of {vector} bytes; "
         f"{layout} input, {sequences.steps} steps, {sequences.rows} sequences, {sequences.total} tokens"
     ]
     if within is not None:

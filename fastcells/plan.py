@@ -95,7 +95,8 @@ def plan(shape: Shape) -> Plan:
         and shape.rides
         and shape.rows == 1
         and shape.steps >= BESIDE_STEPS
-        and (NEAR_BYTES <= recurrent_bytes <= AHEAD_BYTES and shape.inputs * 3 >= shape.depth)
+        and NEAR_BYTES <= recurrent_bytes <= AHEAD_BYTES
+        and shape.inputs * 3 >= shape.depth
     )
     if beside:
         reasons = ["input projection of steps to come beside the recurrence: one sequence's waits for its weights"]

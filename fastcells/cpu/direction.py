@@ -47,6 +47,14 @@ def ready(cell: Cell, project: bool, dtype: torch.dtype, lanes: int, feed: bool 
     return Ready(cell, project, dtype, lanes, feed, each)
 
 
+def suited(cell: Cell, weights: Sequence[Any], feed: bool = False, each: bool = False) -> Ready:
+    """`ready` for a direction with these weights (weight_ih, weight_hh, ...): their dtype, projection and units."""
+    w_ih = weights[0]
+    project = len(weights) > 4 and weights[4] is not None
+    lanes = host().lanes(w_ih.dtype.itemsize, w_ih.shape[0] // len(cell.gates))
+    return ready(cell, project, w_ih.dtype, lanes, feed, each)
+
+
 class Sequences:
     """How time steps and sequences are laid out: padded [T, N], or packed [total] with the number of rows of each step.
 
@@ -310,10 +318,9 @@ class Direction:
 def planned(cell: Cell, weights: Sequence[Any], sequences: Sequences, directions: int = 1) -> Plan:
     """The schedule that a direction with these weights (weight_ih, weight_hh) takes now."""
     w_ih, w_hh = weights[:2]
-    gates, item = len(cell.gates), w_ih.element_size()
+    gates = len(cell.gates)
     rows, inputs = w_ih.shape
-    project = len(weights) > 4 and weights[4] is not None
-    r = ready(cell, project, w_ih.dtype, host().lanes(item, rows // gates))
+    r = suited(cell, weights)
     return plan(
         Shape(
             sequences.steps,
@@ -323,7 +330,7 @@ def planned(cell: Cell, weights: Sequence[Any], sequences: Sequences, directions
             rows // gates,
             0 if w_hh is None else w_hh.shape[1],
             gates,
-            item,
+            r.item,
             team.size(),
             directions,
             r.programs.ahead,

@@ -12,9 +12,8 @@ from . import team
 from .backward import Backward, Gradients, Wanted
 from .call import forget, forgetting, kept
 from .derived import all_states
-from .direction import Ready, Sequences, planned, ready, usable
+from .direction import Sequences, planned, ready, suited, usable
 from .forward import Forward, Saved
-from .host import host
 
 __all__ = [
     "Backward",
@@ -31,6 +30,7 @@ __all__ = [
     "prepared",
     "prepared_backward",
     "ready",
+    "suited",
     "threads",
 ]
 
@@ -43,11 +43,6 @@ threads = team.size
 def _flat(parameters: Sequence[Parameters]) -> list[list[Tensor | None]]:
     """The tensors of each direction in one list, the cell's own at the end."""
     return [[usable(t) for t in (*q[:5], *(q[5] if len(q) > 5 else ()))] for q in parameters]
-
-
-def _ready(cell: Cell, parameters: Parameters, x: Tensor, feed: bool, each: bool = False) -> Ready:
-    lanes = host().lanes(x.dtype.itemsize, parameters[0].shape[0] // len(cell.gates))
-    return ready(cell, parameters[4] is not None, x.dtype, lanes, feed, each)
 
 
 def _laid_out(tensors: Sequence[Tensor | None]) -> tuple:
@@ -65,7 +60,7 @@ def prepared(
     feed: bool = False,
 ) -> tuple[Forward, list[Tensor | None]]:
     """The forward call, and the tensors that it is given: x, the states, inputs, and parameters."""
-    r = _ready(cell, parameters[0], x, feed)
+    r = suited(cell, parameters[0], feed)
     x, weights, inputs = usable(x), _flat(parameters), [usable(t) for t in inputs]
     given = all_states(r, states, weights, inputs, sequences.rows)
     tensors = [x, *(given or ()), *inputs, *[t for q in weights for t in q]]
@@ -117,7 +112,7 @@ def prepared_backward(
     directions = len(parameters)
     each = any([t is not None for t in dothers])
     dothers = [usable(t) for t in dothers] if each else []
-    r = _ready(cell, parameters[0], x, feed, each)
+    r = suited(cell, parameters[0], feed, each)
     x, weights, inputs = usable(x), _flat(parameters), [usable(t) for t in inputs]
     given = all_states(r, states, weights, inputs, sequences.rows)
     # As they were made; a saved-tensor hook may have returned others.
