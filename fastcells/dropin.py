@@ -277,13 +277,17 @@ class DropIn(torch.nn.Module):
             finals.append(final)
         if count > 1:
             final = tuple(torch.cat(state) for state in zip(*finals, strict=True))
-        if len(batch.leading) != 2:
-            final = tuple(state.view(*batch.leading, state.shape[-1]) for state in final)
-        result = self._result(input, batch, y, final if len(final) > 1 else final[0])
+        result = self._laid_out(input, batch, y, final)
         if not return_cell_states:
             return result
         laid_out = tuple(self._result(input, batch, t, ())[0] for t in others[0])
         return *result, laid_out if len(laid_out) > 1 else laid_out[0]
+
+    def _laid_out(self, input: Any, batch: Batch, y: Tensor, states: tuple[Tensor, ...]) -> Any:
+        """What the module returns of the last layer's output and all final states."""
+        if len(batch.leading) != 2:
+            states = tuple([state.view(*batch.leading, state.shape[-1]) for state in states])
+        return self._result(input, batch, y, states if len(states) > 1 else states[0])
 
     def _run_rounded(self, input: Any, call: Call, layer: Callable, return_cell_states: bool) -> Any:
         """The same in float32, with one rounding of the results."""

@@ -320,7 +320,7 @@ class Invocation:
         self.cell, self.batch_sizes, self.directions, self.given = cell, batch_sizes, directions, given
         self.return_cell_states, self.recompute, self.again = return_cell_states, recompute, again
         self._start: Callable[..., Any] | None = None
-        self._finish: dict[tuple, Callable[..., Any]] = {}
+        self._finish: list[tuple[tuple, Callable[..., Any]]] = []  # of the kinds that were asked for
 
     def __call__(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """y, the final states, and the other states of every step if they are wanted."""
@@ -330,18 +330,20 @@ class Invocation:
         return split(self.cell, self.directions, self.given, tensors)
 
     def forward(self, ctx: Any, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        if self.again is None:
-            x, states, inputs, parameters = self.split(tensors)
-            ctx.sequences, ctx.feed = cpu.Sequences(x, self.batch_sizes), any([t.requires_grad for t in inputs])
-            training = self.return_cell_states or not self.recompute
-            arguments = self.cell, x, states, parameters, ctx.sequences, training, inputs, ctx.feed
-            forward, whole = cpu.prepared(*arguments)
-            y, finals, saved = forward.start(whole)
-        else:
+        ctx.call, ctx.inputs = self, len(tensors)
+        if self.again is not None:
             self._start = self._start or self.again.again(tensors, None, tuple)
-            made = self._start(*[t for t in tensors if t is not None])
-            y, finals, saved = self.again.results(made or self.again.begin(tensors))
-        ctx.call, ctx.plan, ctx.inputs = self, saved.plan, len(tensors)
+            made = self._start(*[t for t in tensors if t is not None]) or self.again.begin(tensors)
+            results = 1 + len(self.cell.states)
+            ctx.save_for_backward(*tensors, made[0], *made[results:])
+            return tuple(made[:results])
+        x, states, inputs, parameters = self.split(tensors)
+        ctx.sequences, ctx.feed = cpu.Sequences(x, self.batch_sizes), any([t.requires_grad for t in inputs])
+        training = self.return_cell_states or not self.recompute
+        arguments = self.cell, x, states, parameters, ctx.sequences, training, inputs, ctx.feed
+        forward, whole = cpu.prepared(*arguments)
+        y, finals, saved = forward.start(whole)
+        ctx.plan = saved.plan
         ctx.save_for_backward(*tensors, *([] if self.recompute else [y, *saved.slots, *saved.series]))
         return y, *finals, *(_others(self.cell, y, saved) if self.return_cell_states else ())
 
@@ -357,20 +359,19 @@ class Invocation:
         keeps = _keeps_graph() and not self.recompute
         repeats = self.again is not None and script.observer is None
         if repeats:
-            cotangents = tuple([cpu.usable(t) for t in cotangents])
+            cotangents = [cpu.usable(t) for t in cotangents]
             taken = (*tensors, *cotangents)
             present = [t for t in taken if t is not None]
-            key = keeps, needs, cpu.threads(), *[None if t is None else (t.shape, t.stride()) for t in cotangents]
-            finish = self._finish.get(key)
-            if finish is not None and (found := finish(*present)) is not None:
-                return found
+            kind = keeps, needs, cpu.threads(), *[t is None for t in cotangents]
+            for known, finish in self._finish:
+                if known == kind and (found := finish(*present)) is not None:
+                    return found
         call, given = self._prepared(ctx, tensors, needs, cotangents, not keeps)
         if repeats and len(given) == len(taken) and all(map(same_memory, given, taken)):
             if len(self._finish) >= KINDS:
                 self._finish.clear()
-            self._finish[key] = call.again(
-                given, alike(present), lambda made: tuple(self._needed(call.gradients(made), needs))
-            )
+            finish = call.again(given, alike(present), lambda made: tuple(self._needed(call.gradients(made), needs)))
+            self._finish.append((kind, finish))
         return self._needed(call.finish(given), needs)
 
     def _prepared(self, ctx, tensors, needs, cotangents, overwrite) -> tuple[cpu.Backward, list[Tensor | None]]:
@@ -380,7 +381,8 @@ class Invocation:
             ctx.sequences, ctx.feed = cpu.Sequences(x, self.batch_sizes), False
         count = len(states or ())
         wanted = cpu.Wanted(needs[0], any(needs[1 : 1 + count]), any(needs[1 + count + len(fed) :]))
-        saved = cpu.Saved(rest[: self.directions], rest[self.directions :], ctx.plan)
+        plan = ctx.plan if self.again is None else self.again.plan
+        saved = cpu.Saved(rest[: self.directions], rest[self.directions :], plan)
         (dy, *dfinals), dothers = cotangents[: 1 + len(self.cell.states)], cotangents[1 + len(self.cell.states) :]
         arguments = self.cell, x, states, y, parameters, ctx.sequences, saved, dy, dfinals, wanted, overwrite, fed
         return cpu.prepared_backward(*arguments, ctx.feed, dothers)

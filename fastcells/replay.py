@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
@@ -98,7 +99,7 @@ class Stack:
     def made(self, module: DropIn) -> again.Made:
         """What the call makes, and how."""
         cell, batch, _, layers, _ = self.call
-        count = len(cell.states)
+        states = len(cell.states)
 
         def example(shape: Sequence[int]) -> Tensor:
             return torch.empty(shape, device="meta", dtype=self.dtype)
@@ -115,13 +116,12 @@ class Stack:
             operands: list[again.Operand | None] = [x, *at, y]
             for j, shape in enumerate(forward.finals, 1):
                 operands.append(again.Operand(self.taken + j, k * torch.Size(shape).numel() * self.dtype.itemsize))
-            for shape in forward.shapes[1 + count :]:
+            for shape in forward.shapes[1 + states :]:
                 operands.append(again.Operand(self.taken + len(examples)))
                 examples.append(example(shape))
             scripts.append((forward.script, operands, forward.script.memory()))
             x = y
-        finals = tuple([t.view(*batch.leading, t.shape[-1]) for t in examples[1 : 1 + count]])
-        result = module._result(None, batch, examples[0], finals if count > 1 else finals[0])
+        result = module._laid_out(None, batch, examples[0], tuple(examples[1 : 1 + states]))
         return again.Made(scripts, examples, result, self.dtype)
 
 
@@ -138,30 +138,34 @@ def _then(method: Callable | None, finish: Callable | None) -> Callable | None:
 
 
 class Training:
-    """The rest of a call with gradients, of its tensors."""
+    """The rest of a call with gradients, of its tensors: the input, the states, and all parameters that there are."""
 
     def __init__(self, module: DropIn, input: Tensor, call: Call, forwards: list[cpu.Forward]) -> None:
         cell, batch, states, layers, _ = call
-        self.call = call._replace(batch=batch._replace(x=torch.empty(0)), states=None, parameters=[])
-        self.shapes = [s.shape for s in states or ()]
+        nothing: list = [((),) * len(directions) for directions in layers]
+        self.call = call._replace(batch=batch._replace(x=torch.empty(0)), states=None, parameters=nothing)
         self.same = batch.x is input
+        self.shapes = [s.shape for s in states or ()]
         given = states is not None
         self.layers = [Invocation(cell, None, len(p), given, again=f) for p, f in zip(layers, forwards, strict=True)]
-        self.present = [[[t is not None for t in flat([p])] for p in directions] for directions in layers]
+        each = count(1 + len(self.shapes))
+        self.numbers = [[None if t is None else next(each) for t in flat(directions)] for directions in layers]
 
     def __call__(self, module: DropIn, input: Tensor, tensors: tuple[Tensor, ...]) -> Any:
-        x = input if self.same else module._batch(input).x
-        each, invocations = iter(tensors[1:]), iter(self.layers)
-        states = tuple([next(each).view(shape) for shape in self.shapes]) or None
-        parameters = [[[next(each) if t else None for t in p] for p in directions] for directions in self.present]
+        batch = self.call.batch if self.same else module._batch(input)
+        x = input if self.same else batch.x
+        states = tuple([tensors[k].view(shape) for k, shape in enumerate(self.shapes, 1)]) or None
+        parameters = [[None if k is None else tensors[k] for k in numbers] for numbers in self.numbers]
+        rest = zip(self.layers, parameters, strict=True)
 
-        def layer(cell: Any, x: Tensor, states: Any, parameters: Any, batch_sizes: None) -> tuple:
-            y, *finals = next(invocations)([x, *(states or ()), *(t for p in parameters for t in p)])
+        def layer(_: Any, x: Tensor, states: Any, *others: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+            invocation, own = next(rest)
+            y, *finals = invocation([x, *(states or ()), *own])
             return y, tuple(finals)
 
-        rest: dict[str, Any] = {"states": states, "parameters": parameters}
-        call = self.call._replace(batch=self.call.batch._replace(x=x), **rest)
-        return module._run(input, call, layer)
+        if len(parameters) == 1:
+            return module._laid_out(input, batch, *layer(None, x, states))
+        return module._run(input, self.call._replace(batch=batch._replace(x=x), states=states), layer)
 
 
 class Seen(NamedTuple):

@@ -148,9 +148,6 @@ class Forward(Call):
 
     def start(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
         """(y, final states, what backward needs) of the tensors in the order of `prepared`."""
-        return self.results(self.begin(tensors))
-
-    def results(self, made: Sequence[Any]) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
-        """Those among all that the call makes."""
+        made = self.begin(tensors)
         finals, slots = self._end
-        return made[0], tuple(made[1:finals]), Saved(list(made[finals:slots]), list(made[slots:]), self.plan)
+        return made[0], tuple(made[1:finals]), Saved(made[finals:slots], made[slots:], self.plan)
