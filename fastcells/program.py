@@ -159,8 +159,14 @@ class Programs:
 
     def width(self, hidden: int) -> int:
         """Numbers of one row of what training keeps."""
-        return self.slots * hidden + -(-self.numbers[0] // 16) * 16
+        return spread(self.slots * hidden + -(-self.numbers[0] // 16) * 16)
 
     def cross_width(self, hidden: int) -> int:
         """Numbers of one row of what the backward pass hands on."""
         return self.cross * hidden + -(-self.numbers[1] // 16) * 16
+
+
+def spread(numbers: int) -> int:
+    """Numbers from one row to the next of so many: where they are many an odd number of lines of a cache (of float32),
+    so that a few columns of many rows lie in all sets of it."""
+    return numbers if numbers < 256 else (-(-numbers // 16) | 1) * 16

@@ -585,7 +585,6 @@ def test_numbers_below_the_normal_range_are_flushed_in_kernels_alone():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("near", [0, 1 << 20], ids=["turned", "near"])  # bytes of a row
 @pytest.mark.parametrize(
     ("c", "options"),
     [
@@ -596,10 +595,9 @@ def test_numbers_below_the_normal_range_are_flushed_in_kernels_alone():
     ],
     ids=["lstm", "projected", "packed", "own"],
 )
-def test_gradients_of_weights_a_stretch_at_a_time(monkeypatch, c, options, near, threads):
+def test_gradients_of_weights_a_stretch_at_a_time(monkeypatch, c, options, threads):
     """As for large ones: some rows at a time, in stretches that begin and end within time steps."""
     monkeypatch.setattr(gradients, "NEAR_BYTES", 0)
-    monkeypatch.setattr(gradients, "ROW_BYTES", near)
     monkeypatch.setattr(gradients, "STRETCH", 7)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -25,7 +25,7 @@ def one_thread_after_the_other(order):
         for launch in script.launches:
             words = [bases[w.operand] + w.offset if isinstance(w, At) else int(w) for w in launch.frame]
             frames.append((ctypes.c_int64 * len(words))(*words))
-            if launch.threads > 1 and not launch.kernel.name.startswith(("pack", "turn")):
+            if launch.threads > 1 and not launch.kernel.name.startswith("pack"):
                 assert not words[WORD["arrivals"]], "these threads wait for each other"
             if launch.wait or not groups:
                 groups.append([])

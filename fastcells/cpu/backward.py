@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Plan
+from ..program import spread
 from .call import Call
 from .derived import hand_on
 from .direction import Direction, Operands, Ready, Sequences, fixed, rows_of_initial, view
@@ -91,7 +92,7 @@ class Backward(Call):
         own_totals = [[operands.made(t) for t in self.totals] for _ in directions]
         self.grad = None if overwrite else tuple(saved.slots[0].shape)
         grads = [operands.made(self.grad) for _ in directions] if self.grad else kept
-        self.projected = (total, width) if directions[0].w_hr is not None else None
+        self.projected = (total, spread(width)) if directions[0].w_hr is not None else None
         projected = [operands.made(self.projected) if self.projected else operands.given(None) for _ in directions]
         # Packed sequences: the states that entered each recurrent product, row by row.
         wide = {p.states[0]: width}

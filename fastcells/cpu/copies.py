@@ -10,7 +10,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .geometry import DIGEST, DIGEST_BYTES, LINE, PACK, TURN
+from .geometry import DIGEST, DIGEST_BYTES, LINE, PACK
 from .loops import least, peek, poke
 from .simd import FORMATS, I64, Vector, i64
 
@@ -272,35 +272,5 @@ def make_pack(dtype: str, lanes: int) -> Callable:
             if keeps:
                 poke(kept, DIGEST - 1, 1)
             share += team
-
-    return member
-
-
-def make_turn(dtype: str, lanes: int) -> Callable:
-    """The kernel that copies a matrix with rows and columns exchanged. Rows of the target hold whole vectors."""
-    size = FORMATS[dtype].bytes
-    target_at, target_row_at, source_at, source_row_at, rows_at, columns_at, shares_at = range(len(TURN))
-    _, gather, transpose = moves(dtype, lanes)
-
-    def member(frame, thread, team):
-        target, target_row = peek(frame, target_at), peek(frame, target_row_at)
-        source, source_row = peek(frame, source_at), peek(frame, source_row_at)
-        rows, columns = peek(frame, rows_at), peek(frame, columns_at)
-        begin, end = 0, columns
-        if team > 1:
-            begin, end = peek(peek(frame, shares_at), thread), peek(peek(frame, shares_at), thread + 1)
-        row = 0
-        while row < rows:
-            count = least(lanes, rows - row)
-            from_row, column = source + row * source_row, begin
-            while column < end:
-                into, out_of = target + column * target_row + row * size, from_row + column * size
-                if count == lanes and column + lanes <= end:
-                    transpose(into, target_row, out_of, source_row)
-                    column += lanes
-                else:
-                    gather(into, out_of, source_row, count)
-                    column += 1
-            row += lanes
 
     return member

@@ -277,26 +277,6 @@ def packing(dtype: torch.dtype, lanes: int) -> store.Kernel:
     return store.kernel(f"pack_{DTYPES[dtype]}", [str(lanes)], make)
 
 
-@lru_cache
-def turning(dtype: torch.dtype) -> store.Kernel:
-    def make():
-        from .copies import make_turn
-
-        return make_turn(DTYPES[dtype], host().lanes(dtype.itemsize))
-
-    return store.kernel(f"turn_{DTYPES[dtype]}", [], make)
-
-
-def turned(
-    script: Script, dtype: torch.dtype, source: Buffer, target: Buffer, shares: Sequence[int], **options: Any
-) -> None:
-    """target = source.T. target: rows of whole vectors, what is past their end is lost. shares: the columns at which
-    those of the threads begin, and the end."""
-    rows, columns = source.shape
-    words: list[Address] = [target.at, target.strides[0], source.at, source.strides[0], rows, columns]
-    script.launch(turning(dtype), [*words, script.table(shares)], threads=len(shares) - 1, **options)
-
-
 # ---- plain linear algebra, of the same tiles ----
 _RESULT = leaf("product")
 PRODUCT = Program(

@@ -228,7 +228,3 @@ PACK = (
 )
 DIGEST = 65  # words of a digest; the last is 1 once the panel is whole
 DIGEST_BYTES = -(-8 * DIGEST // LINE) * LINE
-
-# The frame of a turning kernel: addresses, bytes from row to row, and the sizes of the source; address of the columns
-# at which the threads' shares begin.
-TURN = ("target", "target_row", "source", "source_row", "rows", "columns", "shares")

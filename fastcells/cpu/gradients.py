@@ -9,15 +9,13 @@ from typing import Any
 
 from ..plan import share
 from .direction import Direction
-from .engine import Buffer, add, plain, product, turned
+from .engine import Buffer, add, plain, product
 from .host import host
 from .script import Script, ones, zeros
 
 LABEL = "weight gradients"
 STRETCH = 256  # rows of all steps taken at a time, which stay in the second-level cache
-LONG_STRETCH, LONG_BYTES = 1024, 10 << 20  # and so many for more gradients than that, which are read for each stretch
 NEAR_BYTES = 1 << 19  # of gradients, which are there as they are
-ROW_BYTES = 512  # of their rows, up to which a stretch of them is near
 
 
 def shifted(d: Direction, rows: int, series: Buffer, initial: Buffer | None) -> list[tuple[int, Buffer]]:
@@ -35,8 +33,8 @@ def shifted(d: Direction, rows: int, series: Buffer, initial: Buffer | None) -> 
 class OverTime:
     """Products of `grad`.T, which is gradients [total, width], with what was there at the same rows.
 
-    A large `grad` is taken some rows at a time, with all products of these. Where its rows lie far apart, at distances
-    that share few sets of a cache, they are turned first.
+    A large `grad` is taken some rows at a time, with all products of these, which read a few columns of every row: its
+    rows are `spread`, so that these lie in all sets of a cache.
     """
 
     def __init__(self, script: Script, d: Direction, grad: Buffer) -> None:
@@ -81,7 +79,7 @@ class OverTime:
         """Of the projection's weights; `grad` is that of its result."""
         slot, hidden = self.d.r.programs.gradients.projected, self.d.hidden
         assert slot is not None
-        self.terms.append((0, self.grad.shape[1], 0, slots.columns(slot * hidden, hidden), dw_hr))
+        self.terms.append((0, self.d.depth, 0, slots.columns(slot * hidden, hidden), dw_hr))
         self._run()
 
     def _blocks(
@@ -100,15 +98,11 @@ class OverTime:
         total, used = self.grad.shape[0], max([begin + count for begin, count, *_ in self.terms], default=0)
         lanes = host().lanes(item)
         shares = self._shares(used, lanes)
-        threads, length, step = len(shares) - 1, total, self.grad.strides[0]
-        if large := used and total * step > NEAR_BYTES:
+        threads, length = len(shares) - 1, total
+        if used and total * self.grad.strides[0] > NEAR_BYTES:
             # Whole time steps, if an operand's rows are apart by two distances.
             whole = max([other.shape[1] for *_, other, _ in self.terms if len(other.shape) == 3], default=1)
-            size = sum([count * other.shape[-1] * item for _, count, _, other, _ in self.terms])
-            length = max(1, (STRETCH if size <= LONG_BYTES else LONG_STRETCH) // whole) * whole
-        if turn := large and step > ROW_BYTES:
-            row = (-(-min(length, total) // lanes) + 1) * lanes  # whole vectors, at a distance that is no power of two
-            copy = Buffer.new(script.take(used * row * item), (used, row), item)
+            length = -(-total // -(-total // STRETCH) // whole) * whole
         near = {
             other: Buffer.new(script.take(length * other.shape[2] * item), (length, other.shape[2]), item)
             for *_, other, _ in self.terms
@@ -148,10 +142,7 @@ class OverTime:
                 into = here.narrow(0, 0, end - begin).by_time(steps.shape[:2])
                 add(script, dtype, into, steps, threads=threads, wait=k == 0, label=LABEL)
                 wait = True
-            if turn:
-                turned(script, dtype, stretch.columns(0, used), copy, shares, wait=wait, label=LABEL)
-                wait = False
-            rows = copy.narrow(1, 0, end - begin) if turn else stretch.turned()
+            rows = stretch.turned()
             for column, count, first, other, target in self.terms:
                 low, high = max(begin, first), min(end, first + self._rows(other))
                 if low < high:
