@@ -433,10 +433,12 @@ def test_functions_in_kernels(dtype):
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("c", [cells.lstm, cells.gru, cells.gru_reset_before, normed], ids=lambda c: c.name)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("split", ["", "rows", "units"])
-def test_bitwise_the_same_run_to_run_and_on_any_number_of_threads(c, rows, split, monkeypatch):
+def test_bitwise_the_same_run_to_run_and_on_any_number_of_threads(c, rows, split, packed, monkeypatch):
     """Gradients of 16 rows' weights are taken a stretch at a time. split: what threads share in any case."""
-    arguments, leaves, _ = problem(c, 20, rows, 40, 120, dtype=torch.float32, directions=1 if split else 2)
+    options = {"lengths": [20 - k for k in range(rows)]} if packed else {}
+    arguments, leaves, _ = problem(c, 20, rows, 40, 120, dtype=torch.float32, directions=1 if split else 2, **options)
     threads = torch.get_num_threads()
     monkeypatch.setattr(team, "processors", lambda: 5)  # whatever there are
     if split:

@@ -270,7 +270,7 @@ class Direction:
             wait=self.index == 0 or not self.schedule.side_by_side,
             split=self.split,
             row_block=self.schedule.row_block,
-            shares=sequences.shares(script, self.threads),
+            shares=sequences.shares(script, self.threads) if self.split == "rows" else 0,
             **options,
         )
 
