@@ -5,9 +5,11 @@ All addresses come from the frame (see geometry.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import chain
 
 from llvmlite import ir
 
@@ -218,10 +220,11 @@ class Emitter:
         for node, place in self.stage.loads.items():
             for m, w in columns:
                 values[m, w][node] = self.load(place, m, w)
-        for node in self.order:
+        order, fused = self.order
+        for node in order:
             for column in columns:
                 if node not in values[column]:
-                    values[column][node] = self.compute(node, values[column])
+                    values[column][node] = self.compute(node, values[column], fused)
 
         def store(training: bool) -> None:
             for m, w in columns:
@@ -235,14 +238,23 @@ class Emitter:
                 store(True)
 
     @cached_property
-    def order(self) -> list[Node]:
+    def order(self) -> tuple[list[Node], Fused]:
         """What the epilogue computes, arguments first."""
         given = {n for n, _ in self.stage.accumulators} | set(self.stage.loads)
-        return between(given.__contains__, [n for n, _, _ in self.stage.outputs])
+        roots = [n for n, _, _ in self.stage.outputs]
+        return fuse(between(given.__contains__, roots), roots)
 
-    def compute(self, node: Node, values: dict):
+    def compute(self, node: Node, values: dict, fused: Fused):
+        """A node, of its arguments' values."""
         if node.op == "constant":
             return self.v.const(node.value)
+        if node in fused:
+            k = fused[node]
+            x, y = (values[a] for a in node.args[k].args)
+            other = values[node.args[1 - k]]
+            if node.op == "sub":
+                x, other = (x, self.v.neg(other)) if k == 0 else (self.v.neg(x), other)
+            return self.v.fma(x, y, other)
         if node.op not in OPERATIONS:
             raise AssertionError(f"{node!r} is neither loaded nor accumulated in stage {self.index}")
         return getattr(self.v, node.op)(*(values[a] for a in node.args))
@@ -259,3 +271,17 @@ def between(given: Callable[[Node], bool], roots: list[Node]) -> list[Node]:
             else:
                 needed.update(node.args)
     return [n for n in order if n in needed]
+
+
+Fused = Mapping[Node, int]
+"""Sums and differences that take up a product which nothing else uses, and which of their arguments it is."""
+
+
+def fuse(order: list[Node], roots: Iterable[Node]) -> tuple[list[Node], Fused]:
+    """What is left to compute where products go into sums. Decided here: a compiler may decide otherwise from one
+    variant of an epilogue to the next, and results would depend on which rows a thread has."""
+    uses = Counter(chain((a for n in order for a in n.args), roots))
+    alone = {n for n in order if n.op == "mul" and uses[n] == 1}
+    fused = {n: min(map(n.args.index, found)) for n in order if n.op in ("add", "sub") and (found := alone & {*n.args})}
+    gone = {n.args[k] for n, k in fused.items()}
+    return [n for n in order if n not in gone], fused

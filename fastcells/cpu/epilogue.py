@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from ..expression import Node, is_reduction, is_uniform
 from ..program import Outputs, Pass, Program
-from .emitter import CONTEXT, Emitter, between, joined, switch
+from .emitter import CONTEXT, Emitter, Fused, between, fuse, joined, switch
 from .geometry import WORD, Layout, Shape, epilogues
 from .simd import I64, i64
 
@@ -69,7 +69,7 @@ class Row(Emitter):
         if node not in self.known:
             if is_reduction(node):
                 raise AssertionError(f"{node!r} has not been summed yet in stage {self.index}")
-            self.known[node] = self.compute(node, {a: self.uniform(a) for a in node.args})
+            self.known[node] = self.compute(node, {a: self.uniform(a) for a in node.args}, {})
         return self.known[node]
 
     def run(self, part: Pass) -> None:
@@ -87,7 +87,8 @@ class Row(Emitter):
         k = b.phi(I64)
         sums = [b.phi(v.type) for _ in part.reductions]
         self.unit_bytes = b.mul(k, i64(self.vector_bytes))
-        new = self.vector(part, order, sums)
+        ordered = fuse(order, roots)
+        new = self.vector(part, ordered, sums)
         k_next, end = b.add(k, i64(1)), b.block
         for phi, first, then in zip([k, *sums], [i64(0), *zeros], [k_next, *new], strict=True):
             phi.add_incoming(first, before)
@@ -100,7 +101,7 @@ class Row(Emitter):
         b.position_at_end(tail)
         self.unit_bytes = b.mul(self.whole, i64(self.vector_bytes))
         self.mask = v.first_lanes(self.rest)
-        new, end = self.vector(part, order, sums), b.block
+        new, end = self.vector(part, ordered, sums), b.block
         self.mask = None
         b.branch(after)
         b.position_at_end(after)
@@ -109,15 +110,16 @@ class Row(Emitter):
             count = len(node.args) - (node.op == "variance")
             self.known[node] = b.fmul(v.sum(total), b.fmul(self.share, v.const(1 / count)))
 
-    def vector(self, part: Pass, order: list[Node], sums: list) -> list:
+    def vector(self, part: Pass, ordered: tuple[list[Node], Fused], sums: list) -> list:
         """One vector of a pass; the sums with it."""
         b, v = self.b, self.v
         values = dict(self.known)
         for node, place in part.loads.items():
             values[node] = self.load(place, 0, 0)
+        order, fused = ordered
         for node in order:
             if node not in values:
-                values[node] = self.compute(node, values)
+                values[node] = self.compute(node, values, fused)
         new = []
         for node, s in zip(part.reductions, sums, strict=True):
             terms = [values[a] for a in node.args]

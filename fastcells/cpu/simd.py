@@ -1,7 +1,7 @@
 """Vector arithmetic over an LLVM builder: what a cell's operations become on a CPU.
 
 Everything here emits instructions for one vector of `lanes` numbers. Nothing assumes a vector width or an instruction
-set; NaN and infinities come through as in IEEE arithmetic (no fast-math), except that products and sums may fuse.
+set; all results are those of IEEE arithmetic (no fast-math), NaN and infinities too.
 """
 
 from __future__ import annotations
@@ -174,13 +174,13 @@ class Vector:
         return self.intrinsic("llvm.fmuladd", a, b, c)
 
     def add(self, a, b):
-        return self.b.fadd(a, b, flags=("contract",))
+        return self.b.fadd(a, b)
 
     def sub(self, a, b):
-        return self.b.fsub(a, b, flags=("contract",))
+        return self.b.fsub(a, b)
 
     def mul(self, a, b):
-        return self.b.fmul(a, b, flags=("contract",))
+        return self.b.fmul(a, b)
 
     def div(self, a, b):
         return self.b.fdiv(a, b)
