@@ -459,6 +459,24 @@ def test_bitwise_the_same_run_to_run_and_on_any_number_of_threads(c, rows, split
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("reset", [False, True], ids=["", "reset"])
+@pytest.mark.parametrize("c", [cells.lstm, cells.gru, cells.slstm, peephole, normed], ids=lambda c: c.name)
+def test_a_sequence_has_the_same_bits_whichever_others_are_beside_it(c, reset):
+    """Groups of rows that are computed together fall elsewhere without the first two sequences."""
+    sequences = fastcells.nn.Recurrent(c, 6, 96)
+    x, at = torch.randn(12, 33, 6), torch.rand(12, 33) < 0.2
+    found = []
+    for first in (0, 2):
+        part = x[:, first:].clone().requires_grad_()
+        options = {"reset": at[:, first:], "reset_to": 0} if reset else {}
+        y, finals = sequences(part, **options)
+        (dx,) = torch.autograd.grad(y.square().sum(), part)
+        finals = finals if isinstance(finals, tuple) else (finals,)
+        found.append([t[:, 2 - first :] for t in (y, *finals, dx)])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.skipif(not host().halves, reason="done where the widest vectors take as long as two of half the width")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("c", [*BUILT_IN, peephole, normed], ids=lambda c: c.name)
