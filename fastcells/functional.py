@@ -166,6 +166,8 @@ def unchecked_layer(
 ) -> tuple[Any, ...]:
     """`layer` for callers that have checked the arguments themselves: kernels go by raw addresses.
 
+    batch_sizes: with padded x, and without gradients, how many sequences each step is run for, the first ones; y is
+    zero for the others.
     recompute: keep only the arguments for the backward pass, which runs forward once more.
     Under torch.profiler it is named after the cell, fastcells::lstm, and its backward fastcells::lstm_backward.
     """

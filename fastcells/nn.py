@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import cells, regularise, replay, unrolled
 from .cell import Cell
+from .cpu.layer import Sequences, planned
 from .derivation import build
 from .dropin import (
     Batch,
@@ -35,8 +36,8 @@ from .dropin import (
 )
 from .dynamo import admit
 from .functional import Parameters, flat, observer, unchecked_layer
-from .marked import Marked, Overrun
-from .plan import worth_packing
+from .marked import Ending, Marked, Overrun
+from .plan import worth_packing, worth_sorting
 from .ragged import Lengths, Ragged, backward_in_time, ends_and_resets
 from .stream import Stream
 
@@ -228,7 +229,7 @@ class OverTime(regularise.Dropping, DropIn):
         reset: Tensor | None = None,
         reset_to: Any = None,
         reverse: bool = False,
-    ) -> tuple[Call, Marked | Overrun] | None:
+    ) -> tuple[Call, Marked | Ending | Overrun] | None:
         """A call with lengths and resets inside the time loop, and what runs its layers, where this is the quicker way;
         else None, as for calls that are wrong."""
         if (lengths is None and reset is None) or isinstance(input, PackedSequence) or reverse or self.proj_size:
@@ -254,13 +255,24 @@ class OverTime(regularise.Dropping, DropIn):
         ends, resets = ends_and_resets(steps, size, lengths, reset, self.batch_first and batched)
         padding = steps * size - int(ends.sum())
         whole = not padding and (resets is None or not resets[:, 1:].any())
-        flops = 2 * padding * len(call.cell.gates) * self.hidden_size * (self.input_size + self.hidden_size)
-        if whole or not ends.any() or worth_packing(flops, torch.is_grad_enabled()):
+        if whole or not ends.any():
             return None
-        if (resets is None or not resets.any()) and Overrun.fits(call.cell, directions):
-            return call, Overrun(ends, steps)
+        inputs_flops = 2 * padding * len(call.cell.gates) * self.hidden_size * self.input_size
+        flops = inputs_flops // self.input_size * (self.input_size + self.hidden_size)
+        if (resets is None or not resets.any()) and not torch.is_grad_enabled():
+            if Overrun.fits(call.cell, directions) and not worth_sorting(flops):
+                return call, Overrun(ends, steps)
+            packed = worth_packing(inputs_flops, False) and self._ahead(call)
+            return None if packed else (call, Ending(ends, steps))
+        if worth_packing(flops, torch.is_grad_enabled()):
+            return None
         layer = partial(unchecked_layer, recompute=True) if self.recompute else unchecked_layer
         return call, Marked(resets, ends, steps, to, directions, self.hidden_size, x.dtype, layer)
+
+    def _ahead(self, call: Call) -> bool:
+        """Whether input projections are made of all that there is, past the ends of sequences, too."""
+        directions = call.parameters[0]
+        return planned(call.cell, directions[0], Sequences(call.batch.x, None), len(directions)).project_ahead
 
     def _out(self) -> int:
         return self.proj_size or self.hidden_size

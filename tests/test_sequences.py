@@ -9,6 +9,7 @@ from test_engine import everything, invented, problem
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastcells import cells, explain, functional, marked, nn, plan, unrolled
+from fastcells.cpu import team
 
 
 def by_steps(cell, x, states, parameters, lengths=None, reset=None, reset_to=None, reverse=False):
@@ -327,31 +328,59 @@ def test_time_follows_the_tokens(monkeypatch):
     assert seen == [(12, 3), (12, 4)]
 
 
-@pytest.mark.parametrize("resets", [None, "none", "at the beginning"])
+def spy(seen, method):
+    """The method, which notes whose it is."""
+    return lambda self, *given: seen.append(type(self).__name__) or method(self, *given)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("way", ["Ending", "Overrun", "Marked"])
+@pytest.mark.parametrize("order", ["longest first", "any", "no empty ones"])
 @pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "batch_first": True}, {"nonlinearity": "relu"}], ids=str)
-def test_lengths_without_gradients_are_read_off_the_output(options, given, resets, monkeypatch):
-    """What no longer belongs to a sequence, which may be no number, goes on, and is nowhere to be seen."""
-    kind = nn.RNN if "nonlinearity" in options else nn.GRU
-    layer = kind(3, 8, **options)
-    x, lengths, hx = torch.randn(6, 5, 3), torch.tensor([6, 2, 0, 5, 1]), torch.randn(layer.num_layers, 5, 8)
-    x[torch.arange(6)[:, None] >= lengths] = float("nan")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("RNN", {"nonlinearity": "relu"}),
+        ("GRU", {"num_layers": 2, "batch_first": True}),
+        ("GRU", {"bidirectional": True, "num_layers": 2}),
+        ("LSTM", {"batch_first": True}),
+        ("LSTM", {"bidirectional": True}),
+    ],
+    ids=str,
+)
+def test_lengths_without_gradients(kind, options, given, order, way, threads, monkeypatch):
+    """By each of the ways that there are; what no longer belongs to a sequence, which may be no number, is nowhere."""
+    monkeypatch.setattr(plan, "THREAD_FLOPS", 0)
+    monkeypatch.setattr(plan, "OVERRUN_FLOPS", 1 << 60 if way == "Overrun" else -1)
+    monkeypatch.setattr(team, "processors", lambda: 3)
+    layer = getattr(nn, kind)(3, 20, **options, dtype=torch.float64)
+    rows, size = layer.num_layers * (2 if layer.bidirectional else 1), 15
+    lengths = torch.tensor([6, 0, 5, 1, 8] * 3)
+    lengths = lengths.clamp(min=1) if order == "no empty ones" else lengths
+    lengths = lengths.sort(descending=True).values if order == "longest first" else lengths
+    x, hx = torch.randn(9, size, 3, dtype=torch.float64), torch.randn(rows, size, 20, dtype=torch.float64)
+    x[torch.arange(9)[:, None] >= lengths] = float("nan")
     x = x.transpose(0, 1).contiguous() if layer.batch_first else x
-    arguments = {"hx": hx} if given else {}
-    if resets is not None:
-        arguments["reset"] = torch.zeros(x.shape[:2], dtype=torch.bool)
-        first = arguments["reset"][:, 0] if layer.batch_first else arguments["reset"][0]
-        first[:] = resets == "at the beginning"
-        arguments["reset_to"] = 0
+    arguments = {"hx": (hx, hx.flip(0)) if kind == "LSTM" else hx} if given else {}
+    if way == "Marked":  # a reset before the first step of states that are zero, or stay
+        first = torch.arange(9) == 0
+        arguments["reset"] = first[:, None].expand(9, size) if not layer.batch_first else first.expand(size, 9)
     y, last = layer(x, lengths=lengths, **arguments)  # with gradients
     seen = []
-    monkeypatch.setattr(marked.Overrun, "cell", lambda self, base: seen.append(base) or base)
-    with torch.no_grad():
-        same, state = layer(x, lengths=lengths, **arguments)
-        explain(layer, x, lengths=lengths, **arguments)
-    assert bool(seen) == (resets != "at the beginning")
-    torch.testing.assert_close(same, y, rtol=0, atol=1e-6)
-    torch.testing.assert_close(state, last, rtol=0, atol=1e-6)
+    for one in (marked.Ending, marked.Overrun, marked.Marked):
+        monkeypatch.setattr(one, "cell", spy(seen, one.cell))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            same, state = layer(x, lengths=lengths, **arguments)
+            explain(layer, x, lengths=lengths, **arguments)
+    finally:
+        torch.set_num_threads(before)
+    simple = kind != "LSTM" and not layer.bidirectional
+    assert set(seen) == {"Ending" if way == "Overrun" and not simple else way}
+    torch.testing.assert_close(same, y, rtol=0, atol=1e-12)
+    torch.testing.assert_close(state, last, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])

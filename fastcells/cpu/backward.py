@@ -62,6 +62,7 @@ class Backward(Call):
         feed: bool,
     ) -> None:
         super().__init__(r.dtype)
+        assert not sequences.ending, "what is past an end has no gradients"
         p, item, dtype, cell = r.programs, r.item, r.dtype, r.cell
         operands = Operands(item)
         x_, given = operands.given(x), [operands.given(s) for s in states or ()]
@@ -99,7 +100,7 @@ class Backward(Call):
         self.previous = {
             o: (total, wide.get(o, hidden)) for _, _, o in r.recurrent if isinstance(o, str) and wanted.weights
         }
-        packed = sequences.counts is not None
+        packed = sequences.packed
         previous = [{n: operands.made(s) if packed else None for n, s in self.previous.items()} for _ in directions]
         nothing = zeros(max(width, hidden) * item)
         others = len(p.states) - 1
@@ -162,7 +163,7 @@ class Backward(Call):
                 entered = {n: given[j][k] if given else None for j, n in enumerate(p.states)}
                 before: dict[str, list[tuple[int, Buffer]]] = {}
                 for name, out in previous[k].items():
-                    if sequences.counts is not None:
+                    if sequences.packed:
                         before[name] = [(0, self._previous(d, sequences, known[name], entered[name], out))]
                     else:
                         before[name] = shifted(d, rows, known[name], entered[name])
@@ -238,7 +239,7 @@ class Backward(Call):
         for run, first, operand in d.r.recurrent:
             if operand != name:
                 continue
-            if sequences.counts is not None:
+            if sequences.packed:
                 self._initial_packed(d, sequences, out, grad, run, first, start is not None)
             else:
                 edge = grad.by_time((sequences.steps, sequences.rows))[sequences.steps - 1 if d.reverse else 0]

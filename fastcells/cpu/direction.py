@@ -6,6 +6,7 @@ from collections.abc import Container, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,53 +57,76 @@ def suited(cell: Cell, weights: Sequence[Any], feed: bool = False, each: bool = 
 
 
 class Sequences:
-    """How time steps and sequences are laid out: padded [T, N], or packed [total] with the number of rows of each step.
+    """How time steps and sequences are laid out: padded [T, N], or packed [total] with the number of rows of each step;
+    or padded, and only so many rows of each step are run, the first ones.
 
-    steps: T; rows: N, of the fullest step; total: rows of all steps; counts: of each step, None if padded.
+    steps: T; rows: N, of the fullest step; total: rows of all steps; counts: of each step, None if all have as many.
     """
 
-    def __init__(self, x: Tensor, batch_sizes: Tensor | None) -> None:
-        self.counts = None if batch_sizes is None else batch_sizes.contiguous()
-        if batch_sizes is None:
+    def __init__(self, x: Tensor, counts: Tensor | None) -> None:
+        self.counts = None if counts is None else counts.contiguous()
+        self.packed = x.dim() == 2
+        if self.packed:
+            table = self._table()
+            self.steps, self.rows, self.total = table.shape[0], int(table[0]), x.shape[0]
+        else:
             self.steps, self.rows = x.shape[0], x.shape[1]
             self.total = self.steps * self.rows
-        else:
-            self.steps, self.rows, self.total = batch_sizes.shape[0], int(batch_sizes[0]), x.shape[0]
 
-    def _packed(self) -> Tensor:
-        assert self.counts is not None, "padded sequences have no table of counts"
+    @property
+    def ending(self) -> bool:
+        """Whether steps of padded sequences have fewer and fewer rows."""
+        return self.counts is not None and not self.packed
+
+    def _table(self) -> Tensor:
+        assert self.counts is not None, "there is no table of counts where all steps have as many rows"
         return self.counts
 
     @cached_property
     def offsets(self) -> Tensor:
         """Row at which each step begins (packed)."""
-        counts = self._packed()
+        counts = self._table()
         return counts.cumsum(0) - counts
 
     @cached_property
-    def lengths(self) -> Tensor:
-        """Of the sequences, longest first (packed)."""
-        ascending = self._packed().flip(0)
-        return self.steps - torch.searchsorted(ascending, torch.arange(self.rows), right=True)
+    def lengths(self) -> np.ndarray:
+        """Of the sequences, longest first, where there are counts."""
+        ascending = self._table().numpy()[::-1]
+        return self.steps - ascending.searchsorted(np.arange(self.rows), side="right")
 
-    def times(self, descending: bool) -> Times:
-        """Steps from the first to the last, or from the last to the first."""
-        if self.counts is None:
-            return Times(self.steps, self.rows, self.steps - 1, -1) if descending else Times(self.steps, self.rows)
-        if descending:
-            return Times(self.steps, self.rows, positions=self.offsets.flip(0), counts=self.counts.flip(0))
-        return Times(self.steps, self.rows, positions=self.offsets, counts=self.counts)
+    def times(self, descending: bool, marks: At | None = None) -> Times:
+        """Steps from the first to the last, or from the last to the first; marks: see there."""
+        if self.packed:
+            positions, counts = self.offsets, self._table()
+            if descending:
+                positions, counts = positions.flip(0), counts.flip(0)
+            return Times(self.steps, self.rows, positions=positions, counts=counts)
+        first, delta = (self.steps - 1, -1) if descending else (0, 1)
+        return Times(self.steps, self.rows, first, delta, counts=marks and marks + 8 * self.steps * descending)
+
+    def marks(self, threads: int) -> Tensor:
+        """Of `ending` sequences, for a script that runs on others of that shape: the rows of each step, in either
+        order, the bounds of so many threads, and which row of all steps each sequence's last one is. int64."""
+        counts, each = self._table().numpy(), np.arange(self.rows)
+        last = (self.lengths - 1) * self.rows + each
+        return torch.from_numpy(np.concatenate([counts, counts[::-1], self.bounds(threads), last]))
+
+    def last(self, marks: Tensor) -> Tensor:
+        """The rows of last steps among these marks."""
+        return marks[-self.rows :]
 
     def edge(self, t: Tensor, last: bool) -> Tensor:
         """[N, ...]: rows of `t` ([T, N, ...] or [total, ...]) at the last or first step of every sequence."""
-        if self.counts is None:
+        if not self.packed:
             time = t if t.dim() == 3 else t.view(self.steps, self.rows, t.shape[1])
             return time.select(0, self.steps - 1 if last else 0)
-        return t[self.offsets[self.lengths - 1] + torch.arange(self.rows)] if last else t[: self.rows]
+        if not last:
+            return t[: self.rows]
+        return t[self.offsets[torch.from_numpy(self.lengths) - 1] + torch.arange(self.rows)]
 
     def previous(self, reverse: bool) -> tuple[Tensor, Tensor]:
         """(row of the step before, row of the sequence) for every packed row; the former is -1 at a first step."""
-        counts = self._packed()
+        counts = self._table()
         row = torch.arange(self.total) - self.offsets.repeat_interleave(counts)
         step = torch.arange(self.steps).repeat_interleave(counts)
         if reverse:
@@ -113,15 +137,17 @@ class Sequences:
             exists = step > 0
         return torch.where(exists, self.offsets[other] + row, -1), row
 
-    def shares(self, script: Script, threads: int) -> int:
-        """Address of the rows at which threads' shares begin, so that each has as many time steps to do; 0 for even
-        shares."""
+    def bounds(self, threads: int) -> np.ndarray:
+        """The rows at which threads' shares begin, so that each has as many time steps to do, and the end."""
+        done = self.lengths.cumsum()
+        goals = np.arange(1, threads) * (done[-1] / threads)
+        return np.array([0, *np.minimum(done.searchsorted(goals) + 1, self.rows), self.rows])
+
+    def shares(self, script: Script, threads: int, marks: At | None = None) -> Address:
+        """Address of the threads' bounds; 0 for even shares."""
         if self.counts is None or threads == 1:
             return 0
-        done = self.lengths.cumsum(0)
-        goals = torch.arange(1, threads) * (self.total / threads)
-        ends = torch.searchsorted(done, goals).add(1).clamp(max=self.rows).tolist()
-        return script.table([0, *ends, self.rows])
+        return script.table(self.bounds(threads).tolist()) if marks is None else marks + 16 * self.steps
 
 
 def view(t: Buffer, sequences: Sequences, initial: Buffer | int = 0) -> View:
@@ -130,7 +156,7 @@ def view(t: Buffer, sequences: Sequences, initial: Buffer | int = 0) -> View:
         step, row = t.strides[:2]
     else:
         step = row = t.strides[0]
-        if sequences.counts is None:
+        if not sequences.packed:
             step *= sequences.rows
     return View(t.at, step, row, *rows_of_initial(initial))
 
@@ -164,6 +190,10 @@ class Operands:
     def made(self, shape: Sequence[int]) -> Any:
         """A tensor that the call makes."""
         return Buffer.new(At(self._next()), shape, self.item)
+
+    def address(self) -> At:
+        """A tensor of the caller's of which only the address is wanted."""
+        return At(self._next())
 
     def _next(self) -> int:
         self.count += 1
@@ -255,12 +285,13 @@ class Direction:
         products: Sequence[Sequence[Product]],
         *,
         descending: bool,
+        marks: At | None = None,
         **options: Any,
     ) -> None:
         """Add a pass's program over the time steps, from the last one if descending."""
         run.launch(
             script,
-            sequences.times(descending),
+            sequences.times(descending, marks),
             views,
             products,
             [self.units(s.size) for s in run.program.stages],
@@ -270,7 +301,7 @@ class Direction:
             wait=self.index == 0 or not self.schedule.side_by_side,
             split=self.split,
             row_block=self.schedule.row_block,
-            shares=sequences.shares(script, self.threads) if self.split == "rows" else 0,
+            shares=sequences.shares(script, self.threads, marks) if self.split == "rows" else 0,
             **options,
         )
 

@@ -24,7 +24,7 @@ DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 class Times(NamedTuple):
     """Positions of the time steps in processing order, and how many sequences each one has.
 
-    Padded: position first + step * delta, all rows at every step. Packed: tables of int64.
+    Padded: position first + step * delta, all rows at every step, or as many as counts say. Packed: tables of int64.
     """
 
     steps: int
@@ -32,7 +32,7 @@ class Times(NamedTuple):
     first: int = 0
     delta: int = 1
     positions: Tensor | None = None
-    counts: Tensor | None = None
+    counts: Tensor | Address | None = None
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Runner:
             0 if positions is None else script.hold(positions),
             start,
             delta,
-            0 if counts is None else script.hold(counts),
+            script.hold(counts) if isinstance(counts, Tensor) else counts or 0,
             split == "units",
             0,
             team.give_way(),

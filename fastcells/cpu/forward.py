@@ -46,6 +46,7 @@ class Forward(Call):
         x_, given = operands.given(x), [operands.given(s) for s in states or ()]
         fed = [operands.given(t) for t in inputs]
         directions = [Direction(r, [operands.given(t) for t in q], fed, k) for k, q in enumerate(parameters)]
+        marks = operands.address() if sequences.ending else None
         count, rows, total = len(directions), sequences.rows, sequences.total
         for d in directions:
             d.share(schedule, schedule.forward, total)
@@ -62,6 +63,8 @@ class Forward(Call):
         y, finals = operands.made(self.y), [operands.made(s) for s in self.finals]
         kept = [operands.made(self.slots) for _ in directions] if training else []
         series = [{j: operands.made(self.series) for j in kinds} for _ in directions]
+        if sequences.ending:  # zero where no step is run
+            add(self.script, dtype, y.flattened(), None, threads=directions[0].team, wait=False)
         nothing = zeros(max(width, hidden) * item)
         starts = []
         launches = []
@@ -102,7 +105,8 @@ class Forward(Call):
                 self._project(d, sequences, x_.by_time(), ahead.columns(0, units).by_time(x.shape[:-1]), start)
             )
         for k, d in enumerate(directions):
-            options: dict[str, Any] = {"skip_first": states is None, "training": training, "dot": schedule.in_place}
+            options: dict[str, Any] = {"skip_first": states is None, "training": training, "marks": marks}
+            options["dot"] = schedule.in_place
             if beside:
                 options["beside"] = beside[k]
             views = starts[k][1]
@@ -110,16 +114,19 @@ class Forward(Call):
         for k, d in enumerate(directions):
             for j in (0, *(j for j in kinds if j < len(finals))):
                 source = series[k][j] if j else y.columns(k * width, width)
-                if sequences.counts is None:
+                if not sequences.packed and (d.reverse or marks is None):
                     edge = source.by_time((sequences.steps, rows))[0 if d.reverse else sequences.steps - 1]
                     add(self.script, dtype, finals[j][k], edge, wait=k == 0 and j == 0)
                     continue
                 operand: Any = source.at
                 at = operand.operand - 1, finals[j].at.operand - 1, k * width if not j else 0, k
 
-                def copy(tensors, at=at, size=source.shape[-1], last=not d.reverse):
+                def copy(tensors, at=at, size=source.shape[-1], last=not d.reverse, marked=marks and marks.operand - 1):
                     source, final, column, k = at
-                    edge = sequences.edge(tensors[source], last=last)
+                    if marked is None:
+                        edge = sequences.edge(tensors[source], last=last)
+                    else:
+                        edge = tensors[source].flatten(0, -2).index_select(0, sequences.last(tensors[marked]))
                     tensors[final].select(0, k).copy_(edge[:, column : column + size])
 
                 self.then(copy)

@@ -59,15 +59,16 @@ def prepared(
     inputs: Sequence[Tensor] = (),
     feed: bool = False,
 ) -> tuple[Forward, list[Tensor | None]]:
-    """The forward call, and the tensors that it is given: x, the states, inputs, and parameters."""
+    """The forward call, and the tensors that it is given: x, the states, inputs, and parameters; marks if there are."""
     r = suited(cell, parameters[0], feed)
     x, weights, inputs = usable(x), _flat(parameters), [usable(t) for t in inputs]
     given = all_states(r, states, weights, inputs, sequences.rows)
     tensors = [x, *(given or ()), *inputs, *[t for q in weights for t in q]]
     key = None
-    if sequences.counts is None:
-        key = r, len(parameters), training, team.size(), given is None, *_laid_out(tensors)
-    return kept(key, lambda: Forward(r, x, given, weights, inputs, sequences, training)), tensors
+    if not sequences.packed:
+        key = r, len(parameters), training, team.size(), given is None, sequences.ending, *_laid_out(tensors)
+    call = kept(key, lambda: Forward(r, x, given, weights, inputs, sequences, training))
+    return call, [*tensors, sequences.marks(call.plan.forward.threads)] if sequences.ending else tensors
 
 
 def forward(
@@ -82,7 +83,7 @@ def forward(
 ) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
     """(y, final states, what backward needs). Shapes as `functional.layer`; nothing is saved unless training.
 
-    feed: backward will be asked for gradients of the inputs.
+    feed: backward will be asked for gradients of the inputs. There is none for sequences that are `ending`.
     """
     call, tensors = prepared(cell, x, states, parameters, sequences, training, inputs, feed)
     return call.start(tensors)
@@ -122,7 +123,7 @@ def prepared_backward(
     tensors = [x, *(given or ()), *inputs, *[t for q in weights for t in q]]
     tensors += [y, *saved.slots, *saved.series, dy, *dfinals, *dothers]
     key = None
-    if sequences.counts is None:
+    if not sequences.packed:
         key = r, directions, saved.plan, team.size(), given is None, wanted, overwrite, *_laid_out(tensors)
     call = kept(
         key,
