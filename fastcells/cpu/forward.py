@@ -13,7 +13,7 @@ from .call import Call
 from .direction import Direction, Operands, Ready, Sequences, fixed, planned, view
 from .engine import Buffer, View, add, plain, product
 from .geometry import BESIDE_ROWS
-from .script import Address, zeros
+from .script import Address, At, zeros
 
 
 @dataclass
@@ -114,25 +114,32 @@ class Forward(Call):
         for k, d in enumerate(directions):
             for j in (0, *(j for j in kinds if j < len(finals))):
                 source = series[k][j] if j else y.columns(k * width, width)
-                if not sequences.packed and (d.reverse or marks is None):
-                    edge = source.by_time((sequences.steps, rows))[0 if d.reverse else sequences.steps - 1]
-                    add(self.script, dtype, finals[j][k], edge, wait=k == 0 and j == 0)
-                    continue
-                operand: Any = source.at
-                at = operand.operand - 1, finals[j].at.operand - 1, k * width if not j else 0, k
-
-                def copy(tensors, at=at, size=source.shape[-1], last=not d.reverse, marked=marks and marks.operand - 1):
-                    source, final, column, k = at
-                    if marked is None:
-                        edge = sequences.edge(tensors[source], last=last)
-                    else:
-                        edge = tensors[source].flatten(0, -2).index_select(0, sequences.last(tensors[marked]))
-                    tensors[final].select(0, k).copy_(edge[:, column : column + size])
-
-                self.then(copy)
+                self._final(d, sequences, marks, source, finals[j], wait=k == 0 and j == 0)
         kept_shapes = [*[self.slots] * (count if training else 0), *[self.series] * count * self.many]
         self.makes([self.y, *self.finals, *kept_shapes], own=1 + len(self.finals))
         self._end = 1 + len(self.finals), 1 + len(self.finals) + (count if training else 0)
+
+    def _final(
+        self, d: Direction, sequences: Sequences, marks: At | None, source: Buffer, out: Buffer, wait: bool
+    ) -> None:
+        """A state after the last step that a direction takes, of what it was after every step."""
+        if not sequences.packed and (d.reverse or marks is None):
+            edge = source.by_time((sequences.steps, sequences.rows))[0 if d.reverse else sequences.steps - 1]
+            add(self.script, self.dtype, out[d.index], edge, wait=wait)
+            return
+        series: Any = source.at
+        final: Any = out.at
+        column, size = series.offset // source.item, source.shape[-1]
+
+        def copy(tensors):
+            every = tensors[series.operand - 1]
+            if marks is None:
+                edge = sequences.edge(every, last=not d.reverse)
+            else:
+                edge = every.flatten(0, -2).index_select(0, sequences.last(tensors[marks.operand - 1]))
+            tensors[final.operand - 1].select(0, d.index).copy_(edge[:, column : column + size])
+
+        self.then(copy)
 
     def _project(self, d: Direction, sequences: Sequences, x: Buffer, out: Buffer, start: Address) -> Sequence[Address]:
         """Add the input projections before the time loop; the words of a frame on those that are made within."""
