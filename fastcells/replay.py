@@ -142,30 +142,31 @@ class Training:
 
     def __init__(self, module: DropIn, input: Tensor, call: Call, forwards: list[cpu.Forward]) -> None:
         cell, batch, states, layers, _ = call
-        nothing: list = [((),) * len(directions) for directions in layers]
-        self.call = call._replace(batch=batch._replace(x=torch.empty(0)), states=None, parameters=nothing)
+        self.call = call._replace(batch=batch._replace(x=torch.empty(0)), states=None, parameters=[])
         self.same = batch.x is input
         self.shapes = [s.shape for s in states or ()]
         given = states is not None
         self.layers = [Invocation(cell, None, len(p), given, again=f) for p, f in zip(layers, forwards, strict=True)]
         each = count(1 + len(self.shapes))
-        self.numbers = [[None if t is None else next(each) for t in flat(directions)] for directions in layers]
+        self.numbers = [[[None if t is None else next(each) for t in flat([p])] for p in layer] for layer in layers]
 
     def __call__(self, module: DropIn, input: Tensor, tensors: tuple[Tensor, ...]) -> Any:
         batch = self.call.batch if self.same else module._batch(input)
         x = input if self.same else batch.x
         states = tuple([tensors[k].view(shape) for k, shape in enumerate(self.shapes, 1)]) or None
-        parameters = [[None if k is None else tensors[k] for k in numbers] for numbers in self.numbers]
-        rest = zip(self.layers, parameters, strict=True)
+        parameters: Any = [
+            [[None if k is None else tensors[k] for k in numbers] for numbers in layer] for layer in self.numbers
+        ]
+        invocations = iter(self.layers)
 
-        def layer(_: Any, x: Tensor, states: Any, *others: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-            invocation, own = next(rest)
-            y, *finals = invocation([x, *(states or ()), *own])
+        def layer(_: Any, x: Tensor, states: Any, directions: Any, *others: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+            y, *finals = next(invocations)([x, *(states or ()), *(t for p in directions for t in p)])
             return y, tuple(finals)
 
         if len(parameters) == 1:
-            return module._laid_out(input, batch, *layer(None, x, states))
-        return module._run(input, self.call._replace(batch=batch._replace(x=x), states=states), layer)
+            return module._laid_out(input, batch, *layer(None, x, states, parameters[0]))
+        call = self.call._replace(batch=batch._replace(x=x), states=states, parameters=parameters)
+        return module._run(input, call, layer)
 
 
 class Seen(NamedTuple):

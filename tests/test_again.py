@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastcells
+from fastcells import cells
 from fastcells.cpu import again
 from fastcells.cpu import layer as cpu
 from fastcells.cpu.script import arena
@@ -313,3 +314,25 @@ def test_weights_put_in_place_of_others_are_seen():
             module._parameters["weight_ih_l0"] = torch.nn.Parameter(torch.randn(144, 20) / 7)
             for a, b in zip(tensors(module(x)), tensors(of_torch(module, x)), strict=True):
                 torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 2}, {"num_layers": 2, "bidirectional": True}, {"batch_first": True}], ids=str
+)
+@pytest.mark.parametrize("cell", [cells.gru_reset_before, cells.peephole_lstm, cells.mgu], ids=lambda c: c.name)
+def test_training_of_any_cell_again(cell, options, given):
+    """The same gradients as of the first call, which is made in Python."""
+    layer = fastcells.nn.Recurrent(cell, 6, 5, **options, dtype=torch.float64)
+    rows = layer.num_layers * (2 if layer.bidirectional else 1)
+    hx = tuple(torch.randn(rows, 3, 5, dtype=torch.float64, requires_grad=True) for _ in cell.states) if given else ()
+    x = torch.randn((3, 4, 6) if layer.batch_first else (4, 3, 6), dtype=torch.float64, requires_grad=True)
+    leaves, found = [x, *hx, *layer.parameters()], []
+    for _ in range(4):
+        results = tensors(layer(x, (hx if len(hx) > 1 else hx[0]) if given else None))
+        weights = [torch.linspace(-1, 2, t.numel(), dtype=t.dtype).view(t.shape) for t in results]
+        found.append([*results, *torch.autograd.grad(results, leaves, weights)])
+    assert layer._replays.forward
+    for again_ in found[1:]:
+        for a, b in zip(again_, found[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
