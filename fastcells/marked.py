@@ -17,6 +17,7 @@ from torch import Tensor
 from .cell import Cell, Names, Recurrent, cell
 from .expression import less, where
 from .functional import Parameters, unchecked_layer
+from .ragged import left
 
 States = tuple[Tensor, ...]
 GO_ON, RETURN, PAST_END = 1.0, 0.0, -1.0
@@ -162,8 +163,8 @@ class Ending:
             y, finals = y.index_select(1, self._order[1]), tuple([s.index_select(1, self._order[1]) for s in finals])
         if self._empty is not None:
             y[0].masked_fill_(self._empty, 0)
-            before = [y.new_zeros(())] * len(finals) if given is None else given
-            finals = tuple([torch.where(self._empty, s, t) for s, t in zip(before, finals, strict=True)])
+            before = given or [None] * len(finals)
+            finals = tuple([left(t, self._empty, s) for t, s in zip(finals, before, strict=True)])
         return y, finals
 
 
@@ -190,6 +191,6 @@ class Overrun:
         y, _ = unchecked_layer(base, x, states, *rest)
         final = y[self._last]
         if self._empty is not None:
-            final = torch.where(self._empty, y.new_zeros(()) if states is None else states[0][0], final)
+            final = left(final, self._empty, None if states is None else states[0][0])
         y.view(-1, y.shape[-1]).index_fill_(0, self._past_end, 0)
         return y, (final[None],)

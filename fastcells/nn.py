@@ -257,12 +257,12 @@ class OverTime(regularise.Dropping, DropIn):
         whole = not padding and (resets is None or not resets[:, 1:].any())
         if whole or not ends.any():
             return None
-        inputs_flops = 2 * padding * len(call.cell.gates) * self.hidden_size * self.input_size
-        flops = inputs_flops // self.input_size * (self.input_size + self.hidden_size)
+        each = 2 * padding * len(call.cell.gates) * self.hidden_size  # operations on padding, a feature
+        flops = each * (self.input_size + self.hidden_size)
         if (resets is None or not resets.any()) and not torch.is_grad_enabled():
             if Overrun.fits(call.cell, directions) and not worth_sorting(flops):
                 return call, Overrun(ends, steps)
-            packed = worth_packing(inputs_flops, False) and self._ahead(call)
+            packed = worth_packing(each * self.input_size, False) and self._ahead(call)
             return None if packed else (call, Ending(ends, steps))
         if worth_packing(flops, torch.is_grad_enabled()):
             return None

@@ -161,9 +161,14 @@ class Ragged:
             result = parts[0] if directions == 1 else torch.stack(parts, 1).flatten(0, 1)
             if self._empty.any():
                 empty = self._table(self._empty).unsqueeze(-1)
-                result = result.masked_fill(empty, 0) if states is None else torch.where(empty, states[j], result)
+                result = left(result, empty, None if states is None else states[j])
             chosen.append(result)
         return tuple(chosen)
+
+
+def left(final: Tensor, empty: Tensor, initial: Tensor | None) -> Tensor:
+    """Final states, [..., N, F]; a sequence of length 0, empty [N, 1], keeps the initial one, None for zeros."""
+    return final.masked_fill(empty, 0) if initial is None else torch.where(empty, initial, final)
 
 
 def backward_in_time(rows: Tensor, batch_sizes: Tensor) -> Tensor:

@@ -334,7 +334,10 @@ def spy(seen, method):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("way", ["Ending", "Overrun", "Marked"])
+@pytest.mark.parametrize(
+    ("way", "resets"),
+    [("Ending", None), ("Ending", "none"), ("Overrun", None), ("Overrun", "none"), ("Marked", "at the beginning")],
+)
 @pytest.mark.parametrize("order", ["longest first", "any", "no empty ones"])
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize(
@@ -348,7 +351,7 @@ def spy(seen, method):
     ],
     ids=str,
 )
-def test_lengths_without_gradients(kind, options, given, order, way, threads, monkeypatch):
+def test_lengths_without_gradients(kind, options, given, order, way, resets, threads, monkeypatch):
     """By each of the ways that there are; what no longer belongs to a sequence, which may be no number, is nowhere."""
     monkeypatch.setattr(plan, "THREAD_FLOPS", 0)
     monkeypatch.setattr(plan, "OVERRUN_FLOPS", 1 << 60 if way == "Overrun" else -1)
@@ -362,9 +365,11 @@ def test_lengths_without_gradients(kind, options, given, order, way, threads, mo
     x[torch.arange(9)[:, None] >= lengths] = float("nan")
     x = x.transpose(0, 1).contiguous() if layer.batch_first else x
     arguments = {"hx": (hx, hx.flip(0)) if kind == "LSTM" else hx} if given else {}
-    if way == "Marked":  # a reset before the first step of states that are zero, or stay
-        first = torch.arange(9) == 0
-        arguments["reset"] = first[:, None].expand(9, size) if not layer.batch_first else first.expand(size, 9)
+    if resets is not None:
+        arguments["reset"] = torch.zeros(x.shape[:2], dtype=torch.bool)
+        first = arguments["reset"][:, 0] if layer.batch_first else arguments["reset"][0]
+        first[:] = resets == "at the beginning"
+        arguments["reset_to"] = 0
     y, last = layer(x, lengths=lengths, **arguments)  # with gradients
     seen = []
     for one in (marked.Ending, marked.Overrun, marked.Marked):
