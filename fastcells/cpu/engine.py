@@ -14,7 +14,18 @@ from ..expression import leaf
 from ..plan import AHEAD_BYTES, ROW_BLOCK, depth_block, share
 from ..program import Place, Program, Segment, Stage, Weights
 from . import store, team
-from .geometry import DIGEST_BYTES, HEADER, LINE, SEGMENT_WORDS, WORD, Layout, is_direct, rides, tile_shape
+from .geometry import (
+    DIGEST_BYTES,
+    HEADER,
+    LINE,
+    SEGMENT_WORDS,
+    WORD,
+    Layout,
+    agenda_bytes,
+    is_direct,
+    rides,
+    tile_shape,
+)
 from .host import host
 from .script import KEEPS, MEMORY, Address, At, Script, zeros
 
@@ -185,11 +196,12 @@ class Runner:
         row_block = row_block or times.rows
         block = depth_block(row_block)
         words: list[Address] = [0] * self.layout.size
-        at, scratch = self.layout.stage[0], 0
+        at, sums, sizes = self.layout.stage[0], 0, list[tuple[int, int]]()
         for k, (parts, before, unit) in enumerate(zip(products, self.before, units, strict=True)):
             depth = sum([p.depth for p in parts])
             if parts and not dot and (depth > block or (row_block > 1 and not self.direct[k])):
-                scratch = max(scratch, self._sums(k, row_block))
+                sums = max(sums, self._sums(k, row_block))
+            sizes.append((unit, 1 if dot else max(1, -(-depth // block))))
             skip = sum([p.depth for p, b in zip(parts, before, strict=True) if b]) if skip_first else 0
             words[at : at + 4] = unit, skip, depth, dot
             at += 4
@@ -201,6 +213,8 @@ class Runner:
                 words[at : at + len(part)] = part
                 at += len(part)
         steps, rows, start, delta, positions, counts = times
+        agenda = agenda_bytes(self.program, self.shapes, sizes, 1 if counts is None else 3)
+        scratch = 2 * agenda + sums
         words[: len(HEADER)] = (
             steps,
             rows,
@@ -215,8 +229,9 @@ class Runner:
             team.give_way(),
             row_block,
             block,
-            script.take(scratch * threads) if scratch else 0,
+            script.take(scratch * threads),
             scratch,
+            agenda,
             slot * self.item,
             training,
             self._weight_bytes(products, units) > AHEAD_BYTES,

@@ -5,6 +5,7 @@ A frame is one array of 64-bit words with everything that a call needs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,8 +28,9 @@ HEADER = (
     "yield",  # address of the function that gives up the processor
     "row_block",  # rows that go through all time steps together
     "depth_block",  # depth of the products taken at a time
-    "scratch",  # address of partial sums
-    "scratch_thread",  # bytes of them a thread
+    "scratch",  # address of agendas and partial sums
+    "scratch_thread",  # bytes of them a thread,
+    "agenda",  # and of an agenda, of which it has two
     "slot",  # bytes of one vector of the hidden size
     "training",  # 1: store what only training needs
     "far",  # 1: the weights are more than a near cache holds
@@ -96,6 +98,23 @@ TEAM = (  # of the process, for scripts that run on its threads
 )
 
 
+# An item of an agenda, which says what one thread does at a time step. In place of the first are the numbers of rows
+# that there are at that step, the one before and the next.
+ITEM = (
+    "kind",
+    "variant",  # of a tile, to which its rows are added, or an epilogue
+    "most",  # rows at a time; 0: a single one, by variants of its own
+    "row",  # the first,
+    "row_end",  # and the end
+    *("unit", "is_first", "is_last"),  # see emitter.CONTEXT
+    "sums",  # of the first row,
+    "row_bytes",  # and to the next row's
+    *("begin", "end", "fresh", "last"),  # see tile.TILE_ARGUMENTS
+    "extra",  # 1: the weights are far; of a single row, that it takes input projections along
+)
+ITEM_BYTES = -(-8 * len(ITEM) // LINE) * LINE
+
+
 class Layout:
     """Numbers the words of a program's frame: header, stages, buffers, segments."""
 
@@ -145,6 +164,17 @@ def tile_shape(stage: Stage, registers: int, lanes: int) -> Shape:
     block = WIDEST if count == 1 else 2 if count == 2 else 1
     rows = max(1, min(6, (registers - 4) // (count * block)))
     return Shape(registers, lanes, rows, (2 * block, *(w for w in (WIDEST, 2, 1) if w <= block), 0))
+
+
+def agenda_bytes(program: Program, shapes: Sequence[Shape], sizes: Sequence[tuple[int, int]], groups: int) -> int:
+    """At least what an agenda takes. sizes: units, and how many parts the depth is in, of each stage; groups: of rows
+    that differ in whether they have a step before or after."""
+    items = 2
+    for stage, shape, (units, parts) in zip(program.stages, shapes, sizes, strict=True):
+        vectors = -(-units // shape.lanes)
+        tiles = parts * (vectors // shape.block + len(shape.widths)) if stage.segments else 0
+        items += groups * (tiles + (0 if is_direct(stage) else vectors)) + 2
+    return items * ITEM_BYTES
 
 
 MAX_ROWS = 9  # variants are numbered ((stage * MAX_WIDTHS) + width) * MAX_ROWS + rows; rows 0 is a single row,

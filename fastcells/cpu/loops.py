@@ -24,6 +24,8 @@ from .geometry import (
     DOT,
     EPILOGUES,
     FAR,
+    ITEM,
+    ITEM_BYTES,
     LAUNCH,
     LINE,
     MAX_ROWS,
@@ -51,7 +53,11 @@ COUNTS, SPLIT, ARRIVALS, YIELD = WORD["counts"], WORD["split"], WORD["arrivals"]
 ROW_BLOCK, DEPTH_BLOCK, FAR_AT = WORD["row_block"], WORD["depth_block"], WORD["far"]
 BESIDE_AT, COLUMNS = WORD["beside"], WORD["beside_units"]
 BESIDE_DEPTH, PANEL = WORD["beside_depth"], WORD["beside_weights"]
-SCRATCH, SCRATCH_THREAD = WORD["scratch"], WORD["scratch_thread"]
+SCRATCH, SCRATCH_THREAD, AGENDA_BYTES = WORD["scratch"], WORD["scratch_thread"], WORD["agenda"]
+(
+    KIND, VARIANT, MOST, ROW, ROW_END, UNIT, IS_FIRST, IS_LAST, SUMS, ROW_BYTES, BEGIN, END, FRESH, LAST, EXTRA,
+) = range(len(ITEM))  # fmt: skip
+DONE, TILES, EPILOGUES_OF, REST, BARRIER = range(5)
 
 # Of the program, read from tables that are linked in: numbers, then one for each stage (widths: MAX_WIDTHS for each).
 TABLES = (
@@ -379,14 +385,33 @@ def panel_of(frame, vector):
 
 
 @njit(inline="always")
-def sweep(
-    frame, stage, unit, unit_end, row, row_end, back, single, is_first, is_last, now, before, after, scratch,
-    later, vector, vectors,
+def note(
+    item, kind, variant, most, row, row_end, unit, is_first, is_last, sums, row_bytes, begin, end, fresh, last, extra
 ):  # fmt: skip
-    """One stage at one step for some units and rows: products of a few units, whose sums stay near, then what is made
-    of them; of a single row, tiles do both. back: from the last units to the first, as every other step does: the
-    weights that were read last are still in the cache. later: position of the first rows whose input projections can be
-    made beside, of the vectors of columns from `vector` to `vectors`; returned is which of these is next."""
+    """Put an item on an agenda; where the next one goes."""
+    poke(item, KIND, kind)
+    poke(item, VARIANT, variant)
+    poke(item, MOST, most)
+    poke(item, ROW, row)
+    poke(item, ROW_END, row_end)
+    poke(item, UNIT, unit)
+    poke(item, IS_FIRST, is_first)
+    poke(item, IS_LAST, is_last)
+    poke(item, SUMS, sums)
+    poke(item, ROW_BYTES, row_bytes)
+    poke(item, BEGIN, begin)
+    poke(item, END, end)
+    poke(item, FRESH, fresh)
+    poke(item, LAST, last)
+    poke(item, EXTRA, extra)
+    return item + ITEM_BYTES
+
+
+@njit(inline="always")
+def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_first, is_last, scratch):
+    """Put on an agenda one stage of a step for some units and rows: products of a few units, whose sums stay near, then
+    what is made of them; of a single row, tiles do both. back: from the last units to the first, as every other step
+    does: the weights that were read last are still in the cache."""
     words = stage_word(stage)
     full = 1 if by_row(stage) == 1 else peek(frame, words + UNITS_AT) // lanes(0)
     start = peek(frame, words + SKIP_AT) if is_first else 0
@@ -410,34 +435,18 @@ def sweep(
             else:
                 while widths(stage * MAX_WIDTHS + width) > left:
                     width += 1
-            base = (stage * MAX_WIDTHS + width) * MAX_ROWS
+            variant = (stage * MAX_WIDTHS + width) * MAX_ROWS + (DOT if dot else 0)
+            sums = scratch + (at - begin_unit) * vector_sums(stage)
             begin = start
             while True:
                 end = least(begin + depth_block, depth)
-                ends = end >= depth
-                n = row
-                while n < row_end:
-                    rows = 1 if dot else row_end - n
-                    if rows >= 2 * max_rows(stage):
-                        rows = max_rows(stage)
-                    elif rows > max_rows(stage):
-                        rows = (rows + 1) >> 1  # even: 4 rows are 2 + 2, not 3 + 1
-                    variant = base + DOT if dot else base if single else base + rows
-                    if far and n == row and rows == max_rows(stage) and width == 1:  # the others find them near
-                        variant = base + FAR
-                    sums = scratch + (n - row) * row_sums(stage) + (at - begin_unit) * vector_sums(stage)
-                    other, panel, line = -1, 0, 0
-                    takes = takes_along(0) == 1 and stage == 0 and variant == base and width < BESIDE_WIDTHS
-                    if takes and begin == start and vector < vectors:
-                        other = vector
-                        panel, line = panel_of(frame, vector)
-                        vector += 1
-                    tile(
-                        frame, variant, n, at, now, before, after, is_first, is_last, sums,
-                        begin, end, begin == start, ends, later, other, panel, line,
-                    )  # fmt: skip
-                    n += rows
-                if ends:
+                rides = takes_along(0) == 1 and stage == 0 and single and not dot and width < BESIDE_WIDTHS
+                item = note(
+                    item, TILES, variant, max_rows(stage) if by_rows else 0, row, row_end, at, is_first, is_last, sums,
+                    row_sums(stage), begin, end, begin == start, end >= depth,
+                    (far and width == 1) or (rides and begin == start),
+                )  # fmt: skip
+                if end >= depth:
                     break
                 begin = end
             at += 1 if left <= 0 else widths(stage * MAX_WIDTHS + width)
@@ -445,16 +454,51 @@ def sweep(
         while at < stop:
             left = least(full, stop) - at
             along = left >= TOGETHER
-            n = row
-            while n < row_end:
-                several = row_end - n >= TOGETHER and by_row(stage) == 0
-                variant = stage * EPILOGUES + (SEVERAL if several else 0)
-                variant += ALONG if along else PARTIAL if left <= 0 else 0
-                sums = scratch + (n - row) * row_sums(stage) + (at - begin_unit) * vector_sums(stage)
-                epilogue(frame, variant, n, at, now, before, after, is_first, is_last, sums)
-                n += TOGETHER if several else 1
+            item = note(
+                item, EPILOGUES_OF, stage * EPILOGUES + (ALONG if along else PARTIAL if left <= 0 else 0),
+                1 if by_row(stage) == 1 else TOGETHER, row, row_end, at, is_first, is_last,
+                scratch + (at - begin_unit) * vector_sums(stage), row_sums(stage), 0, 0, 0, 0, 0,
+            )  # fmt: skip
             at += TOGETHER if along else 1
-    return vector
+    return item
+
+
+@njit(inline="always")
+def set_agenda(frame, item, thread, team, block, block_end, active, carried, continuing, back, scratch):
+    """Write down what a thread does at a step, of the rows from `block` to `block_end`; carried, continuing: how many
+    rows were there at the step before, and will be at the next one."""
+    by_units = peek(frame, SPLIT) == 1
+    shares = peek(frame, SHARES)
+    for stage in range(stages(0)):
+        unit, units = 0, (peek(frame, stage_word(stage) + UNITS_AT) + lanes(0) - 1) // lanes(0)
+        if by_row(stage) == 1:
+            units = 1
+        if by_units and shares != 0 and peek(frame, THREADS) == team:
+            unit, units = peek(shares, thread), peek(shares, thread + 1)
+        elif by_units:  # in pieces that do not change which tiles there are, so that sums stay the same
+            piece = piece_of(frame, stage, active == 1)
+            pieces = (units + piece - 1) // piece
+            unit = pieces * thread // team * piece
+            units = least(units, pieces * (thread + 1) // team * piece)
+        n, end = block, least(block_end, active)
+        while n < end:  # rows that begin, go on or end here differ in where they find the other steps
+            is_first, is_last = n >= carried, n >= continuing
+            group_end = end
+            if not is_first:
+                group_end = least(group_end, carried)
+            if not is_last:
+                group_end = least(group_end, continuing)
+            item = sweep(
+                frame, item, stage, unit, units, n, group_end, back, active == 1, is_first, is_last, scratch
+            )  # fmt: skip
+            n = group_end
+        if takes_along(0) == 1 and stage == 0:
+            poke(item, KIND, REST)
+            item += ITEM_BYTES
+        if team > 1 and peek(frame, ARRIVALS) != 0:
+            poke(item, KIND, BARRIER)
+            item += ITEM_BYTES
+    poke(item, KIND, DONE)
 
 
 @njit(inline="always")
@@ -470,15 +514,17 @@ def count(frame, step):
 
 
 def over_time(frame, thread, team):
-    """What one thread does of a recurrence. Lowered once for all programs; the tables and the tile are linked in."""
+    """What one thread does of a recurrence. Lowered once for all programs; the tables and the tile are linked in.
+
+    What there is to do at a step is written down once, and done again as long as the next steps have as many rows."""
     steps, rows = peek(frame, STEPS), peek(frame, ROWS)
     by_units = peek(frame, SPLIT) == 1
-    scratch = peek(frame, SCRATCH) + thread * peek(frame, SCRATCH_THREAD)
+    agendas = peek(frame, SCRATCH) + thread * peek(frame, SCRATCH_THREAD)
+    scratch = agendas + 2 * peek(frame, AGENDA_BYTES)
     row_begin, row_end = 0, rows
     shares = peek(frame, SHARES)
-    own_share = shares != 0 and peek(frame, THREADS) == team
     if not by_units:
-        if own_share:
+        if shares != 0 and peek(frame, THREADS) == team:
             row_begin, row_end = peek(shares, thread), peek(shares, thread + 1)
         else:
             row_begin, row_end = rows * thread // team, rows * (thread + 1) // team
@@ -488,6 +534,8 @@ def over_time(frame, thread, team):
     block = row_begin
     while block < row_end:
         block_end = least(block + peek(frame, ROW_BLOCK), row_end)
+        for k in range(2):  # nothing is written down
+            poke(agendas + k * peek(frame, AGENDA_BYTES), 0, -1)
         carried, before = 0, 0
         for step in range(steps):
             now, active = position(frame, step), count(frame, step)
@@ -502,38 +550,64 @@ def over_time(frame, thread, team):
                     later, vectors = position(frame, step + BESIDE_ROWS), columns
                     if by_units:
                         vector, vectors = columns * thread // team, columns * (thread + 1) // team
-            for stage in range(stages(0)):
-                unit, units = 0, (peek(frame, stage_word(stage) + UNITS_AT) + lanes(0) - 1) // lanes(0)
-                if by_row(stage) == 1:
-                    units = 1
-                if by_units and own_share:
-                    unit, units = peek(shares, thread), peek(shares, thread + 1)
-                elif by_units:  # in pieces that do not change which tiles there are, so that sums stay the same
-                    piece = piece_of(frame, stage, active == 1)
-                    pieces = (units + piece - 1) // piece
-                    unit = pieces * thread // team * piece
-                    units = least(units, pieces * (thread + 1) // team * piece)
-                n, end = block, least(block_end, active)
-                while n < end:  # rows that begin, go on or end here differ in where they find the other steps
-                    is_first, is_last = n >= carried, n >= continuing
-                    group_end = end
-                    if not is_first:
-                        group_end = least(group_end, carried)
-                    if not is_last:
-                        group_end = least(group_end, continuing)
-                    vector = sweep(
-                        frame, stage, unit, units, n, group_end, step & 1, active == 1,
-                        is_first, is_last, now, before, after, scratch, later, vector, vectors,
-                    )  # fmt: skip
-                    n = group_end
-                if takes_along(0) == 1 and (step + 1) % BESIDE_ROWS == 0:
-                    while vector < vectors:  # that no tile took along
-                        panel, line = panel_of(frame, vector)
-                        project(frame, later, vector, panel, line)
-                        vector += 1
-                if team > 1 and peek(frame, ARRIVALS) != 0:
+            agenda = agendas + (step & 1) * peek(frame, AGENDA_BYTES)
+            item = agenda + ITEM_BYTES
+            if peek(agenda, 0) != active or peek(agenda, 1) != carried or peek(agenda, 2) != continuing:
+                poke(agenda, 0, active)
+                poke(agenda, 1, carried)
+                poke(agenda, 2, continuing)
+                set_agenda(
+                    frame, item, thread, team, block, block_end, active, carried, continuing, step & 1, scratch
+                )  # fmt: skip
+            while True:
+                kind = peek(item, KIND)
+                if kind == TILES:
+                    n, end, most = peek(item, ROW), peek(item, ROW_END), peek(item, MOST)
+                    while n < end:
+                        variant, tall = peek(item, VARIANT), 1
+                        if most > 0:
+                            tall = end - n
+                            if tall >= 2 * most:
+                                tall = most
+                            elif tall > most:
+                                tall = (tall + 1) >> 1  # even: 4 rows are 2 + 2, not 3 + 1
+                            first = n == peek(item, ROW) and tall == most  # the others find the weights near
+                            variant += FAR if first and peek(item, EXTRA) == 1 else tall
+                        other, panel, line = -1, 0, 0
+                        if takes_along(0) == 1 and most == 0 and peek(item, EXTRA) == 1 and vector < vectors:
+                            other = vector
+                            panel, line = panel_of(frame, vector)
+                            vector += 1
+                        tile(
+                            frame, variant, n, peek(item, UNIT), now, before, after,
+                            peek(item, IS_FIRST), peek(item, IS_LAST),
+                            peek(item, SUMS) + (n - peek(item, ROW)) * peek(item, ROW_BYTES),
+                            peek(item, BEGIN), peek(item, END), peek(item, FRESH), peek(item, LAST),
+                            later, other, panel, line,
+                        )  # fmt: skip
+                        n += tall
+                elif kind == EPILOGUES_OF:
+                    n, end = peek(item, ROW), peek(item, ROW_END)
+                    while n < end:
+                        several = end - n >= TOGETHER and peek(item, MOST) == TOGETHER
+                        epilogue(
+                            frame, peek(item, VARIANT) + (SEVERAL if several else 0), n, peek(item, UNIT),
+                            now, before, after, peek(item, IS_FIRST), peek(item, IS_LAST),
+                            peek(item, SUMS) + (n - peek(item, ROW)) * peek(item, ROW_BYTES),
+                        )  # fmt: skip
+                        n += TOGETHER if several else 1
+                elif kind == REST:
+                    if (step + 1) % BESIDE_ROWS == 0:
+                        while vector < vectors:  # that no tile took along
+                            panel, line = panel_of(frame, vector)
+                            project(frame, later, vector, panel, line)
+                            vector += 1
+                elif kind == BARRIER:
                     times += 1
                     barrier(peek(frame, ARRIVALS), thread, team, times, peek(frame, YIELD))
+                else:
+                    break
+                item += ITEM_BYTES
             carried, before = active, now
             if step + 1 < steps:
                 carried = least(active, count(frame, step + 1))
