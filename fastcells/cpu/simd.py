@@ -270,7 +270,7 @@ class Vector:
         # t / (t + 2) with t = exp(2|x|) - 1: no cancellation, so tiny x keep their relative accuracy.
         magnitude = self.abs(x)
         s, r, h = self._reduce(self._at_most(self.b.fadd(magnitude, magnitude), 2 * self.fmt.tanh_limit))
-        t = self.fma(s, self.b.fmul(r, h), self.b.fsub(s, self.const(1.0)))
+        t = self.fma(self.b.fmul(s, r), h, self.b.fsub(s, self.const(1.0)))
         return self.intrinsic("llvm.copysign", self.b.fdiv(t, self.b.fadd(t, self.const(2.0))), x)
 
     def expm1(self, x):
