@@ -1,5 +1,6 @@
 """The differentiable call on the engine against the cell's own torch form: cells, shape edges, layouts, options."""
 
+import ctypes
 import math
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 import fastcells
 from fastcells import cell, cells, functional, plan, unrolled
-from fastcells.cpu import gradients, layer, team
+from fastcells.cpu import geometry, gradients, layer, loops, script, team
 from fastcells.cpu.host import host
 from fastcells.expression import (
     cos,
@@ -50,6 +52,12 @@ def invented(x, u, s):
     k = u.k(sigmoid(c) * s.m)
     h = where(c < 0.1, k, tanh(x.o + u.o)) / sqrt(1.0 + exp(-m))
     return h, c, m
+
+
+@cell(gates="h")
+def additive(x, u, s):
+    """No activation: results are sums of products as they are."""
+    return x.h + u.h
 
 
 @cell(gates="f z", states="h")
@@ -457,6 +465,56 @@ def test_bitwise_the_same_run_to_run_and_on_any_number_of_threads(c, rows, split
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    which=st.sampled_from([cells.lstm, additive, normed]),
+    lengths=st.one_of(st.lists(st.integers(1, 4), min_size=1, max_size=40), st.integers(1, 3), st.integers(4, 33)),
+    steps=st.integers(1, 3),
+    inputs=st.integers(1, 70),
+    hidden=st.one_of(st.integers(1, 130), st.integers(500, 520)),
+    threads=st.sampled_from([1, 3]),
+)
+def test_agendas_have_the_room_that_they_take(which, lengths, steps, inputs, hidden, threads):
+    """Kernels write them, as long as they get, into memory that was taken for them before."""
+    rows, options = lengths, {}
+    if isinstance(lengths, list):
+        rows, options = len(lengths), {"lengths": sorted(lengths, reverse=True)}
+    item, written = geometry.ITEM_BYTES // 8, 0
+
+    def look(launch, run):
+        nonlocal written
+        if launch.kernel.name.startswith("pack"):
+            run()
+            return
+        scratch, each, agenda = (launch.frame[geometry.WORD[n]] for n in ("scratch", "scratch_thread", "agenda"))
+        memory = (ctypes.c_int64 * (each * launch.threads // 8)).from_address(script.arena._words[0] + scratch.offset)
+        words = np.frombuffer(memory, np.int64)
+        words[:] = -1
+        run()
+        for of_thread in words.reshape(launch.threads, -1):
+            for part in np.split(of_thread[: 2 * agenda // 8], 2):
+                if part[0] >= 0:
+                    kinds = part.reshape(-1, item)[1:, 0]
+                    assert (kinds == loops.DONE).any()
+                    written += 1
+
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(team, "processors", lambda: 3)
+        patch.setattr(plan, "THREAD_FLOPS", 0)
+        torch.set_num_threads(threads)
+        plan.plan.cache_clear()
+        patch.setattr(script, "observer", look)
+        try:
+            arguments, leaves, _ = problem(which, steps, rows, inputs, hidden, dtype=torch.float32, **options)
+            everything(functional.layer, arguments, leaves)
+        finally:
+            torch.set_num_threads(before)
+            plan.plan.cache_clear()
+            layer.forget()
+    assert written
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["", "reset"])

@@ -201,7 +201,7 @@ class Runner:
             depth = sum([p.depth for p in parts])
             if parts and not dot and (depth > block or (row_block > 1 and not self.direct[k])):
                 sums = max(sums, self._sums(k, row_block))
-            sizes.append((unit, 1 if dot else max(1, -(-depth // block))))
+            sizes.append((unit, max(1, -(-depth // block))))
             skip = sum([p.depth for p, b in zip(parts, before, strict=True) if b]) if skip_first else 0
             words[at : at + 4] = unit, skip, depth, dot
             at += 4
@@ -213,7 +213,7 @@ class Runner:
                 words[at : at + len(part)] = part
                 at += len(part)
         steps, rows, start, delta, positions, counts = times
-        agenda = agenda_bytes(self.program, self.shapes, sizes, 1 if counts is None else 3)
+        agenda = agenda_bytes(self.program, self.shapes, sizes, 1 if counts is None else 3, dot)
         scratch = 2 * agenda + sums
         words[: len(HEADER)] = (
             steps,

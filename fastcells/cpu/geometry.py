@@ -166,14 +166,16 @@ def tile_shape(stage: Stage, registers: int, lanes: int) -> Shape:
     return Shape(registers, lanes, rows, (2 * block, *(w for w in (WIDEST, 2, 1) if w <= block), 0))
 
 
-def agenda_bytes(program: Program, shapes: Sequence[Shape], sizes: Sequence[tuple[int, int]], groups: int) -> int:
+def agenda_bytes(
+    program: Program, shapes: Sequence[Shape], sizes: Sequence[tuple[int, int]], groups: int, dot: bool
+) -> int:
     """At least what an agenda takes. sizes: units, and how many parts the depth is in, of each stage; groups: of rows
-    that differ in whether they have a step before or after."""
+    that differ in whether they have a step before or after; dot: see STAGE_WORDS."""
     items = 2
     for stage, shape, (units, parts) in zip(program.stages, shapes, sizes, strict=True):
         vectors = -(-units // shape.lanes)
-        tiles = parts * (vectors // shape.block + len(shape.widths)) if stage.segments else 0
-        items += groups * (tiles + (0 if is_direct(stage) else vectors)) + 2
+        tiles = vectors if dot else parts * (vectors // shape.block + len(shape.widths))
+        items += groups * (tiles * bool(stage.segments) + vectors * (not is_direct(stage))) + 2
     return items * ITEM_BYTES
 
 

@@ -229,21 +229,25 @@ class Vector:
         bound = self.const(limit)
         return self.where(self.b.fcmp_ordered("<", a, bound), bound, a)
 
-    def _reduce(self, x, exponent_shift: int = 0):
-        """s, r, h with exp(x) * 2**-exponent_shift = s * (1 + r * h); s is a power of two.
+    def _power(self, x, unit: float, shift: int = 0):
+        """n, x / unit as a whole number, and 2**(n - shift).
 
-        Adding 1.5 * 2**mantissa rounds x / ln 2 to a whole number n and leaves n in the low bits, so that the power of
-        two needs neither a rounding nor a conversion instruction, and NaN needs no care.
+        Adding 1.5 * 2**mantissa rounds to a whole number and leaves it in the low bits, so that the power of two needs
+        neither a rounding nor a conversion instruction, and NaN needs no care.
         """
         fmt = self.fmt
         magic = self.const(1.5 * 2.0**fmt.mantissa)
-        shifted = self.fma(x, self.const(1 / math.log(2)), magic)
-        n = self.b.fsub(shifted, magic)
-        r = self.fma(n, self.const(-fmt.ln2_high), x)
-        r = self.fma(n, self.const(-fmt.ln2_low), r)
-        bits = self.b.add(self.b.bitcast(shifted, self.int_type), self.int_const(fmt.bias - exponent_shift))
-        s = self.b.bitcast(self.b.shl(bits, self.int_const(fmt.mantissa)), self.type)
-        return s, r, self.horner(r, polynomial("expm1", fmt.degree))
+        shifted = self.fma(x, self.const(1 / unit), magic)
+        bits = self.b.add(self.b.bitcast(shifted, self.int_type), self.int_const(fmt.bias - shift))
+        power = self.b.bitcast(self.b.shl(bits, self.int_const(fmt.mantissa)), self.type)
+        return self.b.fsub(shifted, magic), power
+
+    def _reduce(self, x, shift: int = 0):
+        """s, r, h with exp(x) * 2**-shift = s * (1 + r * h); s is a power of two."""
+        n, s = self._power(x, math.log(2), shift)
+        r = self.fma(n, self.const(-self.fmt.ln2_high), x)
+        r = self.fma(n, self.const(-self.fmt.ln2_low), r)
+        return s, r, self.horner(r, polynomial("expm1", self.fmt.degree))
 
     def horner(self, x, coefficients: tuple[float, ...]):
         *low, h = coefficients
@@ -267,9 +271,12 @@ class Vector:
         return self.b.fdiv(self.const(1.0), self.fma(s, self.fma(r, h, self.const(1.0)), self.const(1.0)))
 
     def tanh(self, x):
-        # t / (t + 2) with t = exp(2|x|) - 1: no cancellation, so tiny x keep their relative accuracy.
-        magnitude = self.abs(x)
-        s, r, h = self._reduce(self._at_most(self.b.fadd(magnitude, magnitude), 2 * self.fmt.tanh_limit))
+        # t / (t + 2) with t = exp(2|x|) - 1: no cancellation, so tiny x keep their relative accuracy. That n times half
+        # ln 2 is not exact matters less than the result's rounding: where n is large, tanh hardly changes.
+        magnitude = self._at_most(self.abs(x), self.fmt.tanh_limit)
+        n, s = self._power(magnitude, math.log(2) / 2)
+        r = self.fma(n, self.const(-math.log(2) / 2), magnitude)
+        h = self.horner(r, tuple(c * 2.0 ** (k + 1) for k, c in enumerate(polynomial("expm1", self.fmt.degree))))
         t = self.fma(self.b.fmul(s, r), h, self.b.fsub(s, self.const(1.0)))
         return self.intrinsic("llvm.copysign", self.b.fdiv(t, self.b.fadd(t, self.const(2.0))), x)
 
