@@ -72,17 +72,16 @@ class Marked:
         dtype: torch.dtype,
         layer: Callable = unchecked_layer,
     ) -> None:
-        there = np.arange(steps)[:, None] < ends  # [T, N]
-        self.layer, self.padded = layer, not there.all()
-        marks = np.ones((directions, *there.shape), np.float32)  # GO_ON
+        self.layer, self.padded = layer, int(ends.min()) < steps
+        marks = np.full((directions, steps, len(ends)), GO_ON, np.float32)
+        there = np.arange(steps)[:, None] < ends if self.padded else None  # [T, N]
         self._begins = None
         if resets is not None:
-            cuts = resets.T & there
-            marks[0, :-1][cuts[1:]] = RETURN
-            marks[1:, 1:][:, cuts[1:]] = RETURN
+            cuts = resets.T if there is None else resets.T & there
+            marks[0, :-1] = marks[1:, 1:] = np.where(cuts[1:], RETURN, GO_ON)
             if cuts[0].any():
                 self._begins = torch.from_numpy(cuts[0, :, None])
-        if self.padded:
+        if there is not None:
             marks[:, ~there] = PAST_END
             self._past_end = torch.from_numpy(~there[..., None])
         self._marks = torch.from_numpy(marks).to(dtype)[..., None].expand(-1, -1, -1, hidden).contiguous()
