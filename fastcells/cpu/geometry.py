@@ -152,6 +152,7 @@ class Shape:
         return self.widths[1]
 
 
+HALF_ROWS = 3  # from which on half a vector takes less time than a whole one; fewer wait for the weights
 WIDEST = 4  # vectors of units in a tile for several rows
 LATENCY_CHAINS = 8  # independent sums that hide the latency of a fused multiply-add: 4 cycles x 2 units
 
@@ -186,7 +187,7 @@ MAX_WIDTHS = 8
 
 
 class Variant(NamedTuple):
-    """A tile of a stage: rows x widths[width] vectors of units. kind: "rows", "far", "single" or "dot"."""
+    """A tile of a stage: rows x widths[width] vectors of units. kind: "rows", "half", "far", "single" or "dot"."""
 
     number: int
     rows: int
@@ -209,6 +210,12 @@ def is_direct(stage: Stage) -> bool:
     return bool(stage.segments) and not stage.passes and all(node in sums for node, _, _ in stage.outputs)
 
 
+def halved(stage: Stage) -> bool:
+    """Whether there are tiles of several rows and half a vector, for a last vector of which no more exists: where wide
+    vectors pass in halves, these take half the time."""
+    return host().halves and bool(stage.segments) and not stage.passes and not is_direct(stage)
+
+
 def variants(stage: Stage, shape: Shape, index: int) -> list[Variant]:
     """Every tile of a stage. Those of several rows store their sums, and need not know of units that do not exist."""
     if not stage.segments:
@@ -217,6 +224,9 @@ def variants(stage: Stage, shape: Shape, index: int) -> list[Variant]:
     found = [Variant((base + w) * MAX_ROWS, 1, w, "single") for w in widths]
     widths = widths[1:] if is_direct(stage) else widths[1:-1]
     found += [Variant((base + w) * MAX_ROWS + r, r, w, "rows") for w in widths for r in range(1, shape.rows + 1)]
+    if halved(stage):
+        last = len(shape.widths) - 1
+        found += [Variant((base + last) * MAX_ROWS + r, r, last, "half") for r in range(2, shape.rows + 1)]
     found.append(Variant((base + 1) * MAX_ROWS + FAR, shape.rows, 1, "far"))
     if any(not s.weights.transposed for s in stage.segments):
         found += [Variant((base + w) * MAX_ROWS + DOT, 1, w, "dot") for w, n in enumerate(shape.widths) if n <= 1]

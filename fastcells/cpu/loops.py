@@ -24,6 +24,7 @@ from .geometry import (
     DOT,
     EPILOGUES,
     FAR,
+    HALF_ROWS,
     ITEM,
     ITEM_BYTES,
     LAUNCH,
@@ -38,6 +39,7 @@ from .geometry import (
     WIDEST,
     WORD,
     Layout,
+    halved,
     is_direct,
     rides,
     tile_shape,
@@ -72,6 +74,7 @@ TABLES = (
     "widths",
     "partial_width",
     "rest_width",  # of tiles that meet units that do not exist
+    "half",  # of a vector, for which there are tiles of several rows, or 0
     "row_sums",  # bytes of the sums of a row,
     "vector_sums",  # and of a vector of units
     "vector_bytes",
@@ -278,7 +281,7 @@ def _table(name: str) -> Any:
 TABLE = "fastcells_{}"
 (
     stages, lanes, looks_ahead, stage_word, by_row, multiplies, finishes,
-    max_rows, widths, partial_width, rest_width, row_sums, vector_sums, vector_bytes,
+    max_rows, widths, partial_width, rest_width, half, row_sums, vector_sums, vector_bytes,
     takes_along,
 ) = map(_table, TABLES)  # fmt: skip
 
@@ -300,6 +303,7 @@ def make_recurrence(program: Program, dtype: str, registers: int, vector_lanes: 
         [w for s in shapes for w in (*s.widths, *[0] * (MAX_WIDTHS - len(s.widths)))],
         [len(s.widths) - 1 for s in shapes],
         [len(shape.widths) - 1 - (not is_direct(s)) for s, shape in zip(program.stages, shapes, strict=True)],
+        [vector_lanes // 2 if halved(s) else 0 for s in program.stages],
         [s.block * n for s, n in zip(shapes, sums, strict=True)],
         sums,
         [vector_lanes * FORMATS[dtype].bytes],
@@ -431,7 +435,8 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
             width = partial_width(stage) - 1 if dot else 0 if single else 1
             left = least(full, stop) - at
             if left <= 0:
-                width = rest_width(stage) if by_rows else partial_width(stage)
+                narrow = row_end - row >= HALF_ROWS and peek(frame, words + UNITS_AT) - full * lanes(0) <= half(stage)
+                width = rest_width(stage) if by_rows and not narrow else partial_width(stage)
             else:
                 while widths(stage * MAX_WIDTHS + width) > left:
                     width += 1

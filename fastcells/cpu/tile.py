@@ -26,7 +26,7 @@ from .geometry import (
     rides,
     variants,
 )
-from .simd import i64
+from .simd import Vector, i64
 
 TILE = "fastcells_tile"
 TILE_ARGUMENTS = (
@@ -64,11 +64,13 @@ class Tile(Emitter):
     ) -> None:
         width = shape.widths[variant.width]
         super().__init__(builder, layout, dtype, index, program, shape, variant.rows, width or 1, arguments)
-        self.kind, self.partial = variant.kind, width == 0
+        self.kind, self.partial = variant.kind, width == 0 and variant.kind != "half"
+        if self.kind == "half":
+            self.v = Vector(builder, self.v.fmt, shape.lanes // 2)
         self.gates = program.gates  # in the order of the weights' blocks of rows
         self.panel = min(self.width, self.block)  # vectors side by side in it
         self.full = variant.rows == shape.rows and width == shape.block
-        self.several = variant.kind in ("rows", "far")
+        self.several = variant.kind in ("rows", "half", "far")
         self.direct = is_direct(self.stage) or not self.several
         self.rides = self.kind == "single" and variant.width < BESIDE_WIDTHS and index == 0 and rides(program, shape)
 
