@@ -162,7 +162,7 @@ class Emitter:
     def existing(self):
         """How many units there are from the first on; the mask is of them from now on."""
         units = self.word(self.layout.stage[self.index])
-        count = self.b.sub(units, self.b.mul(self.arg["unit"], i64(self.v.lanes)))
+        count = self.b.sub(units, self.b.mul(self.arg["unit"], i64(self.vector_bytes // self.bytes)))
         self.mask = self.v.first_lanes(count)
         return count
 

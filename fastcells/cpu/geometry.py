@@ -213,7 +213,7 @@ def is_direct(stage: Stage) -> bool:
 def halved(stage: Stage) -> bool:
     """Whether there are tiles of several rows and half a vector, for a last vector of which no more exists: where wide
     vectors pass in halves, these take half the time."""
-    return host().halves and bool(stage.segments) and not stage.passes and not is_direct(stage)
+    return host().halves and bool(stage.segments) and not stage.passes
 
 
 def variants(stage: Stage, shape: Shape, index: int) -> list[Variant]:
@@ -225,8 +225,8 @@ def variants(stage: Stage, shape: Shape, index: int) -> list[Variant]:
     widths = widths[1:] if is_direct(stage) else widths[1:-1]
     found += [Variant((base + w) * MAX_ROWS + r, r, w, "rows") for w in widths for r in range(1, shape.rows + 1)]
     if halved(stage):
-        last = len(shape.widths) - 1
-        found += [Variant((base + last) * MAX_ROWS + r, r, last, "half") for r in range(2, shape.rows + 1)]
+        after = len(shape.widths)
+        found += [Variant((base + after) * MAX_ROWS + r, r, after, "half") for r in range(2, shape.rows + 1)]
     found.append(Variant((base + 1) * MAX_ROWS + FAR, shape.rows, 1, "far"))
     if any(not s.weights.transposed for s in stage.segments):
         found += [Variant((base + w) * MAX_ROWS + DOT, 1, w, "dot") for w, n in enumerate(shape.widths) if n <= 1]

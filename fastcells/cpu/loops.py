@@ -435,8 +435,10 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
             width = partial_width(stage) - 1 if dot else 0 if single else 1
             left = least(full, stop) - at
             if left <= 0:
-                narrow = row_end - row >= HALF_ROWS and peek(frame, words + UNITS_AT) - full * lanes(0) <= half(stage)
-                width = rest_width(stage) if by_rows and not narrow else partial_width(stage)
+                width = rest_width(stage) if by_rows else partial_width(stage)
+                narrow = peek(frame, words + UNITS_AT) - full * lanes(0) <= half(stage)
+                if by_rows and narrow and row_end - row >= HALF_ROWS:
+                    width = partial_width(stage) + 1
             else:
                 while widths(stage * MAX_WIDTHS + width) > left:
                     width += 1

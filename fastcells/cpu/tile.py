@@ -62,14 +62,15 @@ class Tile(Emitter):
     def __init__(
         self, builder, layout, dtype, index, program: Program, shape: Shape, variant: Variant, arguments
     ) -> None:
-        width = shape.widths[variant.width]
+        half = variant.kind == "half"
+        width = 1 if half else shape.widths[variant.width]
         super().__init__(builder, layout, dtype, index, program, shape, variant.rows, width or 1, arguments)
-        self.kind, self.partial = variant.kind, width == 0 and variant.kind != "half"
-        if self.kind == "half":
+        if half:
             self.v = Vector(builder, self.v.fmt, shape.lanes // 2)
+        self.kind, self.partial = variant.kind, width == 0 or (half and is_direct(self.stage))
         self.gates = program.gates  # in the order of the weights' blocks of rows
         self.panel = min(self.width, self.block)  # vectors side by side in it
-        self.full = variant.rows == shape.rows and width == shape.block
+        self.full = variant.rows == shape.rows and width == shape.block and not half
         self.several = variant.kind in ("rows", "half", "far")
         self.direct = is_direct(self.stage) or not self.several
         self.rides = self.kind == "single" and variant.width < BESIDE_WIDTHS and index == 0 and rides(program, shape)
