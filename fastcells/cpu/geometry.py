@@ -210,10 +210,10 @@ def is_direct(stage: Stage) -> bool:
     return bool(stage.segments) and not stage.passes and all(node in sums for node, _, _ in stage.outputs)
 
 
-def halved(stage: Stage) -> bool:
+def halved(stage: Stage, shape: Shape) -> bool:
     """Whether there are tiles of several rows and half a vector, for a last vector of which no more exists: where wide
     vectors pass in halves, these take half the time."""
-    return host().halves and bool(stage.segments) and not stage.passes
+    return host().halves and bool(stage.segments) and shape.rows >= HALF_ROWS
 
 
 def variants(stage: Stage, shape: Shape, index: int) -> list[Variant]:
@@ -224,9 +224,10 @@ def variants(stage: Stage, shape: Shape, index: int) -> list[Variant]:
     found = [Variant((base + w) * MAX_ROWS, 1, w, "single") for w in widths]
     widths = widths[1:] if is_direct(stage) else widths[1:-1]
     found += [Variant((base + w) * MAX_ROWS + r, r, w, "rows") for w in widths for r in range(1, shape.rows + 1)]
-    if halved(stage):
+    if halved(stage, shape):
         after = len(shape.widths)
-        found += [Variant((base + after) * MAX_ROWS + r, r, after, "half") for r in range(2, shape.rows + 1)]
+        heights = range(2 if shape.rows < 5 else 3, shape.rows + 1)  # of tiles that HALF_ROWS and more are cut into
+        found += [Variant((base + after) * MAX_ROWS + r, r, after, "half") for r in heights]
     found.append(Variant((base + 1) * MAX_ROWS + FAR, shape.rows, 1, "far"))
     if any(not s.weights.transposed for s in stage.segments):
         found += [Variant((base + w) * MAX_ROWS + DOT, 1, w, "dot") for w, n in enumerate(shape.widths) if n <= 1]

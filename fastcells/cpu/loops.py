@@ -56,9 +56,9 @@ ROW_BLOCK, DEPTH_BLOCK, FAR_AT = WORD["row_block"], WORD["depth_block"], WORD["f
 BESIDE_AT, COLUMNS = WORD["beside"], WORD["beside_units"]
 BESIDE_DEPTH, PANEL = WORD["beside_depth"], WORD["beside_weights"]
 SCRATCH, SCRATCH_THREAD, AGENDA_BYTES = WORD["scratch"], WORD["scratch_thread"], WORD["agenda"]
-(
-    KIND, VARIANT, MOST, ROW, ROW_END, UNIT, IS_FIRST, IS_LAST, SUMS, ROW_BYTES, BEGIN, END, FRESH, LAST, EXTRA,
-) = range(len(ITEM))  # fmt: skip
+KIND, VARIANT, MOST, ROW, ROW_END, EXTRA = (
+    ITEM.index(name) for name in ("kind", "variant", "most", "row", "row_end", "extra")
+)
 DONE, TILES, EPILOGUES_OF, REST, BARRIER = range(5)
 
 # Of the program, read from tables that are linked in: numbers, then one for each stage (widths: MAX_WIDTHS for each).
@@ -303,7 +303,7 @@ def make_recurrence(program: Program, dtype: str, registers: int, vector_lanes: 
         [w for s in shapes for w in (*s.widths, *[0] * (MAX_WIDTHS - len(s.widths)))],
         [len(s.widths) - 1 for s in shapes],
         [len(shape.widths) - 1 - (not is_direct(s)) for s, shape in zip(program.stages, shapes, strict=True)],
-        [vector_lanes // 2 if halved(s) else 0 for s in program.stages],
+        [vector_lanes // 2 * halved(s, shape) for s, shape in zip(program.stages, shapes, strict=True)],
         [s.block * n for s, n in zip(shapes, sums, strict=True)],
         sums,
         [vector_lanes * FORMATS[dtype].bytes],
@@ -326,18 +326,25 @@ def _linked(b, name: str, args) -> None:
     b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
 
 
+def _of_item(b, item, row) -> dict:
+    """What an item says, for some rows of it."""
+    said = {name: b.load(b.inttoptr(b.add(item, i64(8 * k)), I64.as_pointer())) for k, name in enumerate(ITEM)}
+    said["sums"] = b.add(said["sums"], b.mul(b.sub(row, said["row"]), said["row_bytes"]))
+    return said
+
+
 @intrinsic
-def tile(
-    typingctx, frame, variant, row, unit, now, before, after, is_first, is_last, sums, begin, end, fresh, last,
-    later, vector, panel, line,
-):  # fmt: skip
+def tile(typingctx, frame, item, variant, row, now, before, after, later, vector, panel, line):
     """One tile of the program, by `TILE_ARGUMENTS`."""
 
     def emit(context, b, signature, args):
-        _linked(b, TILE, args)
+        names = ("frame", "item", "variant", "row", "now", "before", "after", *BESIDE_ARGUMENTS)
+        given = dict(zip(names, args, strict=True))
+        known = _of_item(b, given["item"], given["row"]) | given
+        _linked(b, TILE, [known[name] for name in TILE_ARGUMENTS])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * len(TILE_ARGUMENTS)), emit
+    return types.void(*[types.int64] * (7 + len(BESIDE_ARGUMENTS))), emit
 
 
 @intrinsic
@@ -352,14 +359,16 @@ def project(typingctx, frame, later, vector, panel, line):
 
 
 @intrinsic
-def epilogue(typingctx, frame, variant, row, unit, now, before, after, is_first, is_last, sums):
+def epilogue(typingctx, frame, item, variant, row, now, before, after):
     """What follows the products of some rows and units, by `CONTEXT`."""
 
     def emit(context, b, signature, args):
-        _linked(b, EPILOGUE, args)
+        given = dict(zip(("frame", "item", "variant", "row", "now", "before", "after"), args, strict=True))
+        known = _of_item(b, given["item"], given["row"]) | given
+        _linked(b, EPILOGUE, [known[name] for name in CONTEXT])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * len(CONTEXT)), emit
+    return types.void(*[types.int64] * 7), emit
 
 
 @njit(inline="always")
@@ -388,27 +397,19 @@ def panel_of(frame, vector):
     return peek(frame, PANEL) + (first * depth + vector - first) * vector_bytes(0), width * vector_bytes(0)
 
 
-@njit(inline="always")
+@intrinsic
 def note(
-    item, kind, variant, most, row, row_end, unit, is_first, is_last, sums, row_bytes, begin, end, fresh, last, extra
+    typingctx, item,
+    kind, variant, most, row, row_end, unit, is_first, is_last, sums, row_bytes, begin, end, fresh, last, extra,
 ):  # fmt: skip
-    """Put an item on an agenda; where the next one goes."""
-    poke(item, KIND, kind)
-    poke(item, VARIANT, variant)
-    poke(item, MOST, most)
-    poke(item, ROW, row)
-    poke(item, ROW_END, row_end)
-    poke(item, UNIT, unit)
-    poke(item, IS_FIRST, is_first)
-    poke(item, IS_LAST, is_last)
-    poke(item, SUMS, sums)
-    poke(item, ROW_BYTES, row_bytes)
-    poke(item, BEGIN, begin)
-    poke(item, END, end)
-    poke(item, FRESH, fresh)
-    poke(item, LAST, last)
-    poke(item, EXTRA, extra)
-    return item + ITEM_BYTES
+    """Put an ITEM on an agenda; where the next one goes."""
+
+    def emit(context, b, signature, args):
+        for k, value in enumerate(args[1:]):
+            b.store(value, b.inttoptr(b.add(args[0], i64(8 * k)), I64.as_pointer()))
+        return b.add(args[0], i64(ITEM_BYTES))
+
+    return types.int64(*[types.int64] * (1 + len(ITEM))), emit
 
 
 @njit(inline="always")
@@ -514,10 +515,18 @@ def position(frame, step):
     return peek(table, step) if table != 0 else peek(frame, FIRST) + step * peek(frame, DELTA)
 
 
-@njit(inline="always")
-def count(frame, step):
-    table = peek(frame, COUNTS)
-    return peek(table, step) if table != 0 else peek(frame, ROWS)
+@intrinsic
+def count(typingctx, frame, step):
+    """Sequences at a time step: of a table, if there is one, or always as many."""
+
+    def emit(context, b, signature, args):
+        word = lambda address: b.inttoptr(address, I64.as_pointer())  # noqa: E731
+        table, always = (b.add(args[0], i64(8 * k)) for k in (COUNTS, ROWS))
+        numbers = b.load(word(table))
+        found = b.select(b.icmp_signed("!=", numbers, i64(0)), b.add(numbers, b.mul(args[1], i64(8))), always)
+        return b.load(word(found))
+
+    return types.int64(types.int64, types.int64), emit
 
 
 def over_time(frame, thread, team):
@@ -585,23 +594,14 @@ def over_time(frame, thread, team):
                             other = vector
                             panel, line = panel_of(frame, vector)
                             vector += 1
-                        tile(
-                            frame, variant, n, peek(item, UNIT), now, before, after,
-                            peek(item, IS_FIRST), peek(item, IS_LAST),
-                            peek(item, SUMS) + (n - peek(item, ROW)) * peek(item, ROW_BYTES),
-                            peek(item, BEGIN), peek(item, END), peek(item, FRESH), peek(item, LAST),
-                            later, other, panel, line,
-                        )  # fmt: skip
+                        tile(frame, item, variant, n, now, before, after, later, other, panel, line)
                         n += tall
                 elif kind == EPILOGUES_OF:
                     n, end = peek(item, ROW), peek(item, ROW_END)
                     while n < end:
                         several = end - n >= TOGETHER and peek(item, MOST) == TOGETHER
-                        epilogue(
-                            frame, peek(item, VARIANT) + (SEVERAL if several else 0), n, peek(item, UNIT),
-                            now, before, after, peek(item, IS_FIRST), peek(item, IS_LAST),
-                            peek(item, SUMS) + (n - peek(item, ROW)) * peek(item, ROW_BYTES),
-                        )  # fmt: skip
+                        variant = peek(item, VARIANT) + (SEVERAL if several else 0)
+                        epilogue(frame, item, variant, n, now, before, after)
                         n += TOGETHER if several else 1
                 elif kind == REST:
                     if (step + 1) % BESIDE_ROWS == 0:
