@@ -38,6 +38,9 @@ def test_full_tiles_keep_their_sums_in_registers(cell, direction):
     shape = tile_shape(stage, host().registers, host().lanes(4))
     sums = {shape.rows * shape.block * len(s.targets) for s in stage.segments}
     assert {UNROLL * n for n in sums} <= set(adds)
+    if host().halves:  # of tiles of half a vector
+        narrow = [sum(line.startswith("vfmadd") and "ymm" in line for line in loop) for loop in loops]
+        assert {shape.rows * len(s.targets) for s in stage.segments} <= set(narrow)
     for loop, count in zip(loops, adds, strict=True):
         if count in {UNROLL * n for n in sums}:
             spilled = [line for line in loop if REGISTER in line and re.search(r"\(%rsp|-\d+\(%rbp\)", line)]
