@@ -187,7 +187,8 @@ MAX_WIDTHS = 8
 
 
 class Variant(NamedTuple):
-    """A tile of a stage: rows x widths[width] vectors of units. kind: "rows", "half", "far", "single" or "dot"."""
+    """A tile of a stage: rows x widths[width] vectors of units. kind: "rows", "far", "single", "dot", or "half": of one
+    vector, numbered as a width after all others."""
 
     number: int
     rows: int

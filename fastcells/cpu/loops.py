@@ -448,11 +448,11 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
             begin = start
             while True:
                 end = least(begin + depth_block, depth)
-                rides = takes_along(0) == 1 and stage == 0 and single and not dot and width < BESIDE_WIDTHS
+                takes = takes_along(0) == 1 and stage == 0 and single and not dot and width < BESIDE_WIDTHS
                 item = note(
                     item, TILES, variant, max_rows(stage) if by_rows else 0, row, row_end, at, is_first, is_last, sums,
                     row_sums(stage), begin, end, begin == start, end >= depth,
-                    (far and width == 1) or (rides and begin == start),
+                    (far and width == 1) or (takes and begin == start),
                 )  # fmt: skip
                 if end >= depth:
                     break
