@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import llvmlite.binding as llvm
+import numpy as np
 import pytest
 
 from fastcells.cpu import store
@@ -159,3 +160,32 @@ def test_import_does_not_bring_numba():
     probe = "import sys, fastcells, fastcells.nn; print('numba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_routines_are_put_together(tmp_path, monkeypatch):
+    """Those that a kernel calls, directly or not, and each once, whether inlined or called."""
+    from fastcells.cpu.loops import peek, poke
+    from fastcells.cpu.routine import routine, seldom
+
+    @routine
+    def square(n):
+        return n * n
+
+    @routine
+    def is_large(n):
+        return square(n) > 100
+
+    @seldom
+    def put(address, n):
+        for k in range(n):
+            poke(address, k + 1, square(k) if is_large(k) else -k)
+
+    def member(frame, thread, team):
+        put(frame, peek(frame, 0) + square(thread))
+
+    monkeypatch.setenv("FASTCELLS_CACHE", str(tmp_path))
+    words = np.zeros(20, np.int64)
+    words[0] = 9
+    kernel = store.kernel("probe", ["routines"], lambda: member)
+    kernel.call(words.ctypes.data, 2, 3)
+    assert words.tolist() == [9, *(n * n if n > 10 else -n for n in range(13)), *[0] * 6]

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .geometry import DIGEST, DIGEST_BYTES, LINE, PACK
 from .loops import least, peek, poke
+from .routine import routine
 from .simd import FORMATS, I64, Vector, i64
 
 AHEAD = 256  # bytes along a row that is read by squares, to be fetched early: rows are too many to be foreseen
@@ -166,7 +167,7 @@ def digesting(dtype: str, lanes: int) -> tuple[Any, Any]:
 
         return types.void(types.int64, types.int64, types.int64), emit
 
-    @njit(inline="always")
+    @routine
     def digest(state, source, length):
         """Go on with a digest by so many adjacent numbers."""
         k = length // (lanes * chains) * (lanes * chains)
@@ -195,7 +196,7 @@ def make_pack(dtype: str, lanes: int) -> Callable:
     copy, gather, transpose = moves(dtype, lanes)
     room, digest = digesting(dtype, lanes)
 
-    @njit(inline="always")
+    @routine
     def piece(frame, unit, width, begin, stop):
         """Some k of one block of vectors of units."""
         panel, source = peek(frame, panel_at), peek(frame, source_at)
@@ -221,7 +222,7 @@ def make_pack(dtype: str, lanes: int) -> Callable:
                         gather(into, out_of, unit_stride, number)
                         k += 1
 
-    @njit(inline="always")
+    @routine
     def known(frame, begin, end, kept):
         """Whether a panel was made of what the source holds from `begin` to `end` of the depth; noted for next time."""
         state = room()

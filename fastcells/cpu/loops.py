@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -45,6 +45,7 @@ from .geometry import (
     tile_shape,
 )
 from .host import host
+from .routine import routine, seldom
 from .simd import FORMATS, I64, i64
 from .store import Linked
 from .tile import TILE, TILE_ARGUMENTS, emit_tiles
@@ -154,7 +155,7 @@ def give_way(typingctx, function):
     return types.void(types.int64), emit
 
 
-@njit(inline="always")
+@routine
 def barrier(arrivals, thread, team, times, yielding):
     """Wait until all of the team have arrived so many times. Each notes its own arrivals, on a line of cache of its
     own, so that none waits for another one to note its; after a bounded spin it offers the processor to others."""
@@ -371,7 +372,7 @@ def epilogue(typingctx, frame, item, variant, row, now, before, after):
     return types.void(*[types.int64] * 7), emit
 
 
-@njit(inline="always")
+@routine
 def piece_of(frame, stage, single):
     """Vectors of units whose sums stay near. Of a single row there is an even number of such pieces, so that two
     threads have as much to do; whatever the threads, for the sums to be the same."""
@@ -382,19 +383,21 @@ def piece_of(frame, stage, single):
     return piece
 
 
-@njit(inline="always")
-def panel_of(frame, vector):
-    """A vector of the columns of the input's weights: its address, and the bytes from k to k + 1."""
+@routine
+def panel_width(frame, vector):
+    """Vectors in the panel of the input's weights that has a vector of their columns: as many as there may be, of a
+    power of two, so that it begins at a multiple of them."""
     whole, width = peek(frame, COLUMNS) // lanes(0), WIDEST
+    while width > 1 and (vector // width + 1) * width > whole:
+        width >>= 1
+    return width
+
+
+@routine
+def panel_of(frame, vector, width):
+    """Where a vector of the input's weights begins in its panel."""
     first = vector // width * width
-    while True:
-        while width > 1 and width > whole - first:
-            width >>= 1
-        if vector < first + width:
-            break
-        first += width
-    depth = peek(frame, BESIDE_DEPTH)
-    return peek(frame, PANEL) + (first * depth + vector - first) * vector_bytes(0), width * vector_bytes(0)
+    return peek(frame, PANEL) + (first * peek(frame, BESIDE_DEPTH) + vector - first) * vector_bytes(0)
 
 
 @intrinsic
@@ -412,7 +415,7 @@ def note(
     return types.int64(*[types.int64] * (1 + len(ITEM))), emit
 
 
-@njit(inline="always")
+@routine
 def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_first, is_last, scratch):
     """Put on an agenda one stage of a step for some units and rows: products of a few units, whose sums stay near, then
     what is made of them; of a single row, tiles do both. back: from the last units to the first, as every other step
@@ -471,7 +474,7 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
     return item
 
 
-@njit(inline="always")
+@seldom
 def set_agenda(frame, item, thread, team, block, block_end, active, carried, continuing, back, scratch):
     """Write down what a thread does at a step, of the rows from `block` to `block_end`; carried, continuing: how many
     rows were there at the step before, and will be at the next one."""
@@ -509,7 +512,7 @@ def set_agenda(frame, item, thread, team, block, block_end, active, carried, con
     poke(item, KIND, DONE)
 
 
-@njit(inline="always")
+@routine
 def position(frame, step):
     table = peek(frame, POSITIONS)
     return peek(table, step) if table != 0 else peek(frame, FIRST) + step * peek(frame, DELTA)
@@ -527,6 +530,51 @@ def count(typingctx, frame, step):
         return b.load(word(found))
 
     return types.int64(types.int64, types.int64), emit
+
+
+@routine
+def do_tiles(frame, item, now, before, after, later, vector, vectors):
+    """The tiles of an item. Those that take input projections of later steps along begin with column `vector`, and the
+    first that none has taken is returned."""
+    n, end, most = peek(item, ROW), peek(item, ROW_END), peek(item, MOST)
+    while n < end:
+        variant, tall = peek(item, VARIANT), 1
+        if most > 0:
+            tall = end - n
+            if tall >= 2 * most:
+                tall = most
+            elif tall > most:
+                tall = (tall + 1) >> 1  # even: 4 rows are 2 + 2, not 3 + 1
+            first = n == peek(item, ROW) and tall == most  # the others find the weights near
+            variant += FAR if first and peek(item, EXTRA) == 1 else tall
+        other, panel, line = -1, 0, 0
+        if takes_along(0) == 1 and most == 0 and peek(item, EXTRA) == 1 and vector < vectors:
+            other, width = vector, panel_width(frame, vector)
+            panel, line = panel_of(frame, vector, width), width * vector_bytes(0)
+            vector += 1
+        tile(frame, item, variant, n, now, before, after, later, other, panel, line)
+        n += tall
+    return vector
+
+
+@routine
+def do_epilogues(frame, item, now, before, after):
+    """The epilogues of an item."""
+    n, end = peek(item, ROW), peek(item, ROW_END)
+    while n < end:
+        several = end - n >= TOGETHER and peek(item, MOST) == TOGETHER
+        variant = peek(item, VARIANT) + (SEVERAL if several else 0)
+        epilogue(frame, item, variant, n, now, before, after)
+        n += TOGETHER if several else 1
+
+
+@routine
+def do_projections(frame, later, vector, vectors):
+    """The input projections of later steps that no tile took along."""
+    while vector < vectors:
+        width = panel_width(frame, vector)
+        project(frame, later, vector, panel_of(frame, vector, width), width * vector_bytes(0))
+        vector += 1
 
 
 def over_time(frame, thread, team):
@@ -578,37 +626,12 @@ def over_time(frame, thread, team):
             while True:
                 kind = peek(item, KIND)
                 if kind == TILES:
-                    n, end, most = peek(item, ROW), peek(item, ROW_END), peek(item, MOST)
-                    while n < end:
-                        variant, tall = peek(item, VARIANT), 1
-                        if most > 0:
-                            tall = end - n
-                            if tall >= 2 * most:
-                                tall = most
-                            elif tall > most:
-                                tall = (tall + 1) >> 1  # even: 4 rows are 2 + 2, not 3 + 1
-                            first = n == peek(item, ROW) and tall == most  # the others find the weights near
-                            variant += FAR if first and peek(item, EXTRA) == 1 else tall
-                        other, panel, line = -1, 0, 0
-                        if takes_along(0) == 1 and most == 0 and peek(item, EXTRA) == 1 and vector < vectors:
-                            other = vector
-                            panel, line = panel_of(frame, vector)
-                            vector += 1
-                        tile(frame, item, variant, n, now, before, after, later, other, panel, line)
-                        n += tall
+                    vector = do_tiles(frame, item, now, before, after, later, vector, vectors)
                 elif kind == EPILOGUES_OF:
-                    n, end = peek(item, ROW), peek(item, ROW_END)
-                    while n < end:
-                        several = end - n >= TOGETHER and peek(item, MOST) == TOGETHER
-                        variant = peek(item, VARIANT) + (SEVERAL if several else 0)
-                        epilogue(frame, item, variant, n, now, before, after)
-                        n += TOGETHER if several else 1
+                    do_epilogues(frame, item, now, before, after)
                 elif kind == REST:
                     if (step + 1) % BESIDE_ROWS == 0:
-                        while vector < vectors:  # that no tile took along
-                            panel, line = panel_of(frame, vector)
-                            project(frame, later, vector, panel, line)
-                            vector += 1
+                        do_projections(frame, later, vector, vectors)
                 elif kind == BARRIER:
                     times += 1
                     barrier(peek(frame, ARRIVALS), thread, team, times, peek(frame, YIELD))

@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from .again import FRAMES_ROOM, MADE, NOTHING, RECORD, ROOM
 from .loops import call, peek, poke
+from .routine import routine
 from .simd import I64
 
 WORD, STATUS, NONE = types.int64, types.int32, types.void
@@ -42,8 +43,6 @@ new_tensor = types.ExternalFunction("aoti_torch_empty_strided", STATUS(WORD, WOR
 data_pointer = _external("aoti_torch_get_data_ptr", 2, STATUS)
 drop_tensor = _external("aoti_torch_delete_tensor_object", 1, STATUS)
 wrap = _external("THPVariable_Wrap", 1)
-
-inlined = njit(inline="always")  # what is lowered here is lowered alone
 
 
 def _word(name: str) -> Callable:
@@ -94,7 +93,7 @@ def _room(words: int) -> Callable:
 room, frames_room, word = map(_room, (ROOM, FRAMES_ROOM, 1))
 
 
-@inlined
+@routine
 def as_before(record, attributes_of_module):
     """Whether all but the arguments is as it has to be."""
     at = answers(record)
@@ -128,7 +127,7 @@ def as_before(record, attributes_of_module):
     return True
 
 
-@inlined
+@routine
 def gathered(record, attributes_of_module, args, count, tensors):
     """How many tensors the call has, input, states, and parameters in order, whose addresses are written down; 0 where
     they are others than before."""
@@ -160,7 +159,7 @@ def gathered(record, attributes_of_module, args, count, tensors):
     return n
 
 
-@inlined
+@routine
 def alike(record, tensors, count):
     """Whether tensors are laid out as before."""
     if check(record) == 0:
@@ -172,14 +171,14 @@ def alike(record, tensors, count):
     return found == true(record)
 
 
-@inlined
+@routine
 def held(address):
     """An object, as what a function returns."""
     hold(address)
     return address
 
 
-@inlined
+@routine
 def listed(tensors, count):
     """A tuple of the tensors."""
     several = new_tuple(count)
@@ -188,7 +187,7 @@ def listed(tensors, count):
     return several
 
 
-@inlined
+@routine
 def own_memory(record):
     """The address of the thread's own memory, 0 if there is none to be had."""
     things = thread_dict()
@@ -206,7 +205,7 @@ def own_memory(record):
     return address
 
 
-@inlined
+@routine
 def address_of(handle):
     """Of a tensor's first element."""
     place = word()
@@ -214,26 +213,26 @@ def address_of(handle):
     return peek(place, 0)
 
 
-@inlined
+@routine
 def made(record, own_memory, addresses, handles):
-    """Make what the call makes: how many tensors were made, and whether they all were. Their handles are written down,
-    and the addresses of all."""
+    """Make what the call makes: how many tensors, or, where one could not be made, -1 less those before it. Their
+    handles are written down, and the addresses of all."""
     at, n = make(record), 0
     while at < make_end(record):
         dimensions, address = peek(at, 0), own_memory + peek(at, 1)
         if dimensions >= 0:
             if new_tensor(dimensions, peek(at, 1), peek(at, 2), peek(at, 3), 0, 0, handles + 8 * n) != 0:
-                return n, False
+                return -1 - n
             address = address_of(peek(handles, n))
             n += 1
         poke(addresses, 0, address)
         addresses += 8
         at += 8 * len(MADE)
     poke(addresses, 0, own_memory)
-    return n, True
+    return n
 
 
-@inlined
+@routine
 def filled(record, addresses, scripts):
     """Write the scripts' frames."""
     for k in range(length(record)):
@@ -244,7 +243,7 @@ def filled(record, addresses, scripts):
         at += 24
 
 
-@inlined
+@routine
 def run(record, scripts):
     """Run the scripts, while Python's other threads go on."""
     state = release()
@@ -259,7 +258,7 @@ def run(record, scripts):
     acquire(state)
 
 
-@inlined
+@routine
 def arranged(record, objects, stack):
     """The objects as the call returns them."""
     at, n = result(record), 0
@@ -311,7 +310,10 @@ def make_recall() -> Callable:
         for k in range(taken):
             hold(peek(tensors, k))  # whatever other threads do to the module
             poke(addresses, k, address_of(peek(tensors, k) + offset(record)))
-        n, whole = made(record, block, addresses + 8 * taken, handles)
+        n = made(record, block, addresses + 8 * taken, handles)
+        whole = n >= 0
+        if not whole:
+            n = -1 - n
         if whole:
             filled(record, addresses, scripts)
             run(record, scripts)

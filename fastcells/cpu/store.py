@@ -116,8 +116,8 @@ class Linked(NamedTuple):
 
 
 def compile_object(source: Callable | Linked) -> bytes:
-    """Object code of `SYMBOL`, from a Python function of three int64 that Numba can type, that returns one or nothing,
-    and that never raises."""
+    """Object code of `SYMBOL`, from a Python function of int64 that Numba can type, that returns one or nothing, and
+    that never raises."""
     machine, module = _compile(source)
     return machine.emit_object(module)
 
@@ -129,7 +129,18 @@ def assembly(source: Callable | Linked) -> str:
 
 
 def _lower(function: Callable) -> Any:
-    """The module that Numba makes of a function, without any passes: `SYMBOL` calls it."""
+    """The module of a function, `SYMBOL`, and of the routines that it calls, without any passes."""
+    from .routine import ROUTINES
+
+    module = _lowered(function, SYMBOL)
+    while missing := [f.name for f in module.functions if f.is_declaration and f.name in ROUTINES]:
+        for name in missing:
+            module.link_in(_lowered(ROUTINES[name][0], name, ROUTINES[name][1]))
+    return module
+
+
+def _lowered(function: Callable, symbol: str, calls: str = "") -> Any:
+    """The module that Numba makes of a function of integers: `symbol` calls it. calls: an attribute of `symbol`."""
     from numba import types
     from numba.core import compiler, config
     from numba.core.registry import cpu_target
@@ -138,25 +149,28 @@ def _lower(function: Callable) -> Any:
     flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
     flags.error_model = "numpy"
     flags.nrt = False
+    count = function.__code__.co_argcount
     level, config.OPT = config.OPT, config._OptLevel(0)  # Numba lowers only; the passes run once, on all that is linked
     try:
         result = compiler.compile_extra(
-            cpu_target.typing_context, cpu_target.target_context, function, (types.int64,) * 3, None, flags, {}
+            cpu_target.typing_context, cpu_target.target_context, function, (types.int64,) * count, None, flags, {}
         )
     finally:
         config.OPT = level
     module = llvm.parse_assembly(str(result.library._final_module))
     native = result.fndesc.llvm_func_name
-    # Numba's calling convention returns a status and takes places for result and exception: the latter is never used.
+    module.get_function(native).add_function_attribute("alwaysinline")
+    # Numba's calling convention returns a status and takes places for result and exception: the latter is never used;
+    # the former is zeros before, since a truth value fills a part of it.
     entry = llvm.parse_assembly(
         f"""
         target triple = "{module.triple}"
         target datalayout = "{module.data_layout}"
-        declare i32 @"{native}"(ptr, ptr, i64, i64, i64)
-        define i64 @{SYMBOL}(i64 %a, i64 %b, i64 %c) {{
+        declare i32 @"{native}"({", ".join(["ptr", "ptr"] + ["i64"] * count)})
+        define i64 @{symbol}({", ".join(f"i64 %{k}" for k in range(count))}) {calls} {{
             %result = alloca i64
             store i64 0, ptr %result
-            %status = call i32 @"{native}"(ptr %result, ptr %result, i64 %a, i64 %b, i64 %c)
+            %status = call i32 @"{native}"({", ".join(["ptr %result"] * 2 + [f"i64 %{k}" for k in range(count)])})
             %value = load i64, ptr %result
             ret i64 %value
         }}"""
