@@ -78,6 +78,15 @@ def sample(prepared: Prepared, calls: int) -> float:
         return total / calls
 
 
+def expected(prepared: Prepared) -> float:
+    """Seconds a call, the fastest within some turns' time: the first may meet other libraries' threads that still spin,
+    and with a time many times too long a turn would be a single call, which meets them again."""
+    begin, least = perf_counter(), float("inf")
+    while perf_counter() - begin < 3 * WARM:
+        least = min(least, sample(prepared, 1))
+    return least
+
+
 def turn(prepared: Prepared, estimate: float) -> float:
     """Seconds a call, which takes about `estimate`, after others that are not timed."""
     if (warm := min(2000, round(WARM / max(estimate, 1e-7)))) > 0:
@@ -90,11 +99,7 @@ def rounds(prepared: Mapping[str, Prepared], seconds: float) -> dict[str, list[f
     that used up their share of `seconds` leave."""
     begin = perf_counter()
     share = seconds / max(1, len(prepared))
-    estimates = {}
-    for name, provider in prepared.items():
-        estimates[name] = sample(provider, 1)
-        if estimates[name] < 0.1:
-            estimates[name] = min(estimates[name], sample(provider, 2))
+    estimates = {name: expected(provider) for name, provider in prepared.items()}
     fastest = min(estimates.values(), default=0.0)
     least = {
         name: LEAST_ROUNDS if estimate < SLOW * fastest or estimate * LEAST_ROUNDS < max(share, 0.3) else 1

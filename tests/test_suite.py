@@ -257,6 +257,18 @@ def test_a_turn_begins_with_calls_that_are_not_timed(monkeypatch):
     assert len(calls) == round(runner.WARM / 1e-3) + round(runner.SAMPLE / 1e-3) + 1
 
 
+def test_what_a_call_takes_is_not_taken_from_calls_that_were_disturbed(monkeypatch):
+    now, calls = [0.0], []
+
+    def call():
+        calls.append(now[0])
+        now[0] += 20e-3 if len(calls) == 1 else 0.5e-3
+
+    monkeypatch.setattr(runner, "perf_counter", lambda: now[0])
+    assert runner.expected(Prepared(call, dict)) == pytest.approx(0.5e-3)
+    assert runner.expected(Prepared(lambda: now.__setitem__(0, now[0] + 1.0), dict)) == pytest.approx(1.0)
+
+
 def test_a_slow_provider_has_one_round_where_time_is_short(monkeypatch):
     now = [0.0]
 

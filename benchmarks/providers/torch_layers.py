@@ -238,6 +238,11 @@ class TorchCUDA(TorchCPU):
     name = "torch.nn CUDA"
     device = torch_device = "cuda"
     peer = False
+    note = "without TF32, whose products have 11 bits"
+
+    def at(self, problem: Problem, dtype: torch.dtype) -> Prepared:
+        torch.backends.cudnn.allow_tf32 = False  # else, as torch has it, the answer is not float32's
+        return super().at(problem, dtype)
 
     def available(self) -> str | None:
         return None if torch.cuda.is_available() else "no GPU that torch can use"
