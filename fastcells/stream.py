@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .cpu import layer as cpu
+from .cpu.engine import DTYPES
 from .cpu.geometry import SCRIPT
 from .cpu.script import Memory, driver
+from .dropin import NotTaken
 from .functional import flat
 
 if TYPE_CHECKING:
@@ -34,8 +36,14 @@ class Stream:
             raise ValueError("bidirectional must be False for a stream: its second direction begins at the end")
         weight = layer.weight_ih_l0
         assert isinstance(weight, Tensor)
+        if weight.dtype not in DTYPES:
+            names = " or ".join(str(d) for d in DTYPES)
+            raise ValueError(f"a layer that is streamed must have weights of {names}, got {weight.dtype}")
         x = torch.zeros(1, batch_size, layer.input_size, dtype=weight.dtype, device=weight.device)
-        call = layer._read(x, None)  # raises for what the engine does not take
+        try:
+            call = layer._read(x, None)
+        except NotTaken as reason:
+            raise ValueError(f"the layer cannot be streamed: the engine does not take {reason}") from None
         if not layer._as_held():
             raise ValueError(f"cell {call.cell.name} cannot be streamed: its weights are made anew at every call")
         self._sizes = batch_size, layer.input_size

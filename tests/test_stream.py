@@ -344,6 +344,10 @@ def test_wrong_use_of_a_stream():
         layer.stream(0)
     with pytest.raises(ValueError, match="bidirectional must be False"):
         fastcells.nn.GRU(5, 7, bidirectional=True).stream()
+    with pytest.raises(ValueError, match="cannot be streamed: the engine does not take device meta"):
+        fastcells.nn.GRU(5, 7, device="meta").stream()
+    with pytest.raises(ValueError, match=r"weights of torch.float32 or torch.float64, got torch.bfloat16"):
+        fastcells.nn.Recurrent(cells.mgu, 5, 7, dtype=torch.bfloat16).stream()
     stream = layer.stream()
     for x in (torch.randn(2, 5), np.zeros((1, 6), np.float32), torch.randn(1, 5).double(), np.zeros((1, 5))):
         with pytest.raises(ValueError, match=r"x must be of shape \(1, 5\)"):
