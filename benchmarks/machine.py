@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.cases import Case
 
+PART = 16 << 20  # bytes that a process may find room for in a large cache of many cores
 VERSIONS = ("fastcells", "torch", "numpy", "numba", "onnxruntime", "openvino", "jax")
 
 
@@ -97,14 +98,14 @@ def line(machine: dict[str, Any]) -> str:
 def roof(threads: int) -> dict[str, Any]:
     """Peaks of `threads` cores together: gigaflops by dtype, and levels of memory with size and bandwidth.
 
-    A level is measured on what half fills it, memory on four times the last cache.
+    A level is measured on what half fills it, or a process's part of it, memory on four times the last cache.
     """
     import torch
 
     from fastcells import roof
 
     caches = roof.caches() or (("L1", 32 << 10), ("L2", 1 << 20), ("L3", 32 << 20))  # where the system does not say
-    sizes = [(name, size, size // 2) for name, size in caches]
+    sizes = [(name, size, min(size // 2, PART)) for name, size in caches]
     last = min(caches[-1][1], 64 << 20)
     levels = [
         {"name": name, "bytes": size, "gigabytes_per_s": 1e-9 * roof.bandwidth(measured, threads)}
