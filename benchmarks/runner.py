@@ -1,8 +1,8 @@
 """The method: check each provider's answer, then time them in turn, round by round, in one process.
 
-A turn begins with calls that are not timed, until the provider has its caches, branch history and threads as its own
-use would leave them, not as the provider before did; then come those that are. All have the same number of seconds of
-either kind.
+A turn begins when the threads of the one before sleep, with calls that are not timed, until the provider has its caches,
+branch history and threads as its own use would leave them; then come those that are. All have the same number of
+seconds of either kind.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time, sleep
 
 from benchmarks import memory
 from benchmarks.cases import Case, left_out
@@ -22,7 +22,9 @@ from benchmarks.problem import Problem
 from benchmarks.providers import OURS, PLAIN_LAYER, Prepared, Provider, Unsupported
 from benchmarks.results import Row
 
-WARM = 10e-3  # seconds of calls that a turn begins with, not timed: till then threads of the one before may spin on
+LOOK = 1e-3  # seconds in which a process whose threads sleep uses next to none of a processor
+PATIENCE = 0.3  # seconds to wait for that; ONNX Runtime's threads spin for up to 80 ms after a call
+WARM = 10e-3  # seconds of calls that a turn begins with, not timed
 SAMPLE = 4e-3  # seconds that a sample takes at least, by repeating the call
 LEAST_ROUNDS, MOST_ROUNDS = 3, 25
 SLOW = 3.0  # times the fastest provider's time, from which one round is enough where there is no time for more
@@ -78,9 +80,19 @@ def sample(prepared: Prepared, calls: int) -> float:
         return total / calls
 
 
+def settle() -> None:
+    """Wait until no thread of this process is busy: others' would take a processor from the next in turn."""
+    begin = perf_counter()
+    while perf_counter() - begin < PATIENCE:
+        used = process_time()
+        sleep(LOOK)
+        if process_time() - used < 0.2 * LOOK:
+            return
+
+
 def expected(prepared: Prepared) -> float:
-    """Seconds a call, the fastest within some turns' time: the first may meet other libraries' threads that still spin,
-    and with a time many times too long a turn would be a single call, which meets them again."""
+    """Seconds a call, the fastest within some turns' time: with the first one's a turn would be too few calls."""
+    settle()
     begin, least = perf_counter(), float("inf")
     while perf_counter() - begin < 3 * WARM:
         least = min(least, sample(prepared, 1))
@@ -121,6 +133,7 @@ def rounds(prepared: Mapping[str, Prepared], seconds: float) -> dict[str, list[f
             if not names or (number >= LEAST_ROUNDS and names == [OURS] != list(prepared)):
                 break  # no one is left to compare with
             for name in names if number % 2 else reversed(names):
+                settle()
                 start = perf_counter()
                 samples[name].append(turn(prepared[name], estimates[name]))
                 spent[name] += perf_counter() - start

@@ -269,6 +269,16 @@ def test_what_a_call_takes_is_not_taken_from_calls_that_were_disturbed(monkeypat
     assert runner.expected(Prepared(lambda: now.__setitem__(0, now[0] + 1.0), dict)) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("busy", "waited"), [(0.0, 0.0), (0.05, 0.05), (1e9, runner.PATIENCE)])
+def test_a_turn_waits_for_threads_that_spin(monkeypatch, busy, waited):
+    now = [0.0]
+    monkeypatch.setattr(runner, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(runner, "process_time", lambda: min(now[0], busy))
+    monkeypatch.setattr(runner, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    runner.settle()
+    assert waited <= now[0] <= waited + 2 * runner.LOOK
+
+
 def test_a_slow_provider_has_one_round_where_time_is_short(monkeypatch):
     now = [0.0]
 

@@ -40,6 +40,36 @@ class Wanted(NamedTuple):
     weights: bool
 
 
+class Given(NamedTuple):
+    """What the call is given, as its script knows it. slots, series: see `Saved`; dothers: of the states of every step
+    but the hidden one."""
+
+    x: Buffer
+    states: list[Buffer]
+    inputs: list[Buffer]
+    y: Buffer
+    slots: list[Buffer]
+    series: list[Buffer]
+    dy: Buffer | None
+    dfinals: list[Buffer | None]
+    dothers: list[Buffer | None]
+
+
+class Made(NamedTuple):
+    """What it makes, likewise: the gradients, None where they are not wanted, and for each direction what no caller
+    sees. totals: gradients of the cell's own tensors by sequence; grads: of the pre-activations; projected: of the
+    projection's result; previous: of packed sequences, the states that entered each recurrent product, row by row."""
+
+    dx: Buffer | None
+    dstates: list[Buffer | None]
+    dinputs: list[Buffer | None]
+    dparameters: list[list[Buffer | None]]
+    totals: list[list[Buffer]]
+    grads: list[Buffer]
+    projected: list[Buffer | None]
+    previous: list[dict[str, Buffer | None]]
+
+
 class Backward(Call):
     """The backward call for tensors laid out like these."""
 
@@ -63,123 +93,166 @@ class Backward(Call):
     ) -> None:
         super().__init__(r.dtype)
         assert not sequences.ending, "what is past an end has no gradients"
-        p, item, dtype, cell = r.programs, r.item, r.dtype, r.cell
-        operands = Operands(item)
-        x_, given = operands.given(x), [operands.given(s) for s in states or ()]
-        fed = [operands.given(t) for t in inputs]
-        directions = [Direction(r, [operands.given(t) for t in q], fed, k) for k, q in enumerate(parameters)]
-        y_ = operands.given(y)
-        kept = [operands.given(t) for t in saved.slots]
-        series = [operands.given(t) for t in saved.series]
-        dy_, dfinals_ = operands.given(dy), [operands.given(t) for t in dfinals]
-        dothers_ = [operands.given(t) for t in dothers]
-        count, rows, total = len(directions), sequences.rows, sequences.total
-        for d in directions:
-            d.share(schedule, schedule.back, total)
-        width, hidden = directions[0].depth, directions[0].hidden
-        # What it makes: the gradients, and those of the pre-activations.
-        self.dx = tuple(x.shape) if wanted.x else None
-        states_wanted = wanted.states or bool(p.derived and (wanted.weights or feed))
-        self.dstates = [(count, rows, hidden if j else width) if states_wanted else None for j in range(len(p.states))]
-        self.dinputs = [tuple(t.shape) if feed else None for t in inputs]
-        self.dparameters = [
-            [None if t is None or not wanted.weights else tuple(t.shape) for t in q] for q in parameters
-        ]
-        dx = operands.made(self.dx) if self.dx else operands.given(None)
-        dstates = [operands.made(s) if s else operands.given(None) for s in self.dstates]
-        dinputs = [operands.made(s) if s else operands.given(None) for s in self.dinputs]
-        dparameters = [[operands.given(None) if s is None else operands.made(s) for s in q] for q in self.dparameters]
-        self.totals = [(rows, hidden) for _ in cell.own]  # gradients of the cell's own tensors, by sequence
-        own_totals = [[operands.made(t) for t in self.totals] for _ in directions]
-        self.grad = None if overwrite else tuple(saved.slots[0].shape)
-        grads = [operands.made(self.grad) for _ in directions] if self.grad else kept
-        self.projected = (total, spread(width)) if directions[0].w_hr is not None else None
-        projected = [operands.made(self.projected) if self.projected else operands.given(None) for _ in directions]
-        # Packed sequences: the states that entered each recurrent product, row by row.
-        wide = {p.states[0]: width}
-        self.previous = {
-            o: (total, wide.get(o, hidden)) for _, _, o in r.recurrent if isinstance(o, str) and wanted.weights
-        }
-        packed = sequences.packed
-        previous = [{n: operands.made(s) if packed else None for n, s in self.previous.items()} for _ in directions]
-        nothing = zeros(max(width, hidden) * item)
-        others = len(p.states) - 1
-        launches, totals = [], []
-        for k, d in enumerate(directions):
-            initial: list[Buffer | int] = [nothing] * len(p.states) if states is None else [s[k] for s in given]
-            views = {
-                "dy": View(nothing) if dy_ is None else view(dy_.columns(k * width, width), sequences),
-                "saved": view(kept[k], sequences),
-                "grad": view(grads[k], sequences),
-                "s." + p.states[0]: view(y_.columns(k * width, width), sequences, initial[0]),
-            }
-            if p.cross_width(hidden):
-                size = p.cross_width(hidden) * item
-                views["cross"] = View(self.script.take(rows * size), 0, size)
-            views |= d.own_views(sequences)
-            totals.append({n: t[k] for n, t in zip(cell.fed, dinputs, strict=True) if t is not None})
-            totals[k] |= dict(zip(cell.own, own_totals[k], strict=True))
-            for name, total in totals[k].items():
-                add(self.script, dtype, total.flattened(), None, wait=False)
-                views["total." + name] = view(total, sequences) if name in cell.step_inputs else fixed(total)
-            for j, name in enumerate(p.states):
-                if j > 0:
-                    views["s." + name] = view(series[k * others + j - 1], sequences, initial[j])
-                if j >= len(cell.states):
-                    continue
-                if j > 0 and dothers_:
-                    each = dothers_[j - 1]
-                    views["each." + name] = (
-                        View(nothing) if each is None else view(each.columns(k * hidden, hidden), sequences)
-                    )
-                final = None if dfinals_[j] is None else dfinals_[j][k]
-                if j > 0 or name in p.carried:
-                    total_carry, size = dstates[j], hidden if j else width
-                    if total_carry is None:  # nobody asks for the state's gradient
-                        carry = Buffer.new(self.script.take(rows * size * item), (rows, size), item)
-                    else:
-                        carry = total_carry[k]
-                    add(self.script, dtype, carry, final, wait=False)
-                    views["carry." + name] = fixed(carry)
-                else:
-                    views["carry." + name] = View(nothing, 0, 0, *rows_of_initial(nothing if final is None else final))
-            if projected[k] is not None:
-                views["projected"] = view(projected[k], sequences)
-            unused = ("before",) if sequences.steps == 1 else ()
-            launches.append((views, d.products(self.script, r.backward, unused)))
-        for k, d in enumerate(directions):
-            d.launch(self.script, r.backward, sequences, *launches[k], descending=not d.reverse, skip_first=True)
-        for k, d in enumerate(directions):
-            if dx is not None:
-                self._input(d, x_, dx, grads[k])
-            if states_wanted:
-                for name, out in zip(p.states, dstates, strict=True):
-                    self._initial(d, sequences, name, out[k], grads[k])
-            if states_wanted and p.derived:
-                self._derived(d, given, fed, dstates, totals[k])
-            if wanted.weights:
-                known = {p.states[0]: y_.flattened().columns(k * width, width)}
-                known |= {name: series[k * others + j] for j, name in enumerate(p.states[1:])}
-                entered = {n: given[j][k] if given else None for j, n in enumerate(p.states)}
-                before: dict[str, list[tuple[int, Buffer]]] = {}
-                for name, out in previous[k].items():
-                    if sequences.packed:
-                        before[name] = [(0, self._previous(d, sequences, known[name], entered[name], out))]
-                    else:
-                        before[name] = shifted(d, rows, known[name], entered[name])
-                products = OverTime(self.script, d, grads[k])
-                products.weights(x_, before, kept[k], *dparameters[k][:4])
-                if projected[k] is not None:
-                    OverTime(self.script, d, projected[k]).projection(kept[k], dparameters[k][4])
-                self._own(d, totals[k], dparameters[k][5:])
+        self.r, self.sequences = r, sequences
+        operands = Operands(r.item)
 
-        groups: list[Sequence[Any]] = [[self.dx], self.dstates, self.dinputs, *self.dparameters]
-        self._groups = [len(group) for group in groups]
+        def all_of(tensors: Sequence[Tensor | None]) -> list[Any]:
+            return [operands.given(t) for t in tensors]
+
+        first = operands.given(x), all_of(states or ()), all_of(inputs)
+        directions = [Direction(r, all_of(q), first[2], k) for k, q in enumerate(parameters)]
+        kept = operands.given(y), all_of(saved.slots), all_of(saved.series)
+        self.given = Given(*first, *kept, operands.given(dy), all_of(dfinals), all_of(dothers))
+        for d in directions:
+            d.share(schedule, schedule.back, sequences.total)
+        self.made = self._results(operands, directions[0], x, parameters, inputs, saved, wanted, overwrite, feed)
+        totals = [self._totals(d) for d in directions]
+        launches = []
+        for d, own in zip(directions, totals, strict=True):
+            unused = ("before",) if sequences.steps == 1 else ()
+            launches.append((self._views(d, own), d.products(self.script, r.backward, unused)))
+        for d, launch in zip(directions, launches, strict=True):
+            d.launch(self.script, r.backward, sequences, *launch, descending=not d.reverse, skip_first=True)
+        for d, own in zip(directions, totals, strict=True):
+            if self.made.dx is not None:
+                self._input(d)
+            if any(t is not None for t in self.made.dstates):
+                for name, out in zip(r.programs.states, self.made.dstates, strict=True):
+                    self._initial(d, name, out[d.index])  # type: ignore[index]
+                if r.programs.derived:
+                    self._derived(d, own)
+            if wanted.weights:
+                self._weights(d)
+                self._own(d, own)
+
+    def _results(
+        self,
+        operands: Operands,
+        d: Direction,
+        x: Tensor,
+        parameters: Sequence[Sequence[Tensor | None]],
+        inputs: Sequence[Tensor],
+        saved: Saved,
+        wanted: Wanted,
+        overwrite: bool,
+        feed: bool,
+    ) -> Made:
+        """All that the call makes, by the sizes that its directions have in common."""
+        p, sequences, count = self.r.programs, self.sequences, len(parameters)
+        rows, total, width, hidden = sequences.rows, sequences.total, d.depth, d.hidden
+
+        def made(shape: tuple[int, ...] | None) -> Any:
+            return operands.given(None) if shape is None else operands.made(shape)
+
+        dx = tuple(x.shape) if wanted.x else None
+        states_wanted = wanted.states or bool(p.derived and (wanted.weights or feed))
+        dstates = [(count, rows, hidden if j else width) if states_wanted else None for j in range(len(p.states))]
+        dinputs = [tuple(t.shape) if feed else None for t in inputs]
+        dparameters = [[None if t is None or not wanted.weights else tuple(t.shape) for t in q] for q in parameters]
+        totals = [(rows, hidden) for _ in self.r.cell.own]
+        grad = None if overwrite else tuple(saved.slots[0].shape)
+        projected = (total, spread(width)) if d.w_hr is not None else None
+        wide = {p.states[0]: width}
+        entering = {o for _, _, o in self.r.recurrent if isinstance(o, str) and wanted.weights}
+        previous = {o: (total, wide.get(o, hidden)) if sequences.packed else None for o in sorted(entering)}
+
+        groups: list[Sequence[Any]] = [[dx], dstates, dinputs, *dparameters]
+        self._groups, self._states = [len(group) for group in groups], len(self.r.cell.states)
         shapes = list(chain.from_iterable(groups))
-        more = [*self.totals * count, *[self.grad] * (0 if overwrite else count), *[self.projected] * count]
-        more += list(self.previous.values()) * (count if packed else 0)
-        self.makes([*shapes, *more], own=len(shapes))
-        self._states = len(cell.states)
+        unseen = [*totals * count, *[grad] * (0 if overwrite else count), *[projected] * count]
+        unseen += list(previous.values()) * count if sequences.packed else []
+        self.makes([*shapes, *unseen], own=len(shapes))
+        return Made(
+            made(dx),
+            [made(s) for s in dstates],
+            [made(s) for s in dinputs],
+            [[made(s) for s in q] for q in dparameters],
+            [[made(s) for s in totals] for _ in parameters],
+            self.given.slots if grad is None else [made(grad) for _ in parameters],
+            [made(projected) for _ in parameters],
+            [{n: s and made(s) for n, s in previous.items()} for _ in parameters],
+        )
+
+    def _totals(self, d: Direction) -> dict[str, Buffer]:
+        """Gradients that a direction sums up over its steps, of the inputs and of the cell's own tensors; zero."""
+        cell, made = self.r.cell, self.made
+        totals = {n: t[d.index] for n, t in zip(cell.fed, made.dinputs, strict=True) if t is not None}
+        totals |= dict(zip(cell.own, made.totals[d.index], strict=True))
+        for total in totals.values():
+            add(self.script, self.dtype, total.flattened(), None, wait=False)
+        return totals
+
+    def _views(self, d: Direction, totals: dict[str, Buffer]) -> dict[str, View]:
+        """What the time loop of a direction reads and writes."""
+        p, cell, given, sequences, k = self.r.programs, self.r.cell, self.given, self.sequences, d.index
+        width, hidden = d.depth, d.hidden
+        nothing = zeros(max(width, hidden) * self.r.item)
+        initial: list[Buffer | int] = [s[k] for s in given.states] or [nothing] * len(p.states)
+        views = {
+            "dy": View(nothing) if given.dy is None else view(given.dy.columns(k * width, width), sequences),
+            "saved": view(given.slots[k], sequences),
+            "grad": view(self.made.grads[k], sequences),
+            "s." + p.states[0]: view(given.y.columns(k * width, width), sequences, initial[0]),
+        }
+        if p.cross_width(hidden):
+            size = p.cross_width(hidden) * self.r.item
+            views["cross"] = View(self.script.take(sequences.rows * size), 0, size)
+        views |= d.own_views(sequences)
+        for name, total in totals.items():
+            views["total." + name] = view(total, sequences) if name in cell.step_inputs else fixed(total)
+        for j, name in enumerate(p.states):
+            if j > 0:
+                views["s." + name] = view(self._series(d)[j - 1], sequences, initial[j])
+            if j >= len(cell.states):
+                continue
+            if j > 0 and given.dothers:
+                each = given.dothers[j - 1]
+                views["each." + name] = (
+                    View(nothing) if each is None else view(each.columns(k * hidden, hidden), sequences)
+                )
+            views["carry." + name] = self._carry(d, j, nothing)
+        if (projected := self.made.projected[k]) is not None:
+            views["projected"] = view(projected, sequences)
+        return views
+
+    def _series(self, d: Direction) -> list[Buffer]:
+        """Every state but the hidden one, at every step of a direction."""
+        others = len(self.r.programs.states) - 1
+        return self.given.series[d.index * others : (d.index + 1) * others]
+
+    def _carry(self, d: Direction, j: int, nothing: int) -> View:
+        """What hands a state's gradient on from step to step, or else is that of the final one."""
+        dfinals, total = self.given.dfinals[j], self.made.dstates[j]
+        final = None if dfinals is None else dfinals[d.index]
+        if j == 0 and self.r.programs.states[0] not in self.r.programs.carried:
+            return View(nothing, 0, 0, *rows_of_initial(nothing if final is None else final))
+        if total is None:  # nobody asks for the state's gradient
+            shape, item = (self.sequences.rows, d.hidden if j else d.depth), self.r.item
+            carry = Buffer.new(self.script.take(shape[0] * shape[1] * item), shape, item)
+        else:
+            carry = total[d.index]
+        add(self.script, self.dtype, carry, final, wait=False)
+        return fixed(carry)
+
+    def _weights(self, d: Direction) -> None:
+        """The gradients of the weights and of the biases: products over time."""
+        given, made, sequences, k = self.given, self.made, self.sequences, d.index
+        states = self.r.programs.states
+        known = {states[0]: given.y.flattened().columns(k * d.depth, d.depth)}
+        known |= dict(zip(states[1:], self._series(d), strict=True))
+        entered = {n: given.states[j][k] if given.states else None for j, n in enumerate(states)}
+        before: dict[str, list[tuple[int, Buffer]]] = {}
+        for name, out in made.previous[k].items():
+            if out is not None:
+                before[name] = [(0, self._previous(d, known[name], entered[name], out))]
+            else:
+                before[name] = shifted(d, sequences.rows, known[name], entered[name])
+        dw_ih, dw_hh, db_ih, db_hh, dw_hr = made.dparameters[k][:5]
+        assert dw_ih is not None
+        OverTime(self.script, d, made.grads[k]).weights(given.x, before, given.slots[k], dw_ih, dw_hh, db_ih, db_hh)
+        if (projected := made.projected[k]) is not None:
+            assert dw_hr is not None
+            OverTime(self.script, d, projected).projection(given.slots[k], dw_hr)
 
     def finish(self, tensors: Sequence[Tensor | None]) -> Gradients:
         """The gradients, of tensors in the order of `prepared_backward`."""
@@ -191,8 +264,9 @@ class Backward(Call):
         (dx,), dstates, dinputs, *dparameters = ([next(rest) for _ in range(size)] for size in self._groups)
         return Gradients(dx, dstates[: self._states], dinputs, dparameters)
 
-    def _own(self, d: Direction, totals: dict[str, Any], out: Sequence[Any]) -> None:
+    def _own(self, d: Direction, totals: dict[str, Any]) -> None:
         """The gradients of the cell's own tensors: sums over the sequences, and over the units of a scalar."""
+        out: list[Any] = self.made.dparameters[d.index][5:]
         pairs = [(totals[n].at.operand - 1, t.at.operand - 1) for n, t in zip(d.own, out, strict=True)]
 
         def own(tensors):
@@ -202,13 +276,13 @@ class Backward(Call):
         if pairs:
             self.then(own)
 
-    def _derived(
-        self, d: Direction, states: Sequence[Any], fed: Sequence[Any], dstates: Sequence[Any], totals: dict[str, Any]
-    ) -> None:
+    def _derived(self, d: Direction, totals: dict[str, Any]) -> None:
         """Hand the derived states' gradients before the first step on to what they were made from."""
         k, cell, places = d.index, d.r.cell, {n: t.at.operand - 1 for n, t in d.own.items()}
-        fed_at = {n: t.at.operand - 1 for n, t in zip(cell.fed, fed, strict=True)}
-        states_at, grads_at = ([t.at.operand - 1 for t in group] for group in (states, dstates))
+        inputs: list[Any] = self.given.inputs
+        fed_at = {n: t.at.operand - 1 for n, t in zip(cell.fed, inputs, strict=True)}
+        groups: tuple[list[Any], ...] = self.given.states, self.made.dstates
+        states_at, grads_at = ([t.at.operand - 1 for t in group] for group in groups)
         totals_at = {n: t.at.operand - 1 for n, t in totals.items()}
 
         def derived(tensors):
@@ -222,25 +296,26 @@ class Backward(Call):
 
         self.then(derived)
 
-    def _input(self, d: Direction, x: Buffer, dx: Buffer, grad: Buffer) -> None:
+    def _input(self, d: Direction) -> None:
         """The gradient of the input; added to the other direction's."""
-        gates = d.r.programs.start_gates
+        gates, grad, dx = d.r.programs.start_gates, self.made.grads[d.index], self.made.dx
+        assert dx is not None
         weight = d.rows_of(self.script, d.w_ih, gates)
-        rows = grad.columns(0, len(gates) * d.hidden).by_time(x.shape[:-1])
+        rows = grad.columns(0, len(gates) * d.hidden).by_time(dx.shape[:-1])
         start = None if d.index else zeros(d.inputs * grad.item)
         pack = grad.shape[0] > FEW_ROWS
         options: dict[str, Any] = {"transposed": True, "pack": pack, "threads": d.team, "label": "input gradient"}
         product(self.script, d.r.dtype, rows, weight, dx.by_time(), start, **options)
 
-    def _initial(self, d: Direction, sequences: Sequences, name: str, out: Buffer, grad: Buffer) -> None:
+    def _initial(self, d: Direction, name: str, out: Buffer) -> None:
         """A state's gradient before the first step: its direct path's is in `out`, its products' are added."""
-        p, h = d.r.programs, d.hidden
+        p, h, sequences, grad = d.r.programs, d.hidden, self.sequences, self.made.grads[d.index]
         start = None if name in p.carried else zeros(out.shape[-1] * grad.item)
         for run, first, operand in d.r.recurrent:
             if operand != name:
                 continue
             if sequences.packed:
-                self._initial_packed(d, sequences, out, grad, run, first, start is not None)
+                self._initial_packed(d, out, run, first, start is not None)
             else:
                 edge = grad.by_time((sequences.steps, sequences.rows))[sequences.steps - 1 if d.reverse else 0]
                 edge = edge.columns(first * h, len(run) * h).by_time()
@@ -252,9 +327,9 @@ class Backward(Call):
         if start is not None:
             add(self.script, d.r.dtype, out, None)
 
-    def _initial_packed(self, d, sequences, out, grad, run, first, fresh) -> None:
-        h, gates = d.hidden, [d.r.gates[g] for g in run]
-        number, at, source = out.at.operand - 1, d.index, grad.at.operand - 1
+    def _initial_packed(self, d, out, run, first, fresh) -> None:
+        h, gates, sequences = d.hidden, [d.r.gates[g] for g in run], self.sequences
+        number, at, source = out.at.operand - 1, d.index, self.made.grads[d.index].at.operand - 1
         weights = d.w_hh.at.operand - 1
 
         def initial(tensors):
@@ -268,8 +343,9 @@ class Backward(Call):
 
         self.then(initial)
 
-    def _previous(self, d: Direction, sequences: Sequences, state: Buffer, initial: Buffer | None, out: Any) -> Buffer:
+    def _previous(self, d: Direction, state: Buffer, initial: Buffer | None, out: Any) -> Buffer:
         """What a state was before every step of packed sequences, gathered into `out`, [total, width]."""
+        sequences = self.sequences
         at, column, target = state.at.operand - 1, state.at.offset // state.item, out.at.operand - 1  # type: ignore[union-attr]
         entered, k, width = None if initial is None else initial.at.operand - 1, d.index, state.shape[1]  # type: ignore[union-attr]
 
