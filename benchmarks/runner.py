@@ -1,8 +1,8 @@
 """The method: check each provider's answer, then time them in turn, round by round, in one process.
 
-A turn begins when the threads of the one before sleep, with calls that are not timed, until the provider has its caches,
-branch history and threads as its own use would leave them; then come those that are. All have the same number of
-seconds of either kind.
+A turn begins when the threads of the one before sleep, with calls that are not timed, until the provider has its
+caches, branch history and threads as its own use would leave them; then come those that are. All have the same number
+of seconds of either kind.
 """
 
 from __future__ import annotations
