@@ -13,7 +13,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from time import perf_counter, process_time, sleep
+from threading import get_native_id
+from time import perf_counter, sleep
 
 from benchmarks import memory
 from benchmarks.cases import Case, left_out
@@ -22,8 +23,8 @@ from benchmarks.problem import Problem
 from benchmarks.providers import OURS, PLAIN_LAYER, Prepared, Provider, Unsupported
 from benchmarks.results import Row
 
-LOOK = 1e-3  # seconds in which a process whose threads sleep uses next to none of a processor
-PATIENCE = 0.3  # seconds to wait for that; ONNX Runtime's threads spin for up to 80 ms after a call
+LOOK = 1e-3  # seconds from one look at other threads to the next
+PATIENCE = 0.3  # seconds to wait for them to sleep; ONNX Runtime's spin for up to 80 ms after a call
 WARM = 10e-3  # seconds of calls that a turn begins with, not timed
 SAMPLE = 4e-3  # seconds that a sample takes at least, by repeating the call
 LEAST_ROUNDS, MOST_ROUNDS = 3, 25
@@ -81,13 +82,24 @@ def sample(prepared: Prepared, calls: int) -> float:
 
 
 def settle() -> None:
-    """Wait until no thread of this process is busy: others' would take a processor from the next in turn."""
+    """Wait until no other thread of this process runs: it would take a processor from the next in turn."""
     begin = perf_counter()
-    while perf_counter() - begin < PATIENCE:
-        used = process_time()
+    while busy() and perf_counter() - begin < PATIENCE:
         sleep(LOOK)
-        if process_time() - used < 0.2 * LOOK:
-            return
+
+
+def busy() -> bool:
+    """Whether another thread of this process runs, or waits for a processor, where the system says so. Clocks of the
+    time that it used go on in steps of up to 10 ms."""
+    own = get_native_id()
+    for thread in Path("/proc/self/task").glob("*"):
+        try:
+            state = (thread / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:  # it has ended
+            continue
+        if state == "R" and int(thread.name) != own:
+            return True
+    return False
 
 
 def expected(prepared: Prepared) -> float:

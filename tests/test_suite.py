@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic, sleep
@@ -269,14 +270,32 @@ def test_what_a_call_takes_is_not_taken_from_calls_that_were_disturbed(monkeypat
     assert runner.expected(Prepared(lambda: now.__setitem__(0, now[0] + 1.0), dict)) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(("busy", "waited"), [(0.0, 0.0), (0.05, 0.05), (1e9, runner.PATIENCE)])
-def test_a_turn_waits_for_threads_that_spin(monkeypatch, busy, waited):
+@pytest.mark.parametrize(("until", "waited"), [(0.0, 0.0), (0.05, 0.05), (1e9, runner.PATIENCE)])
+def test_a_turn_waits_for_threads_that_spin(monkeypatch, until, waited):
     now = [0.0]
     monkeypatch.setattr(runner, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(runner, "process_time", lambda: min(now[0], busy))
+    monkeypatch.setattr(runner, "busy", lambda: now[0] < until)
     monkeypatch.setattr(runner, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     runner.settle()
     assert waited <= now[0] <= waited + 2 * runner.LOOK
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc of Linux")
+def test_a_thread_that_spins_is_busy():
+    spinning, end = threading.Event(), threading.Event()
+
+    def spin():
+        spinning.set()
+        while not end.is_set():
+            sum(range(100))
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    spinning.wait()
+    found = any(runner.busy() for _ in range(100))  # between two looks it may wait for Python's lock
+    end.set()
+    thread.join()
+    assert found
 
 
 def test_a_slow_provider_has_one_round_where_time_is_short(monkeypatch):
