@@ -223,25 +223,23 @@ def make_pack(dtype: str, lanes: int) -> Callable:
                         k += 1
 
     @routine
-    def known(frame, begin, end, kept):
-        """Whether a panel was made of what the source holds from `begin` to `end` of the depth; noted for next time."""
+    def known(frame, first, last, begin, end, kept):
+        """Whether a panel was made of what the source holds of the units from `first` to `last`, from `begin` to `end` of
+        the depth; noted for next time."""
         state = room()
         for w in range(DIGEST - 1):
             poke(state, w, (w + 1) * SPREAD)
-        units, unit_stride, depth_stride = (
-            peek(frame, units_at),
-            peek(frame, unit_stride_at),
-            peek(frame, depth_stride_at),
-        )
+        unit_stride, depth_stride = peek(frame, unit_stride_at), peek(frame, depth_stride_at)
+        start = peek(frame, source_at) + first * unit_stride + begin * depth_stride
         for g in range(peek(frame, gates_at)):
-            origin = peek(frame, source_at) + peek(frame, offsets + g) + begin * depth_stride
+            origin = start + peek(frame, offsets + g)
             if depth_stride != size:
                 for k in range(end - begin):
-                    digest(state, origin + k * depth_stride, units)
+                    digest(state, origin + k * depth_stride, last - first)
             elif unit_stride == (end - begin) * size:
-                digest(state, origin, units * (end - begin))
+                digest(state, origin, (last - first) * (end - begin))
             else:
-                for unit in range(units):
+                for unit in range(last - first):
                     digest(state, origin + unit * unit_stride, end - begin)
         same = peek(kept, DIGEST - 1) == 1
         for w in range(DIGEST - 1):
@@ -258,16 +256,22 @@ def make_pack(dtype: str, lanes: int) -> Callable:
         along = peek(frame, depth_stride_at) == size  # rows of the source are read from end to end
         keeps = peek(frame, keeps_at) == 1
         share, shares = thread, peek(frame, shares_at)
-        while share < shares:  # the same ones whatever the team, since each has a digest
+        length = depth if along else LINE // size
+        blocks = (units + block * lanes - 1) // (block * lanes)
+        while share < shares:  # the same ones whatever the team, since each has a digest: what lies together
             kept = peek(frame, digests_at) + share * DIGEST_BYTES
-            begin, end = depth * share // shares, depth * (share + 1) // shares
-            length = end - begin if along else LINE // size
-            if keeps and known(frame, begin, end, kept):
+            first, last, begin, end = 0, units, 0, depth
+            if along:
+                first = blocks * share // shares * block * lanes
+                last = least(units, blocks * (share + 1) // shares * block * lanes)
+            else:
+                begin, end = depth * share // shares, depth * (share + 1) // shares
+            if keeps and known(frame, first, last, begin, end, kept):
                 begin = end
             while begin < end:  # else a line of cache of every row at a time
                 stop = least(begin + length, end)
-                unit = 0
-                while unit * lanes < units:
+                unit = first // lanes
+                while unit * lanes < last:
                     width = block
                     while width > 1 and width > full - unit:
                         width //= 2
