@@ -224,8 +224,8 @@ def make_pack(dtype: str, lanes: int) -> Callable:
 
     @routine
     def known(frame, first, last, begin, end, kept):
-        """Whether a panel was made of what the source holds of the units from `first` to `last`, from `begin` to `end` of
-        the depth; noted for next time."""
+        """Whether a panel was made of what the source holds: of the units from `first` to `last`, and of the depth from
+        `begin` to `end`; noted for next time."""
         state = room()
         for w in range(DIGEST - 1):
             poke(state, w, (w + 1) * SPREAD)

@@ -265,8 +265,8 @@ def epilogues(stage: Stage, shape: Shape, index: int) -> list[Epilogue]:
 
 
 # The frame of a packing kernel; then the offset in bytes of each gate. keeps: 1 where the panel is what an earlier run
-# left of it; then `digests` has for each of so many shares, of the units or of the depth,
-# what it was packed from, and whether it was.
+# left of it; then `digests` has for each of so many shares, of the units or of the depth, what it was packed from, and
+# whether it was.
 PACK = (
     *("panel", "source", "units", "depth", "unit_stride", "depth_stride", "block", "gates"),
     *("shares", "digests", "keeps"),
