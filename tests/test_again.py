@@ -305,6 +305,27 @@ def test_weights_changed_without_a_trace_are_packed_anew(change, threads, sizes,
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_number_that_changes_is_seen_by_whichever_thread_compares_it(threads):
+    """Large weights are compared, and packed, in shares of the threads; none of them may lack a row or a column."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    cpu.forget()
+    try:
+        module, x = fastcells.nn.GRU(150, 130), torch.randn(30, 4, 150)
+        with torch.no_grad():
+            settled(module, x)
+            for weight in (module.weight_ih_l0, module.weight_hh_l0):
+                rows, columns = weight.shape
+                for row in (0, 63, 64, 129, 130, 200, 259, 260, rows - 1):
+                    weight.data[row, (7 * row) % columns] += 1.0
+                    for a, b in zip(tensors(module(x)), tensors(of_torch(module, x)), strict=True):
+                        torch.testing.assert_close(a, b)
+    finally:
+        torch.set_num_threads(before)
+        cpu.forget()
+
+
 def test_weights_put_in_place_of_others_are_seen():
     module, x = fastcells.nn.GRU(20, 48), torch.randn(30, 4, 20)
     with torch.no_grad():
