@@ -15,6 +15,7 @@ from fastcells import cells
 from fastcells.cpu import again
 from fastcells.cpu import layer as cpu
 from fastcells.cpu.script import arena
+from fastcells.roof import using_threads
 
 KINDS = ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"]
 pytestmark = pytest.mark.skipif(again.interface() is None, reason="Python or torch without the interfaces for C")
@@ -308,22 +309,17 @@ def test_weights_changed_without_a_trace_are_packed_anew(change, threads, sizes,
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_number_that_changes_is_seen_by_whichever_thread_compares_it(threads):
     """Large weights are compared, and packed, in shares of the threads; none of them may lack a row or a column."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    module, x = fastcells.nn.GRU(150, 130), torch.randn(30, 4, 150)
     cpu.forget()
-    try:
-        module, x = fastcells.nn.GRU(150, 130), torch.randn(30, 4, 150)
-        with torch.no_grad():
-            settled(module, x)
-            for weight in (module.weight_ih_l0, module.weight_hh_l0):
-                rows, columns = weight.shape
-                for row in (0, 63, 64, 129, 130, 200, 259, 260, rows - 1):
-                    weight.data[row, (7 * row) % columns] += 1.0
-                    for a, b in zip(tensors(module(x)), tensors(of_torch(module, x)), strict=True):
-                        torch.testing.assert_close(a, b)
-    finally:
-        torch.set_num_threads(before)
-        cpu.forget()
+    with using_threads(threads), torch.no_grad():
+        settled(module, x)
+        for weight in (module.weight_ih_l0, module.weight_hh_l0):
+            rows, columns = weight.shape
+            for row in (0, 63, 64, 129, 130, 200, 259, 260, rows - 1):
+                weight.data[row, (7 * row) % columns] += 1.0
+                for a, b in zip(tensors(module(x)), tensors(of_torch(module, x)), strict=True):
+                    torch.testing.assert_close(a, b)
+    cpu.forget()
 
 
 def test_weights_put_in_place_of_others_are_seen():
