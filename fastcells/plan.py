@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-DEPTH, SINGLE_ROW_DEPTH = 512, 256  # of the products of several rows, and of one, that are summed up at a time
+DEPTH, SINGLE_ROW_DEPTH = 512, 256  # of the products of several rows, and of one, that are summed up at a time, about
 AHEAD_BYTES = 1 << 20  # of the weights of a step, which a second-level cache no longer holds: they are asked for ahead
 NEAR_BYTES = 1 << 15  # that a first-level cache may hold
 BESIDE_STEPS = 32  # from which on most input projections of one sequence can be made beside its recurrence
@@ -167,7 +167,8 @@ def worth_sorting(padding_flops: int) -> bool:
     return padding_flops > OVERRUN_FLOPS
 
 
-def depth_block(rows: int) -> int:
-    """Depth of a product taken at a time: partial sums keep float32 as exact as a blocked matrix product is, and of the
-    weights all rows read what a second-level cache holds."""
-    return SINGLE_ROW_DEPTH if rows == 1 else DEPTH
+def depth_part(depth: int, rows: int) -> int:
+    """How much of a product's depth is summed up at a time, as even parts: partial sums keep float32 as exact as a blocked
+    matrix product is, and of the weights all rows read what a second-level cache holds."""
+    parts = max(1, round(depth / (SINGLE_ROW_DEPTH if rows == 1 else DEPTH)))
+    return 2 * -(-depth // (2 * parts))

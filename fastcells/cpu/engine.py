@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..expression import leaf
-from ..plan import AHEAD_BYTES, ROW_BLOCK, depth_block, share
+from ..plan import AHEAD_BYTES, ROW_BLOCK, depth_part, share
 from ..program import Place, Program, Segment, Stage, Weights
 from . import store, team
 from .geometry import (
@@ -19,6 +19,7 @@ from .geometry import (
     HEADER,
     LINE,
     SEGMENT_WORDS,
+    STAGE_WORDS,
     WORD,
     Layout,
     agenda_bytes,
@@ -194,17 +195,17 @@ class Runner:
         """
         assert self.rides or not beside[0], "this program's tiles do not make input projections"
         row_block = row_block or times.rows
-        block = depth_block(row_block)
         words: list[Address] = [0] * self.layout.size
         at, sums, sizes = self.layout.stage[0], 0, list[tuple[int, int]]()
         for k, (parts, before, unit) in enumerate(zip(products, self.before, units, strict=True)):
             depth = sum([p.depth for p in parts])
-            if parts and not dot and (depth > block or (row_block > 1 and not self.direct[k])):
+            part = depth if dot else depth_part(depth, row_block)
+            if parts and not dot and (depth > part or (row_block > 1 and not self.direct[k])):
                 sums = max(sums, self._sums(k, row_block))
-            sizes.append((unit, max(1, -(-depth // block))))
+            sizes.append((unit, -(-depth // part) if depth else 1))
             skip = sum([p.depth for p, b in zip(parts, before, strict=True) if b]) if skip_first else 0
-            words[at : at + 4] = unit, skip, depth, dot
-            at += 4
+            words[at : at + len(STAGE_WORDS)] = unit, skip, depth, part, dot
+            at += len(STAGE_WORDS)
         for name, at in self.layout.buffer.items():
             words[at : at + 5] = views[name]
         at = self.layout.segments
@@ -228,7 +229,6 @@ class Runner:
             0,
             team.give_way(),
             row_block,
-            block,
             script.take(scratch * threads),
             scratch,
             agenda,

@@ -27,7 +27,6 @@ HEADER = (
     "arrivals",  # address of lines of cache, by which they wait for each other after every stage; 0: they do not
     "yield",  # address of the function that gives up the processor
     "row_block",  # rows that go through all time steps together
-    "depth_block",  # depth of the products taken at a time
     "scratch",  # address of agendas and partial sums
     "scratch_thread",  # bytes of them a thread,
     "agenda",  # and of an agenda, of which it has two
@@ -44,6 +43,7 @@ STAGE_WORDS = (
     "units",
     "skip",  # depth that is not multiplied at a sequence's first processed step
     "depth",
+    "part",  # of it that is multiplied at a time
     "dot",  # 1: products read weight matrices as they are, rows along the depth; one row of the batch at a time
 )
 BUFFER_WORDS = (

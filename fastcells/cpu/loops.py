@@ -53,7 +53,7 @@ from .tile import TILE, TILE_ARGUMENTS, emit_tiles
 STEPS, ROWS, SHARES, THREADS = WORD["steps"], WORD["rows"], WORD["shares"], WORD["threads"]
 POSITIONS, FIRST, DELTA = WORD["positions"], WORD["first"], WORD["delta"]
 COUNTS, SPLIT, ARRIVALS, YIELD = WORD["counts"], WORD["split"], WORD["arrivals"], WORD["yield"]
-ROW_BLOCK, DEPTH_BLOCK, FAR_AT = WORD["row_block"], WORD["depth_block"], WORD["far"]
+ROW_BLOCK, FAR_AT = WORD["row_block"], WORD["far"]
 BESIDE_AT, COLUMNS = WORD["beside"], WORD["beside_units"]
 BESIDE_DEPTH, PANEL = WORD["beside_depth"], WORD["beside_weights"]
 SCRATCH, SCRATCH_THREAD, AGENDA_BYTES = WORD["scratch"], WORD["scratch_thread"], WORD["agenda"]
@@ -259,7 +259,7 @@ def make_driver() -> Callable:
     return member
 
 
-UNITS_AT, SKIP_AT, DEPTH_AT, DOT_AT = (STAGE_WORDS.index(n) for n in ("units", "skip", "depth", "dot"))
+UNITS_AT, SKIP_AT, DEPTH_AT, PART_AT, DOT_AT = range(len(STAGE_WORDS))
 
 
 def _table(name: str) -> Any:
@@ -423,10 +423,8 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
     words = stage_word(stage)
     full = 1 if by_row(stage) == 1 else peek(frame, words + UNITS_AT) // lanes(0)
     start = peek(frame, words + SKIP_AT) if is_first else 0
-    depth, depth_block = peek(frame, words + DEPTH_AT), peek(frame, DEPTH_BLOCK)
+    depth, part = peek(frame, words + DEPTH_AT), peek(frame, words + PART_AT)
     dot = peek(frame, words + DOT_AT) == 1
-    if dot:
-        depth_block = depth
     by_rows = not (single or dot)
     far = by_rows and peek(frame, FAR_AT) == 1
     piece = piece_of(frame, stage, single)
@@ -450,7 +448,7 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
             sums = scratch + (at - begin_unit) * vector_sums(stage)
             begin = start
             while True:
-                end = least(begin + depth_block, depth)
+                end = least(begin + part, depth)
                 takes = takes_along(0) == 1 and stage == 0 and single and not dot and width < BESIDE_WIDTHS
                 item = note(
                     item, TILES, variant, max_rows(stage) if by_rows else 0, row, row_end, at, is_first, is_last, sums,
