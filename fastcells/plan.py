@@ -168,7 +168,7 @@ def worth_sorting(padding_flops: int) -> bool:
 
 
 def depth_part(depth: int, rows: int) -> int:
-    """How much of a product's depth is summed up at a time, as even parts: partial sums keep float32 as exact as a blocked
-    matrix product is, and of the weights all rows read what a second-level cache holds."""
+    """How much of a product's depth is summed up at a time, in even parts: partial sums keep float32 as exact as a
+    blocked matrix product is, and of the weights all rows read what a second-level cache holds."""
     parts = max(1, round(depth / (SINGLE_ROW_DEPTH if rows == 1 else DEPTH)))
     return 2 * -(-depth // (2 * parts))

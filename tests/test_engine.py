@@ -662,6 +662,7 @@ def test_numbers_below_the_normal_range_are_flushed_in_kernels_alone():
     assert (x[0, 0] * 0.5).tolist() == [tiny / 128] * 4
 
 
+@pytest.mark.parametrize("copied", [False, True], ids=["there", "copied"])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("c", "options"),
@@ -673,10 +674,13 @@ def test_numbers_below_the_normal_range_are_flushed_in_kernels_alone():
     ],
     ids=["lstm", "projected", "packed", "own"],
 )
-def test_gradients_of_weights_a_stretch_at_a_time(monkeypatch, c, options, threads):
-    """As for large ones: some rows at a time, in stretches that begin and end within time steps."""
+def test_gradients_of_weights_a_stretch_at_a_time(monkeypatch, c, options, threads, copied):
+    """As for large ones: some rows at a time, in stretches that begin and end within time steps. copied: and what meets
+    the gradients is copied first, since its rows are no whole lines of a cache."""
     monkeypatch.setattr(gradients, "NEAR_BYTES", 0)
     monkeypatch.setattr(gradients, "STRETCH", 7)
+    monkeypatch.setattr(gradients, "COPIED_STRETCH", 7)
+    monkeypatch.setattr(gradients, "WIDE_BYTES", 0 if copied else 1 << 30)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     layer.forget()

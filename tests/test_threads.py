@@ -7,9 +7,11 @@ import torch
 
 import fastcells
 from fastcells import cells
+from fastcells.cpu import gradients
 from fastcells.cpu import layer as cpu
 from fastcells.cpu.geometry import WORD
 from fastcells.cpu.script import KEEPS, KEPT, MEMORY, At, Script, arena
+from fastcells.roof import using_threads
 
 STEPS, ROWS, INPUTS, HIDDEN = 4, 6, 75, 70  # no whole vectors; enough for threads to share the packing of weights
 
@@ -41,7 +43,7 @@ def one_thread_after_the_other(order):
 
 def results(layer, x, **options):
     """y, final states and all gradients, by name."""
-    x = x.clone().requires_grad_()
+    x = x.detach().requires_grad_()
     y, finals = layer(x, **options)
     found = {"y": y} | {f"final {k}": t for k, t in enumerate([finals] if isinstance(finals, torch.Tensor) else finals)}
     generator = torch.Generator().manual_seed(1)
@@ -62,31 +64,44 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
+ORDERS = pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
+
+
+def same_in_any_order(monkeypatch, layer, x, order):
+    """One thread gives what two give that do their parts in that order."""
+    monkeypatch.setattr("fastcells.plan.THREAD_FLOPS", 0)
+    for given in ({}, {"lengths": torch.tensor([4, 3, 1, 4, 2, 4])}):
+        found = []
+        for count in (1, 2):
+            with using_threads(count), monkeypatch.context() as patch:
+                cpu.forget()
+                if count == 2:
+                    patch.setattr(Script, "run", one_thread_after_the_other(order))
+                found.append(results(layer, x, **given))
+        for name, alone in found[0].items():
+            assert torch.equal(alone, found[1][name]), name
+    cpu.forget()
+
+
+@ORDERS
 @pytest.mark.parametrize(
     "options", [{}, {"batch_first": True}, {"bidirectional": True, "num_layers": 2}, {"bias": False}], ids=str
 )
 @pytest.mark.parametrize("kind", LAYERS)
 def test_threads_in_any_order(kind, options, order, monkeypatch):
-    monkeypatch.setattr("fastcells.plan.THREAD_FLOPS", 0)
     layer = LAYERS[kind](dtype=torch.float64, **options)
     x = torch.randn(STEPS, ROWS, INPUTS, dtype=torch.float64)
-    x = x.transpose(0, 1).contiguous() if "batch_first" in options else x
-    lengths = torch.tensor([4, 3, 1, 4, 2, 4])
-    threads = torch.get_num_threads()
-    try:
-        for given in ({}, {"lengths": lengths}):
-            found = []
-            for count in (1, 2):
-                torch.set_num_threads(count)
-                cpu.forget()
-                if count == 2:
-                    monkeypatch.setattr(Script, "run", one_thread_after_the_other(order))
-                found.append(results(layer, x, **given))
-                monkeypatch.undo()
-                monkeypatch.setattr("fastcells.plan.THREAD_FLOPS", 0)
-            for name, alone in found[0].items():
-                assert torch.equal(alone, found[1][name]), name
-    finally:
-        torch.set_num_threads(threads)
-        cpu.forget()
+    same_in_any_order(monkeypatch, layer, x.transpose(0, 1).contiguous() if "batch_first" in options else x, order)
+
+
+@ORDERS
+@pytest.mark.parametrize("wide", [0, 1 << 30], ids=["copied", "there"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_threads_in_any_order_where_gradients_are_large(kind, wide, order, monkeypatch):
+    """What they meet is read where it is, or copied: by all threads, before any reads it and after all have read what
+    was there. Of whole vectors, since packing the last one has threads wait."""
+    for name, value in {"NEAR_BYTES": 0, "STRETCH": 7, "COPIED_STRETCH": 7, "WIDE_BYTES": wide}.items():
+        monkeypatch.setattr(gradients, name, value)
+    layer = getattr(fastcells.nn, kind)(72, 72, dtype=torch.float64)
+    x = torch.randn(STEPS, ROWS, INPUTS, dtype=torch.float64)[..., :72]
+    same_in_any_order(monkeypatch, layer, x, order)

@@ -8,14 +8,18 @@ from itertools import accumulate
 from typing import Any
 
 from ..plan import share
+from ..program import spread
 from .direction import Direction
 from .engine import Buffer, add, plain, product
+from .geometry import LINE
 from .host import host
 from .script import Script, ones, zeros
 
 LABEL = "weight gradients"
 STRETCH = 256  # rows of all steps taken at a time, which stay in the second-level cache
+COPIED_STRETCH = 768  # and where copies are made of their lines
 NEAR_BYTES = 1 << 19  # of gradients, which are there as they are
+WIDE_BYTES = 1 << 10  # of a row, from which on it pays to copy what is torn
 
 
 def shifted(d: Direction, rows: int, series: Buffer, initial: Buffer | None) -> list[tuple[int, Buffer]]:
@@ -30,11 +34,16 @@ def shifted(d: Direction, rows: int, series: Buffer, initial: Buffer | None) -> 
     return parts
 
 
+def torn(rows: Buffer) -> bool:
+    """Whether rows are wide, and vectors of most of them lie in two lines of a cache each."""
+    return rows.strides[-2] >= WIDE_BYTES and rows.strides[-2] % LINE != 0
+
+
 class OverTime:
     """Products of `grad`.T, which is gradients [total, width], with what was there at the same rows.
 
     A large `grad` is taken some rows at a time, with all products of these, which read a few columns of every row: its
-    rows are `spread`, so that these lie in all sets of a cache.
+    rows are `spread`, so that these lie in all sets of a cache; so are those of copies.
     """
 
     def __init__(self, script: Script, d: Direction, grad: Buffer) -> None:
@@ -99,15 +108,17 @@ class OverTime:
         lanes = host().lanes(item)
         shares = self._shares(used, lanes)
         threads, length = len(shares) - 1, total
-        if used and total * self.grad.strides[0] > NEAR_BYTES:
-            # Whole time steps, if an operand's rows are apart by two distances.
-            whole = max([other.shape[1] for *_, other, _ in self.terms if len(other.shape) == 3], default=1)
-            length = -(-total // -(-total // STRETCH) // whole) * whole
-        near = {
-            other: Buffer.new(script.take(length * other.shape[2] * item), (length, other.shape[2]), item)
-            for *_, other, _ in self.terms
-            if len(other.shape) == 3
-        }
+        large = used > 0 and total * self.grad.strides[0] > NEAR_BYTES
+        # What is copied before it is read: rows that are apart by two distances, or torn.
+        copied = {o: first for *_, first, o, _ in self.terms if len(o.shape) == 3 or (large and torn(o))}
+        if large:  # whole time steps, if there are two distances
+            whole = max([o.shape[1] for o in copied if len(o.shape) == 3], default=1)
+            rows = COPIED_STRETCH if any(map(torn, copied)) else STRETCH
+            length = -(-total // -(-total // rows) // whole) * whole
+        near = {}
+        for other in copied:
+            width, row = other.shape[-1], spread(other.shape[-1])
+            near[other] = Buffer.new(script.take(length * row * item), (length, row), item).columns(0, width)
         begun: set[Buffer] = set()
 
         def add_product(x: Buffer, weight: Buffer, target: Buffer, shares: list[int], split: str, wait: bool) -> None:
@@ -137,17 +148,21 @@ class OverTime:
         for begin in range(0, total, length):
             end = min(begin + length, total)
             stretch = self.grad.narrow(0, begin, end - begin)
-            for k, (other, here) in enumerate(near.items()):  # which has rows of all steps
-                steps = other.narrow(0, begin // other.shape[1], (end - begin) // other.shape[1])
-                into = here.narrow(0, 0, end - begin).by_time(steps.shape[:2])
-                add(script, dtype, into, steps, threads=threads, wait=k == 0, label=LABEL)
-                wait = True
             rows = stretch.turned()
+            copying = True
+            for other, here in near.items():
+                low, high = self._part(begin, end, copied[other], other)
+                if low < high:
+                    into = here.narrow(0, low - begin, high - low)
+                    part = self._narrowed(other, low - copied[other], high - low)
+                    add(script, dtype, into.by_time(part.shape[:-1]), part, threads=threads, wait=copying, label=LABEL)
+                    copying, wait = False, True
             for column, count, first, other, target in self.terms:
-                low, high = max(begin, first), min(end, first + self._rows(other))
+                low, high = self._part(begin, end, first, other)
                 if low < high:
                     x = rows.narrow(0, column, count).narrow(1, low - begin, high - low)
-                    weight = near[other] if other in near else other.narrow(0, low - first, high - low)
+                    source, at = (near[other], begin) if other in near else (other, first)
+                    weight = source.narrow(0, low - at, high - low)
                     add_product(x, weight, target, rows_of[column, count], "rows", wait)
                     wait = False
             if sums is not None:
@@ -165,6 +180,17 @@ class OverTime:
         threads = min(share(columns, 2 * lanes * done[-1], self.d.team).threads, len(costs))
         goals = [done[-1] * k / threads for k in range(1, threads)]
         return [0, *(bisect_left(done, goal) * lanes for goal in goals), columns]
+
+    def _part(self, begin: int, end: int, first: int, other: Buffer) -> tuple[int, int]:
+        """Which rows of all steps from `begin` to `end` there are of what begins at row `first`."""
+        return max(begin, first), min(end, first + self._rows(other))
+
+    @staticmethod
+    def _narrowed(other: Buffer, begin: int, count: int) -> Buffer:
+        """`count` rows of all steps, from one on."""
+        if len(other.shape) == 2:
+            return other.narrow(0, begin, count)
+        return other.narrow(0, begin // other.shape[1], count // other.shape[1])
 
     @staticmethod
     def _rows(other: Buffer) -> int:
