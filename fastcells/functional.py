@@ -344,7 +344,7 @@ class Invocation:
         training = self.return_cell_states or not self.recompute
         arguments = self.cell, x, states, parameters, ctx.sequences, training, inputs, ctx.feed
         forward, whole = cpu.prepared(*arguments)
-        y, finals, saved = forward.start(whole)
+        y, finals, saved = forward.start(whole, ctx.sequences)
         ctx.plan = saved.plan
         ctx.save_for_backward(*tensors, *([] if self.recompute else [y, *saved.slots, *saved.series]))
         return y, *finals, *(_others(self.cell, y, saved) if self.return_cell_states else ())
@@ -374,7 +374,7 @@ class Invocation:
                 self._finish.clear()
             finish = call.again(given, alike(present), lambda made: tuple(self._needed(call.gradients(made), needs)))
             self._finish.append((kind, finish))
-        return self._needed(call.finish(given), needs)
+        return self._needed(call.finish(given, ctx.sequences), needs)
 
     def _prepared(self, ctx, tensors, needs, cotangents, overwrite) -> tuple[cpu.Backward, list[Tensor | None]]:
         y, *rest = tensors[ctx.inputs :]

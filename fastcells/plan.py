@@ -70,6 +70,12 @@ class Plan:
     row_block: int
     reasons: tuple[str, ...]
 
+    @property
+    def schedule(self) -> tuple:
+        """All but the reasons."""
+        shares = self.forward, self.back, self.side_by_side
+        return *shares, self.project_ahead, self.beside, self.in_place, self.row_block
+
 
 @lru_cache(maxsize=1024)
 def plan(shape: Shape) -> Plan:

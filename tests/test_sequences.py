@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from test_engine import everything, invented, problem
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fastcells import cells, explain, functional, marked, nn, plan, unrolled
-from fastcells.cpu import team
+from fastcells import cells, explain, functional, marked, nn, plan, roof, unrolled
+from fastcells.cpu import gradients, layer, team
+from fastcells.cpu.backward import Backward
+from fastcells.cpu.forward import Forward
 
 
 def by_steps(cell, x, states, parameters, lengths=None, reset=None, reset_to=None, reverse=False):
@@ -555,3 +557,49 @@ def test_explain_counts_the_tokens(monkeypatch):
     assert "padded input, 9 steps, 3 sequences, 27 tokens" in str(explain(layer, x, reset=reset))
     reset[3] = True
     assert "packed input, 6 steps, 6 sequences, 27 tokens" in str(explain(layer, x, reset=reset))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("LSTM", {"bidirectional": True}), ("LSTM", {"proj_size": 5}), ("GRU", {"num_layers": 2}), ("RNN", {})],
+    ids=str,
+)
+def test_packed_batches_of_other_lengths_share_what_was_made_ready(kind, options, training, threads, monkeypatch):
+    """Of as many sequences and about as many steps of all of them: told at each call, they give what torch.nn gives,
+    also where gradients of weights are summed up some rows at a time, of which the last ones may not be there."""
+    for module, name, value in (
+        (plan, "THREAD_FLOPS", 0),
+        (gradients, "NEAR_BYTES", 0),
+        (gradients, "STRETCH", 7),
+        (gradients, "COPIED_STRETCH", 7),
+        (gradients, "WIDE_BYTES", 0),
+    ):
+        monkeypatch.setattr(module, name, value)
+    made = []
+    for one in (Forward, Backward):
+        original = one.__init__
+        monkeypatch.setattr(one, "__init__", lambda *a, f=original, **o: (made.append(type(a[0])), f(*a, **o))[1])
+    ours, theirs = (getattr(m, kind)(3, 13, **options, dtype=torch.float64) for m in (nn, torch.nn))
+    ours.load_state_dict(theirs.state_dict())
+    counts = []
+    with roof.using_threads(threads), torch.set_grad_enabled(training):
+        layer.forget()
+        for lengths in ([10, 9, 8, 6, 1], [9, 3, 9, 7, 8], [10, 2, 1, 10, 10], [7, 7, 7, 7, 6]):  # 33 to 36 in all
+            batch = pack_padded_sequence(torch.randn(10, 5, 3).double(), lengths, enforce_sorted=False)
+            found = []
+            for module in (theirs, ours):
+                x = batch.data.clone().requires_grad_(training)
+                y, last = module(type(batch)(x, *batch[1:]))
+                results = [y.data, *(last if isinstance(last, tuple) else (last,))]
+                generator = torch.Generator().manual_seed(len(counts))
+                given = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in results]
+                leaves = [x, *module.parameters()]
+                found.append(results + list(torch.autograd.grad(results, leaves, given) if training else ()))
+            for theirs_is, ours_is in zip(*found, strict=True):
+                torch.testing.assert_close(ours_is, theirs_is, rtol=1e-9, atol=1e-9)
+            counts.append(len(made))
+        layer.forget()
+    assert counts[0] > 0
+    assert counts == counts[:1] * 4

@@ -13,7 +13,7 @@ from ..plan import Plan
 from ..program import spread
 from .call import Call
 from .derived import hand_on
-from .direction import Direction, Operands, Ready, Sequences, fixed, rows_of_initial, view
+from .direction import TOTAL, Direction, Operands, Ready, Sequences, fixed, rows_of_initial, view
 from .engine import Buffer, View, add, product
 from .forward import Saved
 from .gradients import OverTime, shifted
@@ -94,17 +94,17 @@ class Backward(Call):
         super().__init__(r.dtype)
         assert not sequences.ending, "what is past an end has no gradients"
         self.r, self.sequences = r, sequences
-        operands = Operands(r.item)
+        operands, many = self.operands, sequences.most if sequences.packed else None
 
-        def all_of(tensors: Sequence[Tensor | None]) -> list[Any]:
-            return [operands.given(t) for t in tensors]
+        def all_of(tensors: Sequence[Tensor | None], many: int | None = None) -> list[Any]:
+            return [operands.given(t, many) for t in tensors]
 
-        first = operands.given(x), all_of(states or ()), all_of(inputs)
+        first = operands.given(x, many), all_of(states or ()), all_of(inputs)
         directions = [Direction(r, all_of(q), first[2], k) for k, q in enumerate(parameters)]
-        kept = operands.given(y), all_of(saved.slots), all_of(saved.series)
-        self.given = Given(*first, *kept, operands.given(dy), all_of(dfinals), all_of(dothers))
+        kept = operands.given(y, many), all_of(saved.slots, many), all_of(saved.series, many)
+        self.given = Given(*first, *kept, operands.given(dy, many), all_of(dfinals), all_of(dothers, many))
         for d in directions:
-            d.share(schedule, schedule.back, sequences.total)
+            d.share(schedule, schedule.back, sequences.most)
         self.made = self._results(operands, directions[0], x, parameters, inputs, saved, wanted, overwrite, feed)
         totals = [self._totals(d) for d in directions]
         launches = []
@@ -112,7 +112,8 @@ class Backward(Call):
             unused = ("before",) if sequences.steps == 1 else ()
             launches.append((self._views(d, own), d.products(self.script, r.backward, unused)))
         for d, launch in zip(directions, launches, strict=True):
-            d.launch(self.script, r.backward, sequences, *launch, descending=not d.reverse, skip_first=True)
+            options: dict[str, Any] = {"descending": not d.reverse, "number": self.number, "skip_first": True}
+            d.launch(self.script, r.backward, sequences, *launch, **options)
         for d, own in zip(directions, totals, strict=True):
             if self.made.dx is not None:
                 self._input(d)
@@ -140,17 +141,20 @@ class Backward(Call):
         """All that the call makes, by the sizes that its directions have in common."""
         p, sequences, count = self.r.programs, self.sequences, len(parameters)
         rows, total, width, hidden = sequences.rows, sequences.total, d.depth, d.hidden
+        if sequences.packed:
+            total = TOTAL
 
         def made(shape: tuple[int, ...] | None) -> Any:
-            return operands.given(None) if shape is None else operands.made(shape)
+            return operands.given(None) if shape is None else operands.made(shape, sequences.most)
 
-        dx = tuple(x.shape) if wanted.x else None
+        leading = (total,) if sequences.packed else tuple(x.shape[:-1])
+        dx = (*leading, x.shape[-1]) if wanted.x else None
         states_wanted = wanted.states or bool(p.derived and (wanted.weights or feed))
         dstates = [(count, rows, hidden if j else width) if states_wanted else None for j in range(len(p.states))]
         dinputs = [tuple(t.shape) if feed else None for t in inputs]
         dparameters = [[None if t is None or not wanted.weights else tuple(t.shape) for t in q] for q in parameters]
         totals = [(rows, hidden) for _ in self.r.cell.own]
-        grad = None if overwrite else tuple(saved.slots[0].shape)
+        grad = None if overwrite else (total, *saved.slots[0].shape[1:])
         projected = (total, spread(width)) if d.w_hr is not None else None
         wide = {p.states[0]: width}
         entering = {o for _, _, o in self.r.recurrent if isinstance(o, str) and wanted.weights}
@@ -249,14 +253,16 @@ class Backward(Call):
                 before[name] = shifted(d, sequences.rows, known[name], entered[name])
         dw_ih, dw_hh, db_ih, db_hh, dw_hr = made.dparameters[k][:5]
         assert dw_ih is not None
-        OverTime(self.script, d, made.grads[k]).weights(given.x, before, given.slots[k], dw_ih, dw_hh, db_ih, db_hh)
+        OverTime(self, sequences.packed, d, made.grads[k]).weights(
+            given.x, before, given.slots[k], dw_ih, dw_hh, db_ih, db_hh
+        )
         if (projected := made.projected[k]) is not None:
             assert dw_hr is not None
-            OverTime(self.script, d, projected).projection(given.slots[k], dw_hr)
+            OverTime(self, sequences.packed, d, projected).projection(given.slots[k], dw_hr)
 
-    def finish(self, tensors: Sequence[Tensor | None]) -> Gradients:
+    def finish(self, tensors: Sequence[Tensor | None], sequences: Sequences) -> Gradients:
         """The gradients, of tensors in the order of `prepared_backward`."""
-        return self.gradients(self.begin(tensors))
+        return self.gradients(self.begin(tensors, sequences))
 
     def gradients(self, made: Sequence[Any]) -> Gradients:
         """Those among all that the call makes."""
@@ -305,6 +311,8 @@ class Backward(Call):
         start = None if d.index else zeros(d.inputs * grad.item)
         pack = grad.shape[0] > FEW_ROWS
         options: dict[str, Any] = {"transposed": True, "pack": pack, "threads": d.team, "label": "input gradient"}
+        if self.sequences.packed:
+            options["count"] = self.number(lambda s: s.total)
         product(self.script, d.r.dtype, rows, weight, dx.by_time(), start, **options)
 
     def _initial(self, d: Direction, name: str, out: Buffer) -> None:
@@ -328,7 +336,7 @@ class Backward(Call):
             add(self.script, d.r.dtype, out, None)
 
     def _initial_packed(self, d, out, run, first, fresh) -> None:
-        h, gates, sequences = d.hidden, [d.r.gates[g] for g in run], self.sequences
+        h, gates, here = d.hidden, [d.r.gates[g] for g in run], self.number(lambda s: s).operand - 1
         number, at, source = out.at.operand - 1, d.index, self.made.grads[d.index].at.operand - 1
         weights = d.w_hh.at.operand - 1
 
@@ -336,7 +344,7 @@ class Backward(Call):
             total = tensors[number].select(0, at)
             if fresh:
                 total.zero_()
-            edge = sequences.edge(tensors[source], last=d.reverse)
+            edge = tensors[here].edge(tensors[source], last=d.reverse)
             for k, gate in enumerate(gates):
                 slot = (first + k) * h
                 total.addmm_(edge[:, slot : slot + h], tensors[weights][gate * h : (gate + 1) * h])
@@ -345,16 +353,14 @@ class Backward(Call):
 
     def _previous(self, d: Direction, state: Buffer, initial: Buffer | None, out: Any) -> Buffer:
         """What a state was before every step of packed sequences, gathered into `out`, [total, width]."""
-        sequences = self.sequences
+        here = self.number(lambda s: s).operand - 1
         at, column, target = state.at.operand - 1, state.at.offset // state.item, out.at.operand - 1  # type: ignore[union-attr]
         entered, k, width = None if initial is None else initial.at.operand - 1, d.index, state.shape[1]  # type: ignore[union-attr]
 
         def gather(tensors):
-            index, row = sequences.previous(d.reverse)
-            series = tensors[at].view(sequences.total, -1)[:, column : column + width]
-            torch.index_select(series, 0, index.clamp(min=0), out=tensors[target])
-            first = index < 0
-            tensors[target][first] = 0 if entered is None else tensors[entered][k][row[first]]
+            before, begins, sequence = tensors[here].previous(d.reverse)
+            torch.index_select(tensors[at][:, column : column + width], 0, before, out=tensors[target])
+            tensors[target][begins] = 0 if entered is None else tensors[entered][k][sequence]
 
         self.then(gather)
         return out

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import again, blocks
-from .script import Script, arena
+from .direction import TOTAL, Operands, Sequences
+from .script import At, Script, arena
 
 SMALL = 1 << 10  # numbers in a tensor, up to which one is kept to make others like it
 
@@ -25,14 +26,22 @@ class Call:
         self.dtype = dtype
         self.script = Script()
         self.parts: list[Script | Callable[[Sequence[Tensor | None]], None]] = [self.script]
+        self.operands = Operands(dtype.itemsize)
         self.shapes: list[Any] = []
-        self.make: list[Callable[[], Any]] = []
+        self.make: list[Callable[..., Any]] = []
+        self.numbers: list[Callable[[Sequences], Any]] = []
 
     def makes(self, shapes: Sequence[Any], own: int) -> None:
         """Note what the call makes, tensors of these shapes, or None for none; from number `own` on no caller sees
-        them."""
+        them. A shape begins with TOTAL where it has as many rows as a call's packed sequences."""
         self.shapes = list(shapes)
         self.make = [maker(s, self.dtype, k >= own) for k, s in enumerate(shapes)]
+
+    def number(self, of: Callable[[Sequences], Any]) -> At:
+        """One more operand, after all tensors: of the packed sequences of a call, a number that its script is told, or
+        what a function between scripts needs."""
+        self.numbers.append(of)
+        return self.operands.address()
 
     def then(self, function: Callable[[Sequence[Tensor | None]], None]) -> None:
         """Go on with a function of the operands, by number less 1."""
@@ -69,26 +78,36 @@ class Call:
 
         return in_python
 
-    def begin(self, tensors: Sequence[Tensor | None]) -> list[Any]:
-        """Make the call of the tensors in the order of `prepared`: all that it makes."""
-        made = [make() for make in self.make]
-        self.run([*tensors, *made])
+    def begin(self, tensors: Sequence[Tensor | None], sequences: Sequences | None = None) -> list[Any]:
+        """Make the call of the tensors in the order of `prepared`: all that it makes. sequences: if they are packed."""
+        if sequences is None or not sequences.packed:
+            made = [make() for make in self.make]
+            self.run([*tensors, *made])
+            return made
+        made = [
+            make(sequences.total) if shape and shape[0] == TOTAL else make()
+            for make, shape in zip(self.make, self.shapes, strict=True)
+        ]
+        self.run([*tensors, *made, *[of(sequences) for of in self.numbers]])
         return made
 
-    def run(self, tensors: Sequence[Tensor | None]) -> None:
-        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    def run(self, operands: Sequence[Any]) -> None:
+        addresses = [t.data_ptr() if isinstance(t, Tensor) else t if isinstance(t, int) else 0 for t in operands]
         for part in self.parts:
             if not isinstance(part, Script):
-                part(tensors)
+                part(operands)
             elif part.launches:
                 part.run(addresses)
 
 
-def maker(shape: Sequence[int] | None, dtype: torch.dtype, own: bool = False) -> Callable[[], Any]:
+def maker(shape: Sequence[int] | None, dtype: torch.dtype, own: bool = False) -> Callable[..., Any]:
     """A function that makes a tensor of that shape, or None for no shape: for a small one, from another like it, which
-    is the quickest way. own: no caller sees it."""
+    is the quickest way. own: no caller sees it. Where the shape begins with TOTAL, it is a function of that number."""
     if shape is None:
         return _nothing
+    if shape and shape[0] == TOTAL:
+        empty = blocks.empty if own else torch.empty
+        return lambda total: empty((total, *shape[1:]), dtype=dtype)
     if torch.Size(shape).numel() <= SMALL:
         return partial(torch.empty_like, torch.empty(tuple(shape), dtype=dtype))
     return partial(blocks.empty, tuple(shape), dtype) if own else partial(torch.empty, *shape, dtype=dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -19,6 +19,7 @@ from .engine import Buffer, Product, Runner, Times, View, add
 from .host import host
 from .script import Address, At, Script, zeros
 
+TOTAL = -1  # first in a shape: as many rows as all steps of a call's packed sequences have
 APART_FLOPS = 20_000_000  # of a product, worth a team of its own
 
 
@@ -56,11 +57,23 @@ def suited(cell: Cell, weights: Sequence[Any], feed: bool = False, each: bool = 
     return ready(cell, project, w_ih.dtype, lanes, feed, each)
 
 
+Number = Callable[[Callable[["Sequences"], Any]], At]
+"""`Call.number`: an operand, by a function of the sequences of a call."""
+
+
+def roomy(count: int) -> int:
+    """As many or somewhat more, so that there are few such numbers."""
+    step = 1 << max(count.bit_length() - 4, 0)
+    return -(-count // step) * step
+
+
 class Sequences:
     """How time steps and sequences are laid out: padded [T, N], or packed [total] with the number of rows of each step;
     or padded, and only so many rows of each step are run, the first ones.
 
     steps: T; rows: N, of the fullest step; total: rows of all steps; counts: of each step, None if all have as many.
+    most: rows of all steps that a call is made ready for: of packed sequences somewhat more than there are, so that the
+    same call does for others; what differs from one to the next is told at each call (`Call.number`).
     """
 
     def __init__(self, x: Tensor, counts: Tensor | None) -> None:
@@ -69,9 +82,10 @@ class Sequences:
         if self.packed:
             table = self._table()
             self.steps, self.rows, self.total = table.shape[0], int(table[0]), x.shape[0]
+            self.most = roomy(self.total)
         else:
             self.steps, self.rows = x.shape[0], x.shape[1]
-            self.total = self.steps * self.rows
+            self.most = self.total = self.steps * self.rows
 
     @property
     def ending(self) -> bool:
@@ -83,10 +97,10 @@ class Sequences:
         return self.counts
 
     @cached_property
-    def offsets(self) -> Tensor:
+    def offsets(self) -> np.ndarray:
         """Row at which each step begins (packed)."""
-        counts = self._table()
-        return counts.cumsum(0) - counts
+        counts = self._table().numpy()
+        return counts.cumsum() - counts
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -94,13 +108,18 @@ class Sequences:
         ascending = self._table().numpy()[::-1]
         return self.steps - ascending.searchsorted(np.arange(self.rows), side="right")
 
-    def times(self, descending: bool, marks: At | None = None) -> Times:
-        """Steps from the first to the last, or from the last to the first; marks: see there."""
+    @cached_property
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where each step begins, and its rows, of packed sequences: from the first step to the last, and back."""
+        ascending = np.stack([self.offsets, self._table().numpy()])
+        return ascending, np.ascontiguousarray(ascending[:, ::-1])
+
+    def times(self, descending: bool, number: Number, marks: At | None = None) -> Times:
+        """Steps from the first to the last, or from the last to the first. number: `Call.number`; marks: see there."""
         if self.packed:
-            positions, counts = self.offsets, self._table()
-            if descending:
-                positions, counts = positions.flip(0), counts.flip(0)
-            return Times(self.steps, self.rows, positions=positions, counts=counts)
+            positions = number(lambda s: s.tables[descending][0].ctypes.data)
+            counts = number(lambda s: s.tables[descending][1].ctypes.data)
+            return Times(number(lambda s: s.steps), self.rows, positions=positions, counts=counts)
         first, delta = (self.steps - 1, -1) if descending else (0, 1)
         return Times(self.steps, self.rows, first, delta, counts=marks and marks + 8 * self.steps * descending)
 
@@ -116,26 +135,23 @@ class Sequences:
         return marks[-self.rows :]
 
     def edge(self, t: Tensor, last: bool) -> Tensor:
-        """[N, ...]: rows of `t` ([T, N, ...] or [total, ...]) at the last or first step of every sequence."""
-        if not self.packed:
-            time = t if t.dim() == 3 else t.view(self.steps, self.rows, t.shape[1])
-            return time.select(0, self.steps - 1 if last else 0)
-        if not last:
-            return t[: self.rows]
-        return t[self.offsets[torch.from_numpy(self.lengths) - 1] + torch.arange(self.rows)]
+        """[N, ...]: rows of `t`, [total, ...], at the last or first step of every packed sequence."""
+        return t.index_select(0, self._last) if last else t[: self.rows]
 
-    def previous(self, reverse: bool) -> tuple[Tensor, Tensor]:
-        """(row of the step before, row of the sequence) for every packed row; the former is -1 at a first step."""
-        counts = self._table()
-        row = torch.arange(self.total) - self.offsets.repeat_interleave(counts)
-        step = torch.arange(self.steps).repeat_interleave(counts)
-        if reverse:
-            other = (step + 1).clamp(max=self.steps - 1)
-            exists = (step + 1 < self.steps) & (row < counts[other])
-        else:
-            other = (step - 1).clamp(min=0)
-            exists = step > 0
-        return torch.where(exists, self.offsets[other] + row, -1), row
+    @cached_property
+    def _last(self) -> Tensor:
+        return torch.from_numpy(self.offsets[self.lengths - 1] + np.arange(self.rows))
+
+    def previous(self, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Of packed rows: which row each one's step before is, or any; which have none; and the sequences of those."""
+        counts, offsets = self._table().numpy(), self.offsets
+        row = np.arange(self.total) - offsets.repeat(counts)
+        step = np.arange(self.steps).repeat(counts)
+        other = np.minimum(step + 1, self.steps - 1) if reverse else np.maximum(step - 1, 0)
+        first = (step == other) | (row >= counts[other]) if reverse else step == 0
+        before = np.where(first, 0, offsets[other] + row)
+        begins = np.flatnonzero(first)
+        return torch.from_numpy(before), torch.from_numpy(begins), torch.from_numpy(row[begins])
 
     def bounds(self, threads: int) -> np.ndarray:
         """The rows at which threads' shares begin, so that each has as many time steps to do, and the end."""
@@ -143,11 +159,21 @@ class Sequences:
         goals = np.arange(1, threads) * (done[-1] / threads)
         return np.array([0, *np.minimum(done.searchsorted(goals) + 1, self.rows), self.rows])
 
-    def shares(self, script: Script, threads: int, marks: At | None = None) -> Address:
+    def shares(self, threads: int, number: Number, marks: At | None = None) -> Address:
         """Address of the threads' bounds; 0 for even shares."""
         if self.counts is None or threads == 1:
             return 0
-        return script.table(self.bounds(threads).tolist()) if marks is None else marks + 16 * self.steps
+        return number(lambda s: s.bounds_at(threads)) if marks is None else marks + 16 * self.steps
+
+    def bounds_at(self, threads: int) -> int:
+        """Address of `bounds`, for as long as the sequences last."""
+        if threads not in self._bounds:
+            self._bounds[threads] = self.bounds(threads).astype(np.int64)
+        return self._bounds[threads].ctypes.data
+
+    @cached_property
+    def _bounds(self) -> dict[int, np.ndarray]:
+        return {}
 
 
 def view(t: Buffer, sequences: Sequences, initial: Buffer | int = 0) -> View:
@@ -182,14 +208,18 @@ class Operands:
     def __init__(self, item: int) -> None:
         self.item, self.count = item, 1
 
-    def given(self, t: Tensor | None) -> Any:
-        """A tensor of the caller's as a Buffer; None, and a number skipped, where there is none."""
+    def given(self, t: Tensor | None, most: int | None = None) -> Any:
+        """A tensor of the caller's as a Buffer; None, and a number skipped, where there is none. most: its rows, where
+        those of other calls may be others, and no more."""
         at = At(self._next())
-        return None if t is None else Buffer(at, tuple(t.shape), tuple([s * self.item for s in t.stride()]), self.item)
+        if t is None:
+            return None
+        shape = tuple(t.shape) if most is None else (most, *t.shape[1:])
+        return Buffer(at, shape, tuple([s * self.item for s in t.stride()]), self.item)
 
-    def made(self, shape: Sequence[int]) -> Any:
-        """A tensor that the call makes."""
-        return Buffer.new(At(self._next()), shape, self.item)
+    def made(self, shape: Sequence[int], most: int) -> Any:
+        """A tensor that the call makes. most: rows in the place of TOTAL."""
+        return Buffer.new(At(self._next()), [most if n == TOTAL else n for n in shape], self.item)
 
     def address(self) -> At:
         """A tensor of the caller's of which only the address is wanted."""
@@ -285,13 +315,14 @@ class Direction:
         products: Sequence[Sequence[Product]],
         *,
         descending: bool,
+        number: Number,
         marks: At | None = None,
         **options: Any,
     ) -> None:
-        """Add a pass's program over the time steps, from the last one if descending."""
+        """Add a pass's program over the time steps, from the last one if descending. number: `Call.number`."""
         run.launch(
             script,
-            sequences.times(descending, marks),
+            sequences.times(descending, number, marks),
             views,
             products,
             [self.units(s.size) for s in run.program.stages],
@@ -301,7 +332,7 @@ class Direction:
             wait=self.index == 0 or not self.schedule.side_by_side,
             split=self.split,
             row_block=self.schedule.row_block,
-            shares=sequences.shares(script, self.threads, marks) if self.split == "rows" else 0,
+            shares=sequences.shares(self.threads, number, marks) if self.split == "rows" else 0,
             **options,
         )
 
@@ -356,7 +387,7 @@ def planned(cell: Cell, weights: Sequence[Any], sequences: Sequences, directions
         Shape(
             sequences.steps,
             sequences.rows,
-            sequences.total,
+            sequences.most,
             inputs,
             rows // gates,
             0 if w_hh is None else w_hh.shape[1],

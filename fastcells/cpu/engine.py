@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..expression import leaf
 from ..plan import AHEAD_BYTES, ROW_BLOCK, depth_part, share
@@ -36,15 +35,16 @@ DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 class Times(NamedTuple):
     """Positions of the time steps in processing order, and how many sequences each one has.
 
-    Padded: position first + step * delta, all rows at every step, or as many as counts say. Packed: tables of int64.
+    Padded: position first + step * delta, all rows at every step, or as many as counts say. Packed: addresses of tables
+    of int64.
     """
 
-    steps: int
-    rows: int
+    steps: Address
+    rows: Address
     first: int = 0
     delta: int = 1
-    positions: Tensor | None = None
-    counts: Tensor | Address | None = None
+    positions: Address = 0
+    counts: Address | None = None
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,11 @@ class Runner:
         first: int = 0,
         wait: bool = True,
         split: str = "rows",
-        row_block: int | None = None,
+        row_block: int,
         shares: Address = 0,
         dot: bool = False,
         beside: Sequence[Address] = (0,) * 5,
+        depth: Address | None = None,
         label: str = "",
     ) -> None:
         """Add to a script: the program over the time steps.
@@ -191,27 +192,27 @@ class Runner:
         views: of every buffer. products: of every stage. units: of every stage. slot: units between slots. skip_first:
         at a first step, products of "before" rows are zero. threads, from number `first` on, share by `split`; shares:
         address of the rows, or vectors of units, at which their shares begin, if not even. dot: weights are read as
-        they are. beside: the words of HEADER on input projections of later steps, for a program that `rides`.
+        they are. beside: the words of HEADER on input projections of later steps, for a program that `rides`. depth: of
+        the only product, where it is told at each call; no more than the product says.
         """
         assert self.rides or not beside[0], "this program's tiles do not make input projections"
-        row_block = row_block or times.rows
         words: list[Address] = [0] * self.layout.size
         at, sums, sizes = self.layout.stage[0], 0, list[tuple[int, int]]()
         for k, (parts, before, unit) in enumerate(zip(products, self.before, units, strict=True)):
-            depth = sum([p.depth for p in parts])
-            part = depth if dot else depth_part(depth, row_block)
-            if parts and not dot and (depth > part or (row_block > 1 and not self.direct[k])):
+            whole = sum([p.depth for p in parts])
+            piece = whole if dot else depth_part(whole, row_block)
+            if parts and not dot and (whole > piece or (row_block > 1 and not self.direct[k])):
                 sums = max(sums, self._sums(k, row_block))
-            sizes.append((unit, -(-depth // part) if depth else 1))
+            sizes.append((unit, -(-whole // piece) if whole else 1))
             skip = sum([p.depth for p, b in zip(parts, before, strict=True) if b]) if skip_first else 0
-            words[at : at + len(STAGE_WORDS)] = unit, skip, depth, part, dot
+            words[at : at + len(STAGE_WORDS)] = unit, skip, whole if depth is None else depth, piece, dot
             at += len(STAGE_WORDS)
         for name, at in self.layout.buffer.items():
             words[at : at + 5] = views[name]
         at = self.layout.segments
         for parts in products:
             for part in parts:
-                words[at : at + len(part)] = part
+                words[at : at + len(part)] = part if depth is None else (depth, *part[1:])
                 at += len(part)
         steps, rows, start, delta, positions, counts = times
         agenda = agenda_bytes(self.program, self.shapes, sizes, 1 if counts is None else 3, dot)
@@ -221,10 +222,10 @@ class Runner:
             rows,
             shares if threads > 1 else 0,
             threads,
-            0 if positions is None else script.hold(positions),
+            positions,
             start,
             delta,
-            script.hold(counts) if isinstance(counts, Tensor) else counts or 0,
+            counts or 0,
             split == "units",
             0,
             team.give_way(),
@@ -251,19 +252,30 @@ class Runner:
         depth: int,
         threads: int = 1,
         first: int = 0,
+        told: Address | None = None,
     ) -> Product:
         """Weights packed for a segment of a stage, once whoever makes a copy of the call's own is done.
 
         weight: [rows, columns] with adjacent columns. Forward, units are rows from `offsets` (one for each gate) on
-        and depth runs over columns; transposed, the other way round.
+        and depth runs over columns; transposed, the other way round. told: the depth that there is, where
+        that is told at each call: of no more than a vector of units.
         """
+        assert told is None or units <= self.lanes, "where a vector begins depends on the depth"
         gates = len(offsets)
         count = -(-units // self.lanes) * depth * gates * self.lanes
         threads = threads if count > 1 << 14 else 1
         address, digests = script.keep(count * self.item), script.keep(threads * DIGEST_BYTES)
         row = weight.strides[0]
         strides = (self.item, row) if transposed else (row, self.item)
-        words: list[Address] = [address, weight.at, units, depth, *strides, self.shapes[stage].block, gates]
+        words: list[Address] = [
+            address,
+            weight.at,
+            units,
+            depth if told is None else told,
+            *strides,
+            self.shapes[stage].block,
+            gates,
+        ]
         words += [threads, digests, At(KEEPS), *(o * row for o in offsets)]
         made = isinstance(weight.at, At) and weight.at.operand == MEMORY
         script.launch(packing(self.dtype, self.lanes), words, threads=threads, first=first, wait=made)
@@ -318,8 +330,17 @@ def plain(dtype: torch.dtype) -> tuple[Runner, Runner]:
     return Runner(PRODUCT, dtype, lanes), Runner(SUM, dtype, lanes)
 
 
-def add(script: Script, dtype: torch.dtype, out: Buffer, a: Buffer | None, b: Buffer | None = None, **options) -> None:
-    """out = a + b over [rows, units] or [steps, rows, units]; None stands for zeros."""
+def add(
+    script: Script,
+    dtype: torch.dtype,
+    out: Buffer,
+    a: Buffer | None,
+    b: Buffer | None = None,
+    count: Address | None = None,
+    **options: Any,
+) -> None:
+    """out = a + b over [rows, units] or [steps, rows, units]; None stands for zeros. count: rows of the only step,
+    where it is told at each call."""
     _, run = plain(dtype)
     steps, rows, units = out.by_time().shape
 
@@ -327,7 +348,8 @@ def add(script: Script, dtype: torch.dtype, out: Buffer, a: Buffer | None, b: Bu
         return View(zeros(units * run.item)) if t is None else View(t.at, *t.by_time().strides[:2])
 
     views = {"a": view(a), "b": view(b), "out": view(out)}
-    run.launch(script, Times(steps, rows), views, [[]], [units], **options)
+    times = Times(steps, rows if count is None else count)
+    run.launch(script, times, views, [[]], [units], row_block=rows, **options)
 
 
 def product(
@@ -344,6 +366,8 @@ def product(
     split: str = "rows",
     pack: bool = True,
     wait: bool = True,
+    count: Address | None = None,
+    told: Address | None = None,
     label: str = "",
 ) -> None:
     """out = start + x @ weight.T, or start + x @ weight if transposed, over the last dimension.
@@ -351,7 +375,8 @@ def product(
     x: [A, B, depth], any strides. out: [A, B, units] with adjacent units. start: address of [units], or None to add to
     what `out` holds. weight: [rows, columns] with adjacent columns, or what `panel` made of it. threads: at most; with
     `shares` so many, and they share by `split` (see `launch`). pack: whether the weights are packed first; not to needs
-    `transposed`. wait: for what earlier launches do.
+    `transposed`. wait: for what earlier launches do. count, told: rows of x and out, which have one step then, and
+    depth, where they are told at each call: no more than the buffers say.
     """
     run, _ = plain(dtype)
     units, depth = out.shape[-1], x.shape[-1]
@@ -372,15 +397,16 @@ def product(
     if isinstance(weight, Product):
         weights = weight
     elif pack or not run.readable(transposed, units):
-        weights, wait = run.panel(script, weight, 0, transposed, [0], units, depth, threads), True
+        weights, wait = run.panel(script, weight, 0, transposed, [0], units, depth, threads, told=told), True
     else:
         weights = run.in_place(weight, transposed, units, depth)
     run.launch(
         script,
-        Times(steps, rows),
+        Times(steps, rows if count is None else count),
         views,
         [[weights._replace(k=x_strides[2])]],
         [units],
+        depth=told,
         threads=threads,
         split=split,
         shares=shares,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..plan import Plan
 from .call import Call
-from .direction import Direction, Operands, Ready, Sequences, fixed, planned, view
+from .direction import TOTAL, Direction, Ready, Sequences, fixed, planned, view
 from .engine import Buffer, View, add, plain, product
 from .geometry import BESIDE_ROWS
 from .script import Address, At, zeros
@@ -42,27 +42,28 @@ class Forward(Call):
         p, item, dtype = r.programs, r.item, r.dtype
         self.cell = r.cell
         self.plan = schedule = planned(r.cell, parameters[0], sequences, len(parameters))
-        operands = Operands(item)
-        x_, given = operands.given(x), [operands.given(s) for s in states or ()]
+        operands, many = self.operands, sequences.most if sequences.packed else None
+        x_, given = operands.given(x, many), [operands.given(s) for s in states or ()]
         fed = [operands.given(t) for t in inputs]
         directions = [Direction(r, [operands.given(t) for t in q], fed, k) for k, q in enumerate(parameters)]
         marks = operands.address() if sequences.ending else None
-        count, rows, total = len(directions), sequences.rows, sequences.total
+        count, rows, total = len(directions), sequences.rows, sequences.most
         for d in directions:
             d.share(schedule, schedule.forward, total)
         width, hidden = directions[0].depth, directions[0].hidden
         # A unit's state is read and then written by the same tile, so that states may be kept in place.
         in_place = not training and len(p.forward.stages) == 1
-        self.y = (*x.shape[:-1], count * width)
+        leading = (TOTAL,) if sequences.packed else x.shape[:-1]
+        self.y = (*leading, count * width)
         self.finals = [(count, rows, hidden if j else width) for j in range(len(r.cell.states))]
-        self.slots = (total, p.width(hidden))
-        self.series = (total, hidden)
+        self.slots = (TOTAL if sequences.packed else total, p.width(hidden))
+        self.series = (self.slots[0], hidden)
         # Other states are kept at every step for the backward pass, and for products.
         kinds = [j for j, name in enumerate(p.states) if j and (name in p.streams or not in_place)]
         self.many = len(kinds)
-        y, finals = operands.made(self.y), [operands.made(s) for s in self.finals]
-        kept = [operands.made(self.slots) for _ in directions] if training else []
-        series = [{j: operands.made(self.series) for j in kinds} for _ in directions]
+        y, finals = operands.made(self.y, total), [operands.made(s, total) for s in self.finals]
+        kept = [operands.made(self.slots, total) for _ in directions] if training else []
+        series = [{j: operands.made(self.series, total) for j in kinds} for _ in directions]
         if sequences.ending:  # zero where no step is run
             add(self.script, dtype, y.flattened(), None, threads=directions[0].team, wait=False)
         nothing = zeros(max(width, hidden) * item)
@@ -101,11 +102,11 @@ class Forward(Call):
             units = len(p.start_gates) * hidden
             ahead = kept[k] if training else Buffer.new(self.script.take(total * units * item), (total, units), item)
             views["start"], views["x"] = view(ahead, sequences), view(x_, sequences) if schedule.beside else View(0)
-            beside.append(
-                self._project(d, sequences, x_.by_time(), ahead.columns(0, units).by_time(x.shape[:-1]), start)
-            )
+            into = ahead.columns(0, units).by_time(x_.shape[:-1])
+            beside.append(self._project(d, sequences, x_.by_time(), into, start))
         for k, d in enumerate(directions):
             options: dict[str, Any] = {"skip_first": states is None, "training": training, "marks": marks}
+            options["number"] = self.number
             options["dot"] = schedule.in_place
             if beside:
                 options["beside"] = beside[k]
@@ -130,14 +131,15 @@ class Forward(Call):
         series: Any = source.at
         final: Any = out.at
         column, size = series.offset // source.item, source.shape[-1]
+        here = self.number(lambda s: s) if marks is None else marks
 
-        def copy(tensors):
-            every = tensors[series.operand - 1]
+        def copy(operands):
+            every, given = operands[series.operand - 1], operands[here.operand - 1]
             if marks is None:
-                edge = sequences.edge(every, last=not d.reverse)
+                edge = given.edge(every, last=not d.reverse)
             else:
-                edge = every.flatten(0, -2).index_select(0, sequences.last(tensors[marks.operand - 1]))
-            tensors[final.operand - 1].select(0, d.index).copy_(edge[:, column : column + size])
+                edge = every.flatten(0, -2).index_select(0, sequences.last(given))
+            operands[final.operand - 1].select(0, d.index).copy_(edge[:, column : column + size])
 
         self.then(copy)
 
@@ -157,11 +159,13 @@ class Forward(Call):
             if count:
                 rows, into = x.narrow(0, first, count), out.narrow(0, first, count)
                 options: dict[str, Any] = {"threads": d.team, "wait": first == parts[0][0], "label": "input projection"}
+                if sequences.packed:
+                    options["count"] = self.number(lambda s: s.total)
                 product(self.script, self.dtype, rows, weight, into, start, **options)
         return words
 
-    def start(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
+    def start(self, tensors: Sequence[Tensor | None], sequences: Sequences) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
         """(y, final states, what backward needs) of the tensors in the order of `prepared`."""
-        made = self.begin(tensors)
+        made = self.begin(tensors, sequences)
         finals, slots = self._end
         return made[0], tuple(made[1:finals]), Saved(made[finals:slots], made[slots:], self.plan)

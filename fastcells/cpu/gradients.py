@@ -9,11 +9,12 @@ from typing import Any
 
 from ..plan import share
 from ..program import spread
+from .call import Call
 from .direction import Direction
 from .engine import Buffer, add, plain, product
 from .geometry import LINE
 from .host import host
-from .script import Script, ones, zeros
+from .script import Address, ones, zeros
 
 LABEL = "weight gradients"
 STRETCH = 256  # rows of all steps taken at a time, which stay in the second-level cache
@@ -46,8 +47,9 @@ class OverTime:
     rows are `spread`, so that these lie in all sets of a cache; so are those of copies.
     """
 
-    def __init__(self, script: Script, d: Direction, grad: Buffer) -> None:
-        self.script, self.d, self.grad = script, d, grad
+    def __init__(self, call: Call, packed: bool, d: Direction, grad: Buffer) -> None:
+        """packed: of packed sequences, which have as many rows as `grad` says, or fewer, as is told at each call."""
+        self.call, self.packed, self.script, self.d, self.grad = call, packed, call.script, d, grad
         # (first column, columns, first row, [rows, width] or [steps, rows, width], target)
         self.terms: list[tuple[int, int, int, Buffer, Buffer]] = []
 
@@ -113,15 +115,17 @@ class OverTime:
         copied = {o: first for *_, first, o, _ in self.terms if len(o.shape) == 3 or (large and torn(o))}
         if large:  # whole time steps, if there are two distances
             whole = max([o.shape[1] for o in copied if len(o.shape) == 3], default=1)
-            rows = COPIED_STRETCH if any(map(torn, copied)) else STRETCH
-            length = -(-total // -(-total // rows) // whole) * whole
+            most = COPIED_STRETCH if any(map(torn, copied)) else STRETCH
+            length = -(-total // -(-total // most) // whole) * whole
         near = {}
         for other in copied:
             width, row = other.shape[-1], spread(other.shape[-1])
             near[other] = Buffer.new(script.take(length * row * item), (length, row), item).columns(0, width)
         begun: set[Buffer] = set()
 
-        def add_product(x: Buffer, weight: Buffer, target: Buffer, shares: list[int], split: str, wait: bool) -> None:
+        def add_product(
+            x: Buffer, weight: Buffer, target: Buffer, shares: list[int], split: str, wait: bool, told: Address | None
+        ) -> None:
             """shares: tables for whole vectors of the target, which read weights where they are, and what is left."""
             whole = target.shape[1] // lanes * lanes
             for first, count, table in ((0, whole, shares[0]), (whole, target.shape[1] - whole, shares[-1])):
@@ -129,7 +133,8 @@ class OverTime:
                     product(
                         script, dtype, x.by_time(), weight.columns(first, count),
                         target.columns(first, count).by_time(), None if target in begun else zeros(count * item),
-                        transposed=True, pack=False, threads=threads, shares=table, split=split, wait=wait, label=LABEL,
+                        transposed=True, pack=False, threads=threads, shares=table, split=split, wait=wait, told=told,
+                        label=LABEL,
                     )  # fmt: skip
                     wait = False
             begun.add(target)
@@ -147,6 +152,7 @@ class OverTime:
         wait = True
         for begin in range(0, total, length):
             end = min(begin + length, total)
+            told = self._told(begin, end)
             stretch = self.grad.narrow(0, begin, end - begin)
             rows = stretch.turned()
             copying = True
@@ -155,7 +161,8 @@ class OverTime:
                 if low < high:
                     into = here.narrow(0, low - begin, high - low)
                     part = self._narrowed(other, low - copied[other], high - low)
-                    add(script, dtype, into.by_time(part.shape[:-1]), part, threads=threads, wait=copying, label=LABEL)
+                    into = into.by_time(part.shape[:-1])
+                    add(script, dtype, into, part, count=told, threads=threads, wait=copying, label=LABEL)
                     copying, wait = False, True
             for column, count, first, other, target in self.terms:
                 low, high = self._part(begin, end, first, other)
@@ -163,11 +170,11 @@ class OverTime:
                     x = rows.narrow(0, column, count).narrow(1, low - begin, high - low)
                     source, at = (near[other], begin) if other in near else (other, first)
                     weight = source.narrow(0, low - at, high - low)
-                    add_product(x, weight, target, rows_of[column, count], "rows", wait)
+                    add_product(x, weight, target, rows_of[column, count], "rows", wait, told)
                     wait = False
             if sums is not None:
                 unit = Buffer.new(ones(end - begin, dtype), (1, end - begin), item)
-                add_product(unit, stretch.columns(0, sums.shape[1]), sums, vectors_of, "units", wait)
+                add_product(unit, stretch.columns(0, sums.shape[1]), sums, vectors_of, "units", wait, told)
                 wait = False
 
     def _shares(self, columns: int, lanes: int) -> list[int]:
@@ -180,6 +187,12 @@ class OverTime:
         threads = min(share(columns, 2 * lanes * done[-1], self.d.team).threads, len(costs))
         goals = [done[-1] * k / threads for k in range(1, threads)]
         return [0, *(bisect_left(done, goal) * lanes for goal in goals), columns]
+
+    def _told(self, begin: int, end: int) -> Address | None:
+        """How many of the rows there are, where that is told."""
+        if not self.packed:
+            return None
+        return self.call.number(lambda s: min(max(s.total - begin, 0), end - begin))
 
     def _part(self, begin: int, end: int, first: int, other: Buffer) -> tuple[int, int]:
         """Which rows of all steps from `begin` to `end` there are of what begins at row `first`."""

@@ -12,7 +12,7 @@ from . import team
 from .backward import Backward, Gradients, Wanted
 from .call import forget, forgetting, kept
 from .derived import all_states
-from .direction import Sequences, planned, ready, suited, usable
+from .direction import Ready, Sequences, planned, ready, suited, usable
 from .forward import Forward, Saved
 
 __all__ = [
@@ -49,6 +49,19 @@ def _laid_out(tensors: Sequence[Tensor | None]) -> tuple:
     return tuple([None if t is None else (t.shape, t.stride()) for t in tensors])
 
 
+def _key(
+    r: Ready, sequences: Sequences, rows: Sequence[Tensor | None], others: Sequence[Tensor | None]
+) -> tuple | None:
+    """What calls that are made alike have in common, by their tensors; None: nothing. rows: the tensors that have rows
+    of all steps, of packed sequences as many as these have."""
+    if not sequences.packed:
+        return _laid_out([*rows, *others])
+    if r.cell.step_inputs:  # whose directions are so many rows apart
+        return None
+    few = sequences.most, sequences.rows, sequences.steps == 1
+    return few, tuple([t if t is None else (t.shape[1:], t.stride()) for t in rows]), _laid_out(others)
+
+
 def prepared(
     cell: Cell,
     x: Tensor,
@@ -64,9 +77,9 @@ def prepared(
     x, weights, inputs = usable(x), _flat(parameters), [usable(t) for t in inputs]
     given = all_states(r, states, weights, inputs, sequences.rows)
     tensors = [x, *(given or ()), *inputs, *[t for q in weights for t in q]]
-    key = None
-    if not sequences.packed:
-        key = r, len(parameters), training, team.size(), given is None, sequences.ending, *_laid_out(tensors)
+    key = _key(r, sequences, [x], tensors[1:])
+    if key is not None:
+        key = r, len(parameters), training, team.size(), given is None, sequences.ending, key
     call = kept(key, lambda: Forward(r, x, given, weights, inputs, sequences, training))
     return call, [*tensors, sequences.marks(call.plan.forward.threads)] if sequences.ending else tensors
 
@@ -86,7 +99,7 @@ def forward(
     feed: backward will be asked for gradients of the inputs. There is none for sequences that are `ending`.
     """
     call, tensors = prepared(cell, x, states, parameters, sequences, training, inputs, feed)
-    return call.start(tensors)
+    return call.start(tensors, sequences)
 
 
 def prepared_backward(
@@ -121,10 +134,11 @@ def prepared_backward(
     saved = Saved([t.contiguous() for t in saved.slots], [t.contiguous() for t in saved.series], saved.plan)
     dy, dfinals = usable(dy), [usable(t) for t in dfinals]
     tensors = [x, *(given or ()), *inputs, *[t for q in weights for t in q]]
-    tensors += [y, *saved.slots, *saved.series, dy, *dfinals, *dothers]
-    key = None
-    if not sequences.packed:
-        key = r, directions, saved.plan, team.size(), given is None, wanted, overwrite, *_laid_out(tensors)
+    rows = [y, *saved.slots, *saved.series, dy]
+    key = _key(r, sequences, [x, *rows, *dothers], [*tensors[1:], *dfinals])
+    if key is not None:
+        key = r, directions, saved.plan.schedule, team.size(), given is None, wanted, overwrite, feed, key
+    tensors += [*rows, *dfinals, *dothers]
     call = kept(
         key,
         lambda: Backward(
@@ -134,7 +148,16 @@ def prepared_backward(
     return call, tensors
 
 
-def backward(*args: Any, **options: Any) -> Gradients:
+def backward(
+    cell: Cell,
+    x: Tensor,
+    states: tuple[Tensor, ...] | None,
+    y: Tensor,
+    parameters: Sequence[Parameters],
+    sequences: Sequences,
+    *rest: Any,
+    **options: Any,
+) -> Gradients:
     """Run the call that `prepared_backward` makes of the same arguments."""
-    call, tensors = prepared_backward(*args, **options)
-    return call.finish(tensors)
+    call, tensors = prepared_backward(cell, x, states, y, parameters, sequences, *rest, **options)
+    return call.finish(tensors, sequences)
