@@ -262,9 +262,9 @@ class OverTime(regularise.Dropping, DropIn):
         if (resets is None or not resets.any()) and not torch.is_grad_enabled():
             if Overrun.fits(call.cell, directions) and not worth_sorting(flops):
                 return call, Overrun(ends, steps)
-            packed = worth_packing(each * self.input_size, False) and self._ahead(call)
+            packed = worth_packing(each * self.input_size) and self._ahead(call)
             return None if packed else (call, Ending(ends, steps))
-        if worth_packing(flops, torch.is_grad_enabled()):
+        if worth_packing(flops):
             return None
         layer = partial(unchecked_layer, recompute=True) if self.recompute else unchecked_layer
         return call, Marked(resets, ends, steps, to, directions, self.hidden_size, x.dtype, layer)

@@ -17,7 +17,7 @@ FEW_ROWS = 8  # of several steps together, up to which it does not either
 ROW_BLOCK = 96  # rows that go through all time steps together
 THREAD_FLOPS = 400_000  # of a call, below which waking a team costs more than it brings
 WAIT_FLOPS = 9_000  # that a barrier costs for each thread that meets there
-PADDING_FLOPS = 45_000_000  # past the ends of sequences, up to which they take less time than packing the rest
+PADDING_FLOPS = 30_000_000  # past the ends of sequences, up to which they take less time than packing the rest
 OVERRUN_FLOPS = 10_000_000  # past the ends, up to which running on takes less time than sorting sequences
 UNITS_A_PIECE = 16  # that threads share
 ROWS_A_THREAD = 2  # at least; a tile of a single row cannot keep the multiply-adds busy
@@ -163,9 +163,9 @@ def share(rows: int, flops: int, threads: int, *, chained: int = 0, units: int =
     return min(costs, key=lambda s: costs[s])
 
 
-def worth_packing(padding_flops: int, training: bool) -> bool:
-    """Whether running packed sequences saves more than packing them takes, which is more with a backward pass."""
-    return padding_flops > PADDING_FLOPS * (2 if training else 1)
+def worth_packing(padding_flops: int) -> bool:
+    """Whether running packed sequences saves more than packing them takes."""
+    return padding_flops > PADDING_FLOPS
 
 
 def worth_sorting(padding_flops: int) -> bool:
