@@ -19,6 +19,7 @@ from .geometry import (
     LATENCY_CHAINS,
     LINE,
     SEGMENT_WORDS,
+    WORD,
     Layout,
     Shape,
     Variant,
@@ -82,6 +83,7 @@ class Tile(Emitter):
         for place in [*(s.rows for s in self.stage.segments), *(self.reached if self.direct else [])]:
             self.row_addresses(place)  # before the branches below, whose blocks all use them
         self.look_ahead()
+        self.look_ahead_to_write()
         sums = dict.fromkeys(self.columns, self.v.const(0.0))
         offset, parts = i64(0), list[tuple]()
         beside = Beside(b, self.v, self.layout, self.arg) if self.rides else None
@@ -123,14 +125,32 @@ class Tile(Emitter):
         places = [p for p in places if not p.uniform] if self.several else []
         lines = [*range(0, self.width * self.vector_bytes, LINE), self.width * self.vector_bytes - 1]  # from anywhere
         for buffer in dict.fromkeys(p.buffer for p in places):
-            stride = self.word(self.layout.buffer[buffer] + BUFFER_WORDS.index("row"))
-            apart = self.b.icmp_signed("!=", stride, i64(0))
-            with self.b.if_then(self.b.and_(apart, self.true(self.arg["last"]))):
+            with self.b.if_then(self.b.and_(self.apart(buffer), self.true(self.arg["last"]))):
                 for place in places:
                     if place.buffer == buffer:
                         for m in range(self.rows):
                             for byte in lines:
                                 self.v.prefetch(self.b.add(self.at(place, m, 0), i64(byte)))
+
+    def look_ahead_to_write(self) -> None:
+        """The same of what the epilogue keeps for training: a line that is written is fetched first. Where the input is
+        projected ahead, those are lines that are read as well."""
+        kept = [p for _, p, training in self.stage.outputs if training and p.when == "now"] if self.several else []
+        if not kept:
+            return
+        b, wanted = self.b, self.b.and_(self.true(self.word(WORD["training"])), self.true(self.arg["last"]))
+        for buffer in dict.fromkeys(p.buffer for p in self.starts):
+            wanted = b.and_(wanted, b.not_(self.apart(buffer)))
+        with b.if_then(wanted):
+            for place in kept:
+                for m in range(self.rows):
+                    for w in range(self.width):
+                        self.v.prefetch(self.at(place, m, w))
+
+    def apart(self, buffer: str):
+        """Whether a buffer has a row for each row of the batch."""
+        stride = self.word(self.layout.buffer[buffer] + BUFFER_WORDS.index("row"))
+        return self.b.icmp_signed("!=", stride, i64(0))
 
     def clamp(self, x, high):
         x = self.b.select(self.b.icmp_signed("<", x, i64(0)), i64(0), x)
