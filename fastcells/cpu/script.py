@@ -105,12 +105,7 @@ class Script:
         self._memory = self._kept = 0  # bytes
         self._keeping: Memory | None = None
         self._pack: Callable[..., bytes] | None = None
-        self._owned: list[array | Tensor] = []  # what the launches' frames point to
-
-    def hold(self, tensor: Tensor) -> int:
-        """Address of a tensor, which lasts as long as the script."""
-        self._owned.append(tensor)
-        return tensor.data_ptr()
+        self._owned: list[array] = []  # what the launches' frames point to
 
     def table(self, words: Iterable[int]) -> int:
         """Address of words that last as long as the script."""
