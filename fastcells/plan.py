@@ -12,6 +12,7 @@ NEAR_BYTES = 1 << 15  # that a first-level cache may hold
 BESIDE_STEPS = 32  # from which on most input projections of one sequence can be made beside its recurrence
 FAR_BYTES = 1 << 23  # of all weights, which a process's share of a third-level cache still holds
 FUSED_ROWS = 12  # of a step, from which on reading the input's weights at each costs less than to store its products
+STORED_DEPTH = 10  # of a product, that takes as long as to store its result and to load it again
 STEP_ROWS = 32  # of a single step, up to which packing the weights does not pay
 FEW_ROWS = 8  # of several steps together, up to which it does not either
 ROW_BLOCK = 96  # rows that go through all time steps together
@@ -31,7 +32,7 @@ class Shape(NamedTuple):
     """One layer, by one of its directions. steps: T; rows: N at the fullest step; total: rows of all steps; gates:
     blocks of weight rows; depth: of the recurrent product (H, or the projected size); item: bytes of a number; threads:
     at most, of all directions; apart: the cell needs its input projections before the time loop; rides: kernels can
-    make them beside the recurrence of a single sequence."""
+    make them beside the recurrence of a single sequence; lanes: units to whose multiples tiles fill up each gate."""
 
     steps: int
     rows: int
@@ -45,6 +46,7 @@ class Shape(NamedTuple):
     directions: int = 1
     apart: bool = False
     rides: bool = False
+    lanes: int = 1
 
 
 class Share(NamedTuple):
@@ -95,6 +97,8 @@ def plan(shape: Shape) -> Plan:
         project_ahead, why = True, f"{shape.rows} row(s) a step do not pay for reading the input weights each time"
     elif weight_bytes > FAR_BYTES:
         project_ahead, why = True, f"all {weight_bytes:,} bytes of weights are more than caches keep from step to step"
+    elif fills(shape) * shape.inputs > STORED_DEPTH * shape.gates * shape.hidden:
+        project_ahead, why = True, f"gates of {shape.hidden} units fill fewer vectors together than one by one"
     else:
         project_ahead, why = False, "it goes into the same sums, and is stored nowhere"
     beside = (
@@ -142,6 +146,13 @@ def plan(shape: Shape) -> Plan:
         reasons.append(f"weights read as they are: {shape.total} row(s) of all steps do not pay for packing them")
     row_block = shape.rows if shape.rows <= ROW_BLOCK else -(-shape.rows // -(-shape.rows // ROW_BLOCK))
     return Plan(forward, back, side_by_side, project_ahead, beside, in_place, row_block, tuple(reasons))
+
+
+def fills(shape: Shape) -> int:
+    """Columns that tiles multiply for nothing where each gate has vectors of its own, and not where gates have them
+    together."""
+    apart, together = (-(-units // shape.lanes) for units in (shape.hidden, shape.gates * shape.hidden))
+    return (shape.gates * apart - together) * shape.lanes
 
 
 def share(rows: int, flops: int, threads: int, *, chained: int = 0, units: int = 0, weight_bytes: int = 0) -> Share:

@@ -45,6 +45,21 @@ def test_one_sequence_makes_input_projections_beside_its_recurrence_where_that_p
     assert not plan(shape(rows=1)).beside
 
 
+@pytest.mark.parametrize(
+    ("changes", "ahead"),
+    [
+        ({"inputs": 512, "hidden": 24}, True),
+        ({"inputs": 24, "hidden": 24}, False),  # too few for it to be worth storing
+        ({"inputs": 512, "hidden": 24, "lanes": 8}, False),  # no units are missing
+        ({"inputs": 512, "hidden": 24, "gates": 1}, False),  # nobody is beside it
+        ({"inputs": 512, "hidden": 24, "steps": 1}, False),
+    ],
+)
+def test_gates_of_few_units_meet_a_wide_input_side_by_side(changes, ahead):
+    sizes = {"lanes": 16} | changes
+    assert plan(shape(**sizes, depth=sizes["hidden"])).project_ahead == ahead
+
+
 @pytest.mark.parametrize("changes", [{"threads": 1}, {"rows": 1, "hidden": 8, "depth": 8, "inputs": 8}])
 def test_little_work_stays_on_one_thread(changes):
     assert plan(shape(**changes)).forward.threads == 1

@@ -185,7 +185,7 @@ def make_pack(dtype: str, lanes: int) -> Callable:
     """The kernel that copies a weight matrix (or blocks of it) into panels, unless they hold what they would.
 
     A panel holds, for each block of vectors of units: [depth, vectors in the block, gates, lanes], so that a tile reads
-    it front to back. Lanes past the last unit are zero. The blocks' widths are those that `sweep` takes.
+    it front to back; then, for each vector of the rest, [depth, gates, lanes]. Lanes past the last unit are zero.
     """
     fmt = FORMATS[dtype]
     size = fmt.bytes
@@ -272,9 +272,7 @@ def make_pack(dtype: str, lanes: int) -> Callable:
                 stop = least(begin + length, end)
                 unit = first // lanes
                 while unit * lanes < last:
-                    width = block
-                    while width > 1 and width > full - unit:
-                        width //= 2
+                    width = block if block <= full - unit else 1
                     k = begin
                     while k < stop:
                         piece(frame, unit, width, k, least(k + 64, stop))

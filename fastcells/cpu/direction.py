@@ -397,5 +397,6 @@ def planned(cell: Cell, weights: Sequence[Any], sequences: Sequences, directions
             directions,
             r.programs.ahead,
             sequences.counts is None and r.forward.rides,
+            r.forward.grain,
         )
     )

@@ -119,7 +119,7 @@ class Emitter:
         self.vector_bytes = shape.lanes * self.bytes
         self.count = len(self.stage.accumulators)
         self.unit_bytes = builder.mul(arguments["unit"], i64(self.vector_bytes))
-        self.mask = None  # of the lanes that exist, where not all do
+        self.mask = None  # of the lanes of the last vector that exist, where not all do
         self.addresses: dict[Place, list] = {}  # of all rows
 
     # ---- addresses ----
@@ -157,14 +157,19 @@ class Emitter:
     def load(self, place: Place, row: int, vector: int):
         if place.uniform:
             return self.v.splat(self.b.load(self.v.pointer(self.row_addresses(place)[row], self.v.fmt.scalar)))
-        return self.v.load(self.at(place, row, vector), self.mask)
+        return self.v.load(self.at(place, row, vector), self.lanes_of(vector))
 
     def existing(self):
-        """How many units there are from the first on; the mask is of them from now on."""
-        units = self.word(self.layout.stage[self.index])
-        count = self.b.sub(units, self.b.mul(self.arg["unit"], i64(self.vector_bytes // self.bytes)))
+        """How many units there are from the last vector's first on; the mask is of them from now on."""
+        units, lanes = self.word(self.layout.stage[self.index]), self.vector_bytes // self.bytes
+        last = self.b.add(self.arg["unit"], i64(self.width - 1))
+        count = self.b.sub(units, self.b.mul(last, i64(lanes)))
         self.mask = self.v.first_lanes(count)
         return count
+
+    def lanes_of(self, vector: int):
+        """The mask of a vector, if it has one."""
+        return self.mask if vector == self.width - 1 else None
 
     def sum_at(self, row: int, vector: int, accumulator: int):
         """Where products leave a sum."""
@@ -195,7 +200,7 @@ class Emitter:
         """A sum of products, or None, with what its accumulator starts from: added last, which loses less to rounding,
         and nothing waits for."""
         for place in places:
-            start = self.v.load(self.at(place, row, vector), self.mask)
+            start = self.v.load(self.at(place, row, vector), self.lanes_of(vector))
             value = start if value is None else self.b.fadd(value, start)
         return self.v.const(0.0) if value is None else value
 
@@ -230,7 +235,7 @@ class Emitter:
             for m, w in columns:
                 for node, place, training_only in self.stage.outputs:
                     if training_only == training:
-                        self.v.store(values[m, w][node], self.at(place, m, w), self.mask)
+                        self.v.store(values[m, w][node], self.at(place, m, w), self.lanes_of(w))
 
         store(False)
         if any(training_only for *_, training_only in self.stage.outputs):

@@ -22,6 +22,7 @@ from .geometry import (
     WORD,
     Layout,
     agenda_bytes,
+    halved,
     is_direct,
     rides,
     tile_shape,
@@ -134,6 +135,8 @@ class Runner:
         self.before = [[s.rows.when == "before" for s in stage.segments] for stage in program.stages]
         self.shapes = [tile_shape(s, host().registers, self.lanes) for s in program.stages]
         self.direct = [is_direct(s) for s in program.stages]
+        # Units to whose multiples tiles of several rows fill up each gate.
+        self.grain = lanes // 2 if halved(program.stages[0], self.shapes[0]) else lanes
         self.rides = rides(program, self.shapes[0]) and lanes == host().lanes(self.item)
         # Whether what one unit takes is made of others.
         self.chained = len(program.stages) > 1 or any(s.rows.when != "now" for s in program.stages[0].segments)

@@ -138,7 +138,8 @@ class Shape:
     """How a stage is cut into tiles, for so many registers of `lanes` numbers.
 
     widths: vectors of units in a tile, widest first; the first is for a single row, which needs the independent
-    chains; the last, 0, is one vector of which not all lanes exist. rows: at most that many rows in a tile.
+    chains; the second is a block, in which weights are packed, and the narrower ones are for the rest, whose vectors are
+    packed each by itself; the last, 0, is one vector of which not all lanes exist. rows: at most that many in a tile.
     """
 
     registers: int
@@ -148,12 +149,13 @@ class Shape:
 
     @property
     def block(self) -> int:
-        """The widest tile for several rows; panels are packed in blocks of this and the narrower widths."""
+        """The widest tile for several rows."""
         return self.widths[1]
 
 
 HALF_ROWS = 3  # from which on half a vector takes less time than a whole one; fewer wait for the weights
-WIDEST = 4  # vectors of units in a tile for several rows
+WIDEST = 4  # vectors of units in a tile for several rows,
+REST_WIDTH = 2  # and at most in one for the rest
 LATENCY_CHAINS = 8  # independent sums that hide the latency of a fused multiply-add: 4 cycles x 2 units
 
 
@@ -164,7 +166,7 @@ def tile_shape(stage: Stage, registers: int, lanes: int) -> Shape:
     count = max(1, len(stage.accumulators))
     block = WIDEST if count == 1 else 2 if count == 2 else 1
     rows = max(1, min(6, (registers - 4) // (count * block)))
-    return Shape(registers, lanes, rows, (2 * block, *(w for w in (WIDEST, 2, 1) if w <= block), 0))
+    return Shape(registers, lanes, rows, (2 * block, *(w for w in (WIDEST, REST_WIDTH, 1) if w <= block), 0))
 
 
 def agenda_bytes(
@@ -187,13 +189,15 @@ MAX_WIDTHS = 8
 
 
 class Variant(NamedTuple):
-    """A tile of a stage: rows x widths[width] vectors of units. kind: "rows", "far", "single", "dot", or "half": of one
-    vector, numbered as a width after all others."""
+    """A tile of a stage: rows x vectors of units. kind: "rows" or "far", of a block; "rest", of what follows the blocks;
+    "half", of less than half a vector, numbered as a width after all others; "single" or "dot". partial: whether
+    lanes of the last vector may not exist, and it matters."""
 
     number: int
     rows: int
     width: int
     kind: str
+    partial: bool = False
 
 
 def rides(program: Program, shape: Shape) -> bool:
@@ -218,21 +222,34 @@ def halved(stage: Stage, shape: Shape) -> bool:
 
 
 def variants(stage: Stage, shape: Shape, index: int) -> list[Variant]:
-    """Every tile of a stage. Those of several rows store their sums, and need not know of units that do not exist."""
+    """Every tile of a stage. Those of several rows that leave sums need not know of units that do not exist."""
     if not stage.segments:
         return []
-    base, widths = index * MAX_WIDTHS, range(len(shape.widths))
-    found = [Variant((base + w) * MAX_ROWS, 1, w, "single") for w in widths]
-    widths = widths[1:] if is_direct(stage) else widths[1:-1]
-    found += [Variant((base + w) * MAX_ROWS + r, r, w, "rows") for w in widths for r in range(1, shape.rows + 1)]
-    if halved(stage, shape):
-        after = len(shape.widths)
-        heights = range(2 if shape.rows < 5 else 3, shape.rows + 1)  # of tiles that HALF_ROWS and more are cut into
-        found += [Variant((base + after) * MAX_ROWS + r, r, after, "half") for r in heights]
-    found.append(Variant((base + 1) * MAX_ROWS + FAR, shape.rows, 1, "far"))
+    block, direct, after = shape.block, is_direct(stage), len(shape.widths)
+
+    def number(width: int, rows: int) -> int:
+        return (index * MAX_WIDTHS + width) * MAX_ROWS + rows
+
+    def tall(width: int, vectors: int, kind: str, partial: bool = False, least: int = 1) -> list[Variant]:
+        return [Variant(number(width, r), r, vectors, kind, partial) for r in range(least, shape.rows + 1)]
+
+    found = [Variant(number(w, 0), 1, n or 1, "single", n == 0) for w, n in enumerate(shape.widths)]
+    found += tall(1, block, "rows")
+    for width, vectors in enumerate(shape.widths[1:-1], 1):
+        if vectors < block or (vectors <= REST_WIDTH and rest_of_block(stage, shape) == 0):
+            found += tall(width if vectors < block else 0, vectors, "rest", direct)
+    if halved(stage, shape):  # heights of tiles that HALF_ROWS and more are cut into
+        found += tall(after, 1, "half", direct, 2 if shape.rows < 5 else 3)
+    found.append(Variant(number(1, FAR), shape.rows, block, "far"))
     if any(not s.weights.transposed for s in stage.segments):
-        found += [Variant((base + w) * MAX_ROWS + DOT, 1, w, "dot") for w, n in enumerate(shape.widths) if n <= 1]
+        found += [Variant(number(w, DOT), 1, 1, "dot", n == 0) for w, n in enumerate(shape.widths) if n <= 1]
     return found
+
+
+def rest_of_block(stage: Stage, shape: Shape) -> int:
+    """The number among the widths of a rest of as many vectors as a block has: that of a block, whose tiles do where a
+    vector is packed as a block is, and leave sums; else 0, which only a single row has."""
+    return 1 if shape.block == 1 and not is_direct(stage) else 0
 
 
 TOGETHER = 4  # vectors whose epilogues are interleaved

@@ -32,6 +32,7 @@ from .geometry import (
     MAX_ROWS,
     MAX_WIDTHS,
     PARTIAL,
+    REST_WIDTH,
     SCRIPT,
     SEVERAL,
     STAGE_WORDS,
@@ -41,6 +42,7 @@ from .geometry import (
     Layout,
     halved,
     is_direct,
+    rest_of_block,
     rides,
     tile_shape,
 )
@@ -74,7 +76,7 @@ TABLES = (
     "max_rows",
     "widths",
     "partial_width",
-    "rest_width",  # of tiles that meet units that do not exist
+    "whole_rest",  # see geometry.rest_of_block
     "half",  # of a vector, for which there are tiles of several rows, or 0
     "row_sums",  # bytes of the sums of a row,
     "vector_sums",  # and of a vector of units
@@ -282,7 +284,7 @@ def _table(name: str) -> Any:
 TABLE = "fastcells_{}"
 (
     stages, lanes, looks_ahead, stage_word, by_row, multiplies, finishes,
-    max_rows, widths, partial_width, rest_width, half, row_sums, vector_sums, vector_bytes,
+    max_rows, widths, partial_width, whole_rest, half, row_sums, vector_sums, vector_bytes,
     takes_along,
 ) = map(_table, TABLES)  # fmt: skip
 
@@ -303,7 +305,7 @@ def make_recurrence(program: Program, dtype: str, registers: int, vector_lanes: 
         [s.rows for s in shapes],
         [w for s in shapes for w in (*s.widths, *[0] * (MAX_WIDTHS - len(s.widths)))],
         [len(s.widths) - 1 for s in shapes],
-        [len(shape.widths) - 1 - (not is_direct(s)) for s, shape in zip(program.stages, shapes, strict=True)],
+        [rest_of_block(s, shape) for s, shape in zip(program.stages, shapes, strict=True)],
         [vector_lanes // 2 * halved(s, shape) for s, shape in zip(program.stages, shapes, strict=True)],
         [s.block * n for s, n in zip(shapes, sums, strict=True)],
         sums,
@@ -385,12 +387,9 @@ def piece_of(frame, stage, single):
 
 @routine
 def panel_width(frame, vector):
-    """Vectors in the panel of the input's weights that has a vector of their columns: as many as there may be, of a
-    power of two, so that it begins at a multiple of them."""
-    whole, width = peek(frame, COLUMNS) // lanes(0), WIDEST
-    while width > 1 and (vector // width + 1) * width > whole:
-        width >>= 1
-    return width
+    """Vectors in the panel of the input's weights that has a vector of their columns."""
+    whole = peek(frame, COLUMNS) // lanes(0)
+    return WIDEST if (vector // WIDEST + 1) * WIDEST <= whole else 1
 
 
 @routine
@@ -427,6 +426,7 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
     dot = peek(frame, words + DOT_AT) == 1
     by_rows = not (single or dot)
     far = by_rows and peek(frame, FAR_AT) == 1
+    narrow = peek(frame, words + UNITS_AT) - full * lanes(0) <= half(stage) and row_end - row >= HALF_ROWS
     piece = piece_of(frame, stage, single)
     pieces = (unit_end - unit + piece - 1) // piece
     for p in range(pieces):
@@ -435,15 +435,18 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
         at = begin_unit if multiplies(stage) == 1 else stop
         while at < stop:
             width = partial_width(stage) - 1 if dot else 0 if single else 1
-            left = least(full, stop) - at
+            left, vectors = least(full, stop) - at, 1
+            rest = by_rows and left < piece
+            if rest:  # a vector of which not all lanes exist may be beside another one
+                left = least(left if narrow else stop - at, REST_WIDTH)
             if left <= 0:
-                width = rest_width(stage) if by_rows else partial_width(stage)
-                narrow = peek(frame, words + UNITS_AT) - full * lanes(0) <= half(stage)
-                if by_rows and narrow and row_end - row >= HALF_ROWS:
-                    width = partial_width(stage) + 1
+                width = partial_width(stage) + (1 if by_rows else 0)
             else:
                 while widths(stage * MAX_WIDTHS + width) > left:
                     width += 1
+                vectors = widths(stage * MAX_WIDTHS + width)
+                if rest and width == 1:
+                    width = whole_rest(stage)
             variant = (stage * MAX_WIDTHS + width) * MAX_ROWS + (DOT if dot else 0)
             sums = scratch + (at - begin_unit) * vector_sums(stage)
             begin = start
@@ -458,7 +461,7 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
                 if end >= depth:
                     break
                 begin = end
-            at += 1 if left <= 0 else widths(stage * MAX_WIDTHS + width)
+            at += vectors
         at = begin_unit if finishes(stage) == 1 and (by_rows or multiplies(stage) == 0) else stop
         while at < stop:
             left = least(full, stop) - at

@@ -63,18 +63,19 @@ class Tile(Emitter):
     def __init__(
         self, builder, layout, dtype, index, program: Program, shape: Shape, variant: Variant, arguments
     ) -> None:
-        half = variant.kind == "half"
-        width = 1 if half else shape.widths[variant.width]
-        super().__init__(builder, layout, dtype, index, program, shape, variant.rows, width or 1, arguments)
-        if half:
+        super().__init__(builder, layout, dtype, index, program, shape, variant.rows, variant.width, arguments)
+        self.kind, self.partial = variant.kind, variant.partial
+        if self.kind == "half":
             self.v = Vector(builder, self.v.fmt, shape.lanes // 2)
-        self.kind, self.partial = variant.kind, width == 0 or (half and is_direct(self.stage))
         self.gates = program.gates  # in the order of the weights' blocks of rows
-        self.panel = min(self.width, self.block)  # vectors side by side in it
-        self.full = variant.rows == shape.rows and width == shape.block and not half
-        self.several = variant.kind in ("rows", "half", "far")
+        whole = self.width >= self.block and self.kind != "rest"
+        self.panel = self.block if whole else 1  # vectors side by side in it
+        self.full = self.kind in ("rows", "far") and variant.rows == shape.rows
+        self.several = self.kind not in ("single", "dot")
         self.direct = is_direct(self.stage) or not self.several
-        self.rides = self.kind == "single" and variant.width < BESIDE_WIDTHS and index == 0 and rides(program, shape)
+        beside = self.kind == "single" and self.width in shape.widths[:BESIDE_WIDTHS] and not self.partial
+        self.rides = beside and index == 0 and rides(program, shape)
+        self.tallest = shape.rows if self.several else 1
 
     def emit(self) -> None:
         b = self.b
@@ -173,12 +174,13 @@ class Tile(Emitter):
     def product(self, sums: dict, j: int, segment, begin, end, beside: Beside | None = None) -> dict:
         """sums + rows[begin:end] @ weights[begin:end]; beside: another product, to be done on the way.
 
-        Several rows: the rows' broadcasts stay in registers and the weights pass one vector at a time. A single row has
-        too few independent sums to hide the latency of the multiply-adds: its depth is interleaved over several.
+        Several rows: the rows' broadcasts stay in registers and the weights pass one vector at a time. A single row, or
+        a rest, may have too few independent sums to hide the latency of the multiply-adds: its depth is interleaved over
+        several, as many for few rows as for all, so that sums are the same.
         """
-        chains = self.rows * self.width * len(segment.targets)
+        chains = self.tallest * self.width * len(segment.targets)
         interleave = 1
-        while self.kind == "single" and chains * interleave < LATENCY_CHAINS and interleave < 4:
+        while self.kind in ("single", "rest", "half") and chains * interleave < LATENCY_CHAINS and interleave < 4:
             interleave *= 2
         b = self.b
         keys = [(m, w, a) for m in range(self.rows) for w in range(self.width) for a in segment.targets]
@@ -188,7 +190,7 @@ class Tile(Emitter):
         address = b.add(self.segment_word(j, "weights"), b.mul(self.arg["unit"], vector))
         panels = [b.add(address, b.mul(vector, i64(p * self.panel))) for p in range(self.width // self.panel)]
         step = self.segment_word(j, "k") if segment.strided else i64(self.bytes)
-        stride = interleave if self.kind == "single" else UNROLL if self.full else 1
+        stride = UNROLL if self.full else interleave
         add = self.multiplied(segment, keys, panels, line, step)
         if beside is not None:
             begin, chain = self.together(beside, add, chain, keys, begin, end, stride)
