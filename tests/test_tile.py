@@ -7,7 +7,7 @@ import torch
 
 from fastcells import cells
 from fastcells.cpu import store
-from fastcells.cpu.geometry import tile_shape
+from fastcells.cpu.geometry import LATENCY_CHAINS, tile_shape
 from fastcells.cpu.host import host
 from fastcells.cpu.layer import ready
 from fastcells.cpu.tile import UNROLL
@@ -30,18 +30,23 @@ def inner_loops(text):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("cell", [cells.lstm, cells.gru, cells.rnn_tanh], ids=lambda c: c.name)
 def test_full_tiles_keep_their_sums_in_registers(cell, direction):
-    """Of the widest loops: a multiply-add for every sum and step of the depth, and nothing of them on the stack."""
+    """Of the loops of full tiles, and of those of the rest of the units, as tall: a multiply-add for every sum and step
+    of the depth, and nothing of them on the stack."""
     run = getattr(ready(cell, False, torch.float32, host().lanes(4)), direction)
     loops = list(inner_loops(store.assembly(run._make())))
     adds = [sum(line.startswith("vfmadd") and "ps" in line for line in loop) for loop in loops]
     (stage,) = run.program.stages
     shape = tile_shape(stage, host().registers, host().lanes(4))
     sums = {shape.rows * shape.block * len(s.targets) for s in stage.segments}
-    assert {UNROLL * n for n in sums} <= set(adds)
+    expected = {UNROLL * n for n in sums}
+    for width in (w for w in shape.widths[1:-1] if w < shape.block):
+        for chains in {shape.rows * width * len(s.targets) for s in stage.segments}:
+            expected.add(chains * next(k for k in (1, 2, 4) if k == 4 or chains * k >= LATENCY_CHAINS))
+    assert expected <= set(adds)
     if host().halves:  # of tiles of half a vector
         narrow = [sum(line.startswith("vfmadd") and "ymm" in line for line in loop) for loop in loops]
-        assert {shape.rows * len(s.targets) for s in stage.segments} <= set(narrow)
+        assert {shape.rows * len(s.targets) for s in stage.segments} <= {n // k for n in narrow for k in (1, 2)}
     for loop, count in zip(loops, adds, strict=True):
-        if count in {UNROLL * n for n in sums}:
+        if count in expected:
             spilled = [line for line in loop if REGISTER in line and re.search(r"\(%rsp|-\d+\(%rbp\)", line)]
             assert not spilled, spilled

@@ -5,17 +5,16 @@ All addresses come from the frame (see geometry.py).
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import chain
 
 from llvmlite import ir
 
-from ..expression import OPERATIONS, Node, topological
+from ..expression import OPERATIONS, Node
 from ..program import Place, Program
 from .geometry import BUFFER_WORDS, TOGETHER, WORD, Layout, Shape
+from .order import Fused, ordered
 from .simd import FORMATS, I1, I64, Vector, i64
 
 CONTEXT = (
@@ -204,17 +203,19 @@ class Emitter:
             value = start if value is None else self.b.fadd(value, start)
         return self.v.const(0.0) if value is None else value
 
-    def epilogue(self, sum_of: Callable) -> None:
-        """The epilogue of all vectors, TOGETHER of them at a time. sum_of: row, vector and accumulator."""
+    def epilogue(self, sum_of: Callable, part: str = "whole") -> None:
+        """A part of the epilogue of all vectors, TOGETHER of them at a time. sum_of: row, vector and accumulator."""
         columns = [(m, w) for m in range(self.rows) for w in range(self.width)]
         for k in range(0, len(columns), TOGETHER):
             some = columns[k : k + TOGETHER]
-            self.finish(some, {(*c, a): sum_of(*c, a) for c in some for a in self.summed})
+            self.finish(some, {(*c, a): sum_of(*c, a) for c in some for a in self.summed}, part)
 
-    def finish(self, columns: list[tuple[int, int]], sums: dict) -> None:
-        """The epilogue of some vectors (row, vector), one operation of all of them after the other: a processor looks
-        only so far ahead, and the operations of one vector wait for each other. sums: by row, vector and accumulator.
+    def finish(self, columns: list[tuple[int, int]], sums: dict, part: str) -> None:
+        """A part of the epilogue of some vectors (row, vector), one operation of all of them after the other: a
+        processor looks only so far ahead, and the operations of one vector wait for each other. sums: by row, vector
+        and accumulator.
         """
+        order, fused, made = ordered(self.stage, part)
         values = {
             (m, w): {
                 node: self.started(sums.get((m, w, a)), places, m, w)
@@ -225,11 +226,19 @@ class Emitter:
         for node, place in self.stage.loads.items():
             for m, w in columns:
                 values[m, w][node] = self.load(place, m, w)
-        order, fused = self.order
+        if part == "late":
+            for node, a in made.items():
+                for m, w in columns:
+                    values[m, w][node] = self.v.load(self.sum_at(m, w, a))
         for node in order:
             for column in columns:
                 if node not in values[column]:
                     values[column][node] = self.compute(node, values[column], fused)
+        if part == "early":
+            for node, a in made.items():
+                for m, w in columns:
+                    self.v.store(values[m, w][node], self.sum_at(m, w, a))
+            return
 
         def store(training: bool) -> None:
             for m, w in columns:
@@ -241,13 +250,6 @@ class Emitter:
         if any(training_only for *_, training_only in self.stage.outputs):
             with self.b.if_then(self.true(self.word(WORD["training"]))):
                 store(True)
-
-    @cached_property
-    def order(self) -> tuple[list[Node], Fused]:
-        """What the epilogue computes, arguments first."""
-        given = {n for n, _ in self.stage.accumulators} | set(self.stage.loads)
-        roots = [n for n, _, _ in self.stage.outputs]
-        return fuse(between(given.__contains__, roots), roots)
 
     def compute(self, node: Node, values: dict, fused: Fused):
         """A node, of its arguments' values."""
@@ -263,30 +265,3 @@ class Emitter:
         if node.op not in OPERATIONS:
             raise AssertionError(f"{node!r} is neither loaded nor accumulated in stage {self.index}")
         return getattr(self.v, node.op)(*(values[a] for a in node.args))
-
-
-def between(given: Callable[[Node], bool], roots: list[Node]) -> list[Node]:
-    """What is to be computed to get from the given nodes to the roots, arguments first."""
-    order = topological(roots)
-    needed = set(roots)
-    for node in reversed(order):  # users first
-        if node in needed:
-            if given(node):
-                needed.remove(node)
-            else:
-                needed.update(node.args)
-    return [n for n in order if n in needed]
-
-
-Fused = Mapping[Node, int]
-"""Sums and differences that take up a product which nothing else uses, and which of their arguments it is."""
-
-
-def fuse(order: list[Node], roots: Iterable[Node]) -> tuple[list[Node], Fused]:
-    """What is left to compute where products go into sums. Decided here: a compiler may decide otherwise from one
-    variant of an epilogue to the next, and results would depend on which rows a thread has."""
-    uses = Counter(chain((a for n in order for a in n.args), roots))
-    alone = {n for n in order if n.op == "mul" and uses[n] == 1}
-    fused = {n: min(map(n.args.index, found)) for n in order if n.op in ("add", "sub") and (found := alone & {*n.args})}
-    gone = {n.args[k] for n, k in fused.items()}
-    return [n for n in order if n not in gone], fused

@@ -12,8 +12,9 @@ from llvmlite import ir
 
 from ..expression import Node, is_reduction, is_uniform
 from ..program import Outputs, Pass, Program
-from .emitter import CONTEXT, Emitter, Fused, between, fuse, joined, switch
-from .geometry import WORD, Layout, Shape, epilogues
+from .emitter import CONTEXT, Emitter, joined, switch
+from .geometry import WORD, Epilogue, Layout, Shape, epilogues
+from .order import Fused, between, fuse
 from .simd import I64, i64
 
 EPILOGUE = "fastcells_epilogue"
@@ -28,24 +29,24 @@ def emit_epilogues(module: ir.Module, program: Program, dtype: str, shapes: list
             for variant in epilogues(stage, shape, k):
                 case(variant.number, f"epilogue.{k}.{variant.rows}x{variant.width}")
                 emitter = kind(builder, layout, dtype, k, program, shape, variant.rows, variant.width, arguments)
-                emitter.emit(variant.partial)
+                emitter.emit(variant)
 
 
 class Vectors(Emitter):
     """Emits the epilogue of some vectors of hidden units."""
 
-    def emit(self, partial: bool) -> None:
-        if partial:
+    def emit(self, variant: Epilogue) -> None:
+        if variant.partial:
             self.existing()
         for place in self.reached:  # before the branches below, whose blocks all use them
             self.row_addresses(place)
-        self.epilogue(lambda *key: self.v.load(self.sum_at(*key)))
+        self.epilogue(lambda *key: self.v.load(self.sum_at(*key)), variant.part)
 
 
 class Row(Emitter):
     """Emits the passes over one row: in each a loop over its vectors, then what its sums give."""
 
-    def emit(self, partial: bool) -> None:
+    def emit(self, variant: Epilogue) -> None:
         b = self.b
         for part in self.stage.parts:  # before the loops, whose blocks all use them
             for place in [*(p for _, p, _ in part.outputs), *part.loads.values()]:

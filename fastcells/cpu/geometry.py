@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ..program import Program, Stage
 from .host import host
+from .order import early
 
 LINE = 64  # bytes of a line of cache
 
@@ -138,8 +139,8 @@ class Shape:
     """How a stage is cut into tiles, for so many registers of `lanes` numbers.
 
     widths: vectors of units in a tile, widest first; the first is for a single row, which needs the independent
-    chains; the second is a block, in which weights are packed, and the narrower ones are for the rest, whose vectors are
-    packed each by itself; the last, 0, is one vector of which not all lanes exist. rows: at most that many in a tile.
+    chains; the second is a block, in which weights are packed, and the narrower ones are for the rest, whose vectors
+    are packed each by itself; the last, 0, is one vector of which not all lanes exist. rows: at most so many in a tile.
     """
 
     registers: int
@@ -178,7 +179,7 @@ def agenda_bytes(
     for stage, shape, (units, parts) in zip(program.stages, shapes, sizes, strict=True):
         vectors = -(-units // shape.lanes)
         tiles = vectors if dot else parts * (vectors // shape.block + len(shape.widths))
-        items += groups * (tiles * bool(stage.segments) + vectors * (not is_direct(stage))) + 2
+        items += groups * (tiles * bool(stage.segments) + PARTS * vectors * (not is_direct(stage))) + 2
     return items * ITEM_BYTES
 
 
@@ -189,8 +190,8 @@ MAX_WIDTHS = 8
 
 
 class Variant(NamedTuple):
-    """A tile of a stage: rows x vectors of units. kind: "rows" or "far", of a block; "rest", of what follows the blocks;
-    "half", of less than half a vector, numbered as a width after all others; "single" or "dot". partial: whether
+    """A tile of a stage: rows x vectors of units. kind: "rows" or "far", of a block; "rest", of what follows blocks;
+    "half", of no more than half a vector, numbered as a width after all others; "single" or "dot". partial: whether
     lanes of the last vector may not exist, and it matters."""
 
     number: int
@@ -253,18 +254,20 @@ def rest_of_block(stage: Stage, shape: Shape) -> int:
 
 
 TOGETHER = 4  # vectors whose epilogues are interleaved
-EPILOGUES = 6  # a stage's are numbered stage * EPILOGUES + SEVERAL rows, if so, + PARTIAL or ALONG
-SEVERAL, PARTIAL, ALONG = 1, 2, 4
+EPILOGUES = 12  # a stage's are numbered stage * EPILOGUES + SEVERAL rows, if so, + PARTIAL or ALONG, + its LATE part
+SEVERAL, PARTIAL, ALONG, LATE = 1, 2, 4, 6
+PARTS = 2  # of an epilogue, at most
 
 
 class Epilogue(NamedTuple):
     """What follows a stage's products, of one row or of TOGETHER: of one vector, of one of which not all lanes exist,
-    or of TOGETHER beside each other."""
+    or of TOGETHER beside each other. part: see order.py."""
 
     number: int
     rows: int
     width: int
     partial: bool = False
+    part: str = "whole"
 
 
 def epilogues(stage: Stage, shape: Shape, index: int) -> list[Epilogue]:
@@ -275,10 +278,18 @@ def epilogues(stage: Stage, shape: Shape, index: int) -> list[Epilogue]:
         return [Epilogue(index * EPILOGUES, 1, 1)]
     widths = {0: 1, PARTIAL: 1} | ({ALONG: TOGETHER} if shape.block >= TOGETHER else {})
     return [
-        Epilogue(index * EPILOGUES + kind + several, TOGETHER if several else 1, width, kind == PARTIAL)
+        Epilogue(
+            index * EPILOGUES + kind + several + k * LATE, TOGETHER if several else 1, width, kind == PARTIAL, part
+        )
+        for k, part in enumerate(epilogue_parts(stage))
         for kind, width in widths.items()
         for several in (0, SEVERAL)
     ]
+
+
+def epilogue_parts(stage: Stage) -> tuple[str, ...]:
+    """What all rows go through, one after the other, once their products are there."""
+    return () if is_direct(stage) else ("early", "late") if early(stage) else ("whole",)
 
 
 # The frame of a packing kernel; then the offset in bytes of each gate. keeps: 1 where the panel is what an earlier run

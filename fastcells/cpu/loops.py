@@ -27,6 +27,7 @@ from .geometry import (
     HALF_ROWS,
     ITEM,
     ITEM_BYTES,
+    LATE,
     LAUNCH,
     LINE,
     MAX_ROWS,
@@ -40,8 +41,8 @@ from .geometry import (
     WIDEST,
     WORD,
     Layout,
+    epilogue_parts,
     halved,
-    is_direct,
     rest_of_block,
     rides,
     tile_shape,
@@ -72,7 +73,7 @@ TABLES = (
     "stage_word",
     "by_row",
     "multiplies",  # 1: there are products
-    "finishes",  # 1: an epilogue follows them
+    "finishes",  # so many parts of an epilogue follow them
     "max_rows",
     "widths",
     "partial_width",
@@ -301,7 +302,7 @@ def make_recurrence(program: Program, dtype: str, registers: int, vector_lanes: 
         Layout(program).stage,
         [bool(s.passes) for s in program.stages],  # all units of a row at once, as if they were a vector
         [bool(s.segments) for s in program.stages],
-        [not is_direct(s) for s in program.stages],
+        [len(epilogue_parts(s)) for s in program.stages],
         [s.rows for s in shapes],
         [w for s in shapes for w in (*s.widths, *[0] * (MAX_WIDTHS - len(s.widths)))],
         [len(s.widths) - 1 for s in shapes],
@@ -462,16 +463,18 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
                     break
                 begin = end
             at += vectors
-        at = begin_unit if finishes(stage) == 1 and (by_rows or multiplies(stage) == 0) else stop
-        while at < stop:
-            left = least(full, stop) - at
-            along = left >= TOGETHER
-            item = note(
-                item, EPILOGUES_OF, stage * EPILOGUES + (ALONG if along else PARTIAL if left <= 0 else 0),
-                1 if by_row(stage) == 1 else TOGETHER, row, row_end, at, is_first, is_last,
-                scratch + (at - begin_unit) * vector_sums(stage), row_sums(stage), 0, 0, 0, 0, 0,
-            )  # fmt: skip
-            at += TOGETHER if along else 1
+        for late in range(finishes(stage) if by_rows or multiplies(stage) == 0 else 0):
+            at = begin_unit
+            while at < stop:
+                left = least(full, stop) - at
+                along = left >= TOGETHER
+                variant = stage * EPILOGUES + late * LATE + (ALONG if along else PARTIAL if left <= 0 else 0)
+                item = note(
+                    item, EPILOGUES_OF, variant, 1 if by_row(stage) == 1 else TOGETHER, row, row_end, at,
+                    is_first, is_last, scratch + (at - begin_unit) * vector_sums(stage), row_sums(stage),
+                    0, 0, 0, 0, 0,
+                )  # fmt: skip
+                at += TOGETHER if along else 1
     return item
 
 

@@ -175,8 +175,8 @@ class Tile(Emitter):
         """sums + rows[begin:end] @ weights[begin:end]; beside: another product, to be done on the way.
 
         Several rows: the rows' broadcasts stay in registers and the weights pass one vector at a time. A single row, or
-        a rest, may have too few independent sums to hide the latency of the multiply-adds: its depth is interleaved over
-        several, as many for few rows as for all, so that sums are the same.
+        a rest, may have too few independent sums to hide the latency of the multiply-adds: its depth is interleaved
+        over several, as many for few rows as for all, so that sums are the same.
         """
         chains = self.tallest * self.width * len(segment.targets)
         interleave = 1
