@@ -125,7 +125,8 @@ class Ragged:
 
     def unpack(self, y: Tensor) -> Tensor:
         """Packed rows [rows, F] -> tokens [T, N, F] ([N, T, F]), zero past the end of a sequence."""
-        return _rows(y[: self.tokens], self._row, self._token).view(*self._shape, -1)
+        real = y if self.tokens else y[:0]  # a slice, even of all, would copy gradients
+        return _rows(real, self._row, self._token).view(*self._shape, -1)
 
     def enter(self, states: States | None, reset_to: States | Literal[0] | None, directions: int) -> States | None:
         """Initial states of the sequences, [R, N, F] each -> those of the stretches, [R, stretches, F].
