@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -25,6 +25,16 @@ class Saved:
     plan: Plan
 
 
+class Made(NamedTuple):
+    """Buffers of what a call makes: the output, the final states, and by direction what training keeps of every step
+    and the states of every step, by number."""
+
+    y: Buffer
+    finals: list[Buffer]
+    kept: list[Buffer]
+    series: list[dict[int, Buffer]]
+
+
 class Forward(Call):
     """The forward call for tensors laid out like these."""
 
@@ -39,91 +49,105 @@ class Forward(Call):
         training: bool,
     ) -> None:
         super().__init__(r.dtype)
-        p, item, dtype = r.programs, r.item, r.dtype
-        self.cell = r.cell
+        self.r, self.sequences, self.training = r, sequences, training
         self.plan = schedule = planned(r.cell, parameters[0], sequences, len(parameters))
         operands, many = self.operands, sequences.most if sequences.packed else None
         x_, given = operands.given(x, many), [operands.given(s) for s in states or ()]
         fed = [operands.given(t) for t in inputs]
         directions = [Direction(r, [operands.given(t) for t in q], fed, k) for k, q in enumerate(parameters)]
         marks = operands.address() if sequences.ending else None
-        count, rows, total = len(directions), sequences.rows, sequences.most
         for d in directions:
-            d.share(schedule, schedule.forward, total)
-        width, hidden = directions[0].depth, directions[0].hidden
-        # A unit's state is read and then written by the same tile, so that states may be kept in place.
-        in_place = not training and len(p.forward.stages) == 1
-        leading = (TOTAL,) if sequences.packed else x.shape[:-1]
-        self.y = (*leading, count * width)
-        self.finals = [(count, rows, hidden if j else width) for j in range(len(r.cell.states))]
-        self.slots = (TOTAL if sequences.packed else total, p.width(hidden))
-        self.series = (self.slots[0], hidden)
-        # Other states are kept at every step for the backward pass, and for products.
-        kinds = [j for j, name in enumerate(p.states) if j and (name in p.streams or not in_place)]
-        self.many = len(kinds)
-        y, finals = operands.made(self.y, total), [operands.made(s, total) for s in self.finals]
-        kept = [operands.made(self.slots, total) for _ in directions] if training else []
-        series = [{j: operands.made(self.series, total) for j in kinds} for _ in directions]
+            d.share(schedule, schedule.forward, sequences.most)
+        self.made = self._results(x, directions)
         if sequences.ending:  # zero where no step is run
-            add(self.script, dtype, y.flattened(), None, threads=directions[0].team, wait=False)
-        nothing = zeros(max(width, hidden) * item)
-        starts = []
+            add(self.script, r.dtype, self.made.y.flattened(), None, threads=directions[0].team, wait=False)
+        unused = ("x" if schedule.project_ahead else "", "before" if not given and sequences.steps == 1 else "")
         launches = []
-        for k, d in enumerate(directions):
+        for d in directions:
             start, own = d.biases(self.script)
-            initial: list[Buffer | int] = [nothing] * len(p.states) if states is None else [s[k] for s in given]
-            views = {"s." + p.states[0]: view(y.columns(k * width, width), sequences, initial[0]), "bias": View(own)}
-            views |= d.own_views(sequences)
-            for j, name in enumerate(p.states[1:], 1):
-                kept_series = series[k].get(j)
-                if kept_series is None:
-                    views["s." + name] = fixed(finals[j][k], initial[j])
-                else:
-                    views["s." + name] = view(kept_series, sequences, initial[j])
-            if training:
-                views["saved"] = view(kept[k], sequences)
-            elif in_place:
-                views["saved"] = View(0)
-            else:  # a later stage reads here what an earlier one left, at the same step
-                shape = rows, p.width(hidden)
-                views["saved"] = fixed(Buffer.new(self.script.take(shape[0] * shape[1] * item), shape, item))
-            starts.append((start, views))
-            unused = (
-                "x" if schedule.project_ahead else "",
-                "before" if states is None and sequences.steps == 1 else "",
-            )
-            launches.append(d.products(self.script, r.forward, unused))
-        beside: list[Sequence[Address]] = []
-        for k, d in enumerate(directions):
-            start, views = starts[k]
-            if not schedule.project_ahead:
-                views["start"], views["x"] = View(start), view(x_, sequences)
-                continue
-            units = len(p.start_gates) * hidden
-            ahead = kept[k] if training else Buffer.new(self.script.take(total * units * item), (total, units), item)
-            views["start"], views["x"] = view(ahead, sequences), view(x_, sequences) if schedule.beside else View(0)
-            into = ahead.columns(0, units).by_time(x_.shape[:-1])
-            beside.append(self._project(d, sequences, x_.by_time(), into, start))
-        for k, d in enumerate(directions):
-            options: dict[str, Any] = {"skip_first": states is None, "training": training, "marks": marks}
-            options["number"] = self.number
-            options["dot"] = schedule.in_place
-            if beside:
-                options["beside"] = beside[k]
-            views = starts[k][1]
-            d.launch(self.script, r.forward, sequences, views, launches[k], descending=d.reverse, **options)
-        for k, d in enumerate(directions):
-            for j in (0, *(j for j in kinds if j < len(finals))):
-                source = series[k][j] if j else y.columns(k * width, width)
-                self._final(d, sequences, marks, source, finals[j], wait=k == 0 and j == 0)
-        kept_shapes = [*[self.slots] * (count if training else 0), *[self.series] * count * self.many]
-        self.makes([self.y, *self.finals, *kept_shapes], own=1 + len(self.finals))
-        self._end = 1 + len(self.finals), 1 + len(self.finals) + (count if training else 0)
+            launches.append((start, self._views(d, own, given), d.products(self.script, r.forward, unused)))
+        beside = [self._input(d, x_, start, views) for d, (start, views, _) in zip(directions, launches, strict=True)]
+        for d, (_, views, products), words in zip(directions, launches, beside, strict=True):
+            options: dict[str, Any] = {"skip_first": not given, "training": training, "marks": marks, "beside": words}
+            options |= {"number": self.number, "dot": schedule.in_place, "descending": d.reverse}
+            d.launch(self.script, r.forward, sequences, views, products, **options)
+        for d in directions:
+            width = d.depth
+            sources = {0: self.made.y.columns(d.index * width, width)} | self.made.series[d.index]
+            for j, source in sources.items():
+                if j < len(self.made.finals):
+                    self._final(d, marks, source, self.made.finals[j], wait=d.index == 0 and j == 0)
 
-    def _final(
-        self, d: Direction, sequences: Sequences, marks: At | None, source: Buffer, out: Buffer, wait: bool
-    ) -> None:
+    def _results(self, x: Tensor, directions: Sequence[Direction]) -> Made:
+        """All that the call makes, by shapes that are the call's from now on."""
+        p, operands, sequences, training = self.r.programs, self.operands, self.sequences, self.training
+        count, rows, most = len(directions), sequences.rows, sequences.most
+        width, hidden = directions[0].depth, directions[0].hidden
+        total = TOTAL if sequences.packed else most
+        self.y = (*((TOTAL,) if sequences.packed else x.shape[:-1]), count * width)
+        self.finals = [(count, rows, hidden if j else width) for j in range(len(self.r.cell.states))]
+        self.slots, self.series = (total, p.width(hidden)), (total, hidden)
+        # Other states are kept at every step for the backward pass, and for products.
+        kinds = [j for j, name in enumerate(p.states) if j and (name in p.streams or not self.in_place)]
+        self.many, slots = len(kinds), [self.slots] * (count if training else 0)
+        own = 1 + len(self.finals)
+        self._end = own, own + len(slots)
+        self.makes([self.y, *self.finals, *slots, *[self.series] * count * self.many], own=own)
+        return Made(
+            operands.made(self.y, most),
+            [operands.made(s, most) for s in self.finals],
+            [operands.made(s, most) for s in slots],
+            [{j: operands.made(self.series, most) for j in kinds} for _ in directions],
+        )
+
+    @property
+    def in_place(self) -> bool:
+        """Whether states are kept in place: a unit's is read and then written by the same tile."""
+        return not self.training and len(self.r.programs.forward.stages) == 1
+
+    def _views(self, d: Direction, own: Address, given: Sequence[Buffer]) -> dict[str, View]:
+        """What the time loop of a direction reads and writes, but for the input. own: of what the cell's gates start
+        from; given: the initial states."""
+        p, sequences, item, k = self.r.programs, self.sequences, self.r.item, d.index
+        width, hidden = d.depth, d.hidden
+        nothing = zeros(max(width, hidden) * item)
+        initial: list[Buffer | int] = [s[k] for s in given] or [nothing] * len(p.states)
+        y = self.made.y.columns(k * width, width)
+        views = {"s." + p.states[0]: view(y, sequences, initial[0]), "bias": View(own)}
+        views |= d.own_views(sequences)
+        for j, name in enumerate(p.states[1:], 1):
+            kept = self.made.series[k].get(j)
+            if kept is None:
+                views["s." + name] = fixed(self.made.finals[j][k], initial[j])
+            else:
+                views["s." + name] = view(kept, sequences, initial[j])
+        if self.training:
+            views["saved"] = view(self.made.kept[k], sequences)
+        elif self.in_place:
+            views["saved"] = View(0)
+        else:  # a later stage reads here what an earlier one left, at the same step
+            shape = sequences.rows, p.width(hidden)
+            views["saved"] = fixed(Buffer.new(self.script.take(shape[0] * shape[1] * item), shape, item))
+        return views
+
+    def _input(self, d: Direction, x: Buffer, start: Address, views: dict[str, View]) -> Sequence[Address]:
+        """How the time loop meets the input, for its views; with what is done before it. The words of a frame on what
+        is done within."""
+        if not self.plan.project_ahead:
+            views["start"], views["x"] = View(start), view(x, self.sequences)
+            return (0,) * 5
+        units, most, item = len(self.r.programs.start_gates) * d.hidden, self.sequences.most, self.r.item
+        if self.training:
+            ahead = self.made.kept[d.index]
+        else:
+            ahead = Buffer.new(self.script.take(most * units * item), (most, units), item)
+        views["start"] = view(ahead, self.sequences)
+        views["x"] = view(x, self.sequences) if self.plan.beside else View(0)
+        return self._project(d, x.by_time(), ahead.columns(0, units).by_time(x.shape[:-1]), start)
+
+    def _final(self, d: Direction, marks: At | None, source: Buffer, out: Buffer, wait: bool) -> None:
         """A state after the last step that a direction takes, of what it was after every step."""
+        sequences = self.sequences
         if not sequences.packed and (d.reverse or marks is None):
             edge = source.by_time((sequences.steps, sequences.rows))[0 if d.reverse else sequences.steps - 1]
             add(self.script, self.dtype, out[d.index], edge, wait=wait)
@@ -143,7 +167,7 @@ class Forward(Call):
 
         self.then(copy)
 
-    def _project(self, d: Direction, sequences: Sequences, x: Buffer, out: Buffer, start: Address) -> Sequence[Address]:
+    def _project(self, d: Direction, x: Buffer, out: Buffer, start: Address) -> Sequence[Address]:
         """Add the input projections before the time loop; the words of a frame on those that are made within."""
         weight: Any = d.rows_of(self.script, d.w_ih, d.r.programs.start_gates)
         steps, _, units = out.shape
@@ -159,7 +183,7 @@ class Forward(Call):
             if count:
                 rows, into = x.narrow(0, first, count), out.narrow(0, first, count)
                 options: dict[str, Any] = {"threads": d.team, "wait": first == parts[0][0], "label": "input projection"}
-                if sequences.packed:
+                if self.sequences.packed:
                     options["count"] = self.number(lambda s: s.total)
                 product(self.script, self.dtype, rows, weight, into, start, **options)
         return words

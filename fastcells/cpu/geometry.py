@@ -111,7 +111,8 @@ ITEM = (
     "sums",  # of the first row,
     "row_bytes",  # and to the next row's
     *("begin", "end", "fresh", "last"),  # see tile.TILE_ARGUMENTS
-    "extra",  # 1: the weights are far; of a single row, that it takes input projections along
+    "far",  # 1: the weights are
+    "along",  # 1: a single row's tile takes input projections of later steps along
 )
 ITEM_BYTES = -(-8 * len(ITEM) // LINE) * LINE
 

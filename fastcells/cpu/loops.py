@@ -60,8 +60,8 @@ ROW_BLOCK, FAR_AT = WORD["row_block"], WORD["far"]
 BESIDE_AT, COLUMNS = WORD["beside"], WORD["beside_units"]
 BESIDE_DEPTH, PANEL = WORD["beside_depth"], WORD["beside_weights"]
 SCRATCH, SCRATCH_THREAD, AGENDA_BYTES = WORD["scratch"], WORD["scratch_thread"], WORD["agenda"]
-KIND, VARIANT, MOST, ROW, ROW_END, EXTRA = (
-    ITEM.index(name) for name in ("kind", "variant", "most", "row", "row_end", "extra")
+KIND, VARIANT, MOST, ROW, ROW_END, FAR_WEIGHTS, TAKES_ALONG = (
+    ITEM.index(name) for name in ("kind", "variant", "most", "row", "row_end", "far", "along")
 )
 DONE, TILES, EPILOGUES_OF, REST, BARRIER = range(5)
 
@@ -403,7 +403,7 @@ def panel_of(frame, vector, width):
 @intrinsic
 def note(
     typingctx, item,
-    kind, variant, most, row, row_end, unit, is_first, is_last, sums, row_bytes, begin, end, fresh, last, extra,
+    kind, variant, most, row, row_end, unit, is_first, is_last, sums, row_bytes, begin, end, fresh, last, far, along,
 ):  # fmt: skip
     """Put an ITEM on an agenda; where the next one goes."""
 
@@ -457,7 +457,7 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
                 item = note(
                     item, TILES, variant, max_rows(stage) if by_rows else 0, row, row_end, at, is_first, is_last, sums,
                     row_sums(stage), begin, end, begin == start, end >= depth,
-                    (far and width == 1) or (takes and begin == start),
+                    far and width == 1, takes and begin == start,
                 )  # fmt: skip
                 if end >= depth:
                     break
@@ -472,7 +472,7 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
                 item = note(
                     item, EPILOGUES_OF, variant, 1 if by_row(stage) == 1 else TOGETHER, row, row_end, at,
                     is_first, is_last, scratch + (at - begin_unit) * vector_sums(stage), row_sums(stage),
-                    0, 0, 0, 0, 0,
+                    0, 0, 0, 0, 0, 0,
                 )  # fmt: skip
                 at += TOGETHER if along else 1
     return item
@@ -550,9 +550,9 @@ def do_tiles(frame, item, now, before, after, later, vector, vectors):
             elif tall > most:
                 tall = (tall + 1) >> 1  # even: 4 rows are 2 + 2, not 3 + 1
             first = n == peek(item, ROW) and tall == most  # the others find the weights near
-            variant += FAR if first and peek(item, EXTRA) == 1 else tall
+            variant += FAR if first and peek(item, FAR_WEIGHTS) == 1 else tall
         other, panel, line = -1, 0, 0
-        if takes_along(0) == 1 and most == 0 and peek(item, EXTRA) == 1 and vector < vectors:
+        if takes_along(0) == 1 and peek(item, TAKES_ALONG) == 1 and vector < vectors:
             other, width = vector, panel_width(frame, vector)
             panel, line = panel_of(frame, vector, width), width * vector_bytes(0)
             vector += 1
