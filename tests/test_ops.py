@@ -105,7 +105,7 @@ def operations(monkeypatch):
     original = fastcells.cpu.layer.Forward.start
 
     def counted(call, *given):
-        calls.append(call.cell.name)
+        calls.append(call.r.cell.name)
         return original(call, *given)
 
     monkeypatch.setattr(fastcells.cpu.layer.Forward, "start", counted)
