@@ -14,7 +14,7 @@ from llvmlite import ir
 from ..expression import OPERATIONS, Node
 from ..program import Place, Program
 from .geometry import BUFFER_WORDS, TOGETHER, WORD, Layout, Shape
-from .order import Fused, ordered
+from .order import Fused, Part, ordered
 from .simd import FORMATS, I1, I64, Vector, i64
 
 CONTEXT = (
@@ -205,17 +205,17 @@ class Emitter:
 
     def epilogue(self, sum_of: Callable, part: str = "whole") -> None:
         """A part of the epilogue of all vectors, TOGETHER of them at a time. sum_of: row, vector and accumulator."""
-        columns = [(m, w) for m in range(self.rows) for w in range(self.width)]
+        columns, does = [(m, w) for m in range(self.rows) for w in range(self.width)], ordered(self.stage, part)
         for k in range(0, len(columns), TOGETHER):
             some = columns[k : k + TOGETHER]
-            self.finish(some, {(*c, a): sum_of(*c, a) for c in some for a in self.summed}, part)
+            self.finish(some, {(*c, a): sum_of(*c, a) for c in some for a in self.summed}, part, does)
 
-    def finish(self, columns: list[tuple[int, int]], sums: dict, part: str) -> None:
+    def finish(self, columns: list[tuple[int, int]], sums: dict, part: str, does: Part) -> None:
         """A part of the epilogue of some vectors (row, vector), one operation of all of them after the other: a
         processor looks only so far ahead, and the operations of one vector wait for each other. sums: by row, vector
         and accumulator.
         """
-        order, fused, made = ordered(self.stage, part)
+        order, fused, made = does
         values = {
             (m, w): {
                 node: self.started(sums.get((m, w, a)), places, m, w)
