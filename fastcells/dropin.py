@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules import rnn as original  # the classes themselves: torch.nn.LSTM may be one of ours by now
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
@@ -102,13 +102,15 @@ class DropIn(torch.nn.Module):
     dropout: float  # of layers: cells have no layer to drop between
     _replays = replay.NONE
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, input: Any = ..., hx: Any = ..., /, *args: Any, **kwargs: Any) -> Any:
         """As torch's modules, hooks and all; a call like one before is made without the way through these."""
-        if not kwargs and not is_compiling():
+        if not (args or kwargs or is_dynamo_compiling()):
             for again in self._replays.straight:
-                if (result := again(self, *args)) is not None:
+                result = again(self, input) if hx is ... else again(self, input, hx)
+                if result is not None:
                     return result
-        return super().__call__(*args, **kwargs)
+        given = () if input is ... else (input,) if hx is ... else (input, hx)  # hooks see what the caller wrote
+        return super().__call__(*given, *args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "training" or self.__dict__.get("dropout"):  # without, that changes no call that is made again

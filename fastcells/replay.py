@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 SAME = again.Same(
     answers=[torch.is_grad_enabled, torch.get_num_threads, function_modes, profiled],  # the last two leave no mark
-    attributes=[(forward_ad, "_current_level"), (script, "observer"), (team, "_lost")],
+    entries=[(vars(forward_ad), "_current_level"), (vars(script), "observer"), (vars(team), "_lost")],
+    attributes=[],
     empty=[],
     own=[],
 )
@@ -60,7 +61,7 @@ class Replay:
         own = module.__dict__
         plain = MODULE.__call__ is CALL and "forward" not in own and "_compiled_call_impl" not in own
         if type(module).forward in _beginning and plain:
-            attributes = [*SAME.attributes, (type(module), "forward"), (MODULE, "__call__")]
+            attributes = [(type(module), "forward"), (MODULE, "__call__")]
             straight = SAME._replace(attributes=attributes, empty=HOOKS, own=OWN_HOOKS)
             self.straight = _then(again.method(straight, taken, made), finish)
 

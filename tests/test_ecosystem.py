@@ -334,6 +334,45 @@ def test_hooks_that_change_values(kind):
     check(record(ours, x, hx), record(theirs, x, hx))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda x, hx: ((x,), {}),
+        lambda x, hx: ((x, None), {}),
+        lambda x, hx: ((x, hx), {}),
+        lambda x, hx: ((x,), {"hx": hx}),
+        lambda x, hx: ((), {"input": x}),
+        lambda x, hx: ((), {"input": x, "hx": hx}),
+    ],
+)
+def test_hooks_see_arguments_as_they_were_given(kind, given):
+    ours, theirs, x, hx = both(Case(kind, states=True))
+    args, kwargs = given(x, hx)
+    seen: list = []
+
+    def calls():
+        for _ in range(3):  # also as a call made again
+            check({"y": ours(*args, **kwargs)[0]}, {"y": theirs(*args, **kwargs)[0]})
+
+    calls()
+    for module in (ours, theirs):
+        module.register_forward_pre_hook(lambda m, a, k: seen.append((a, k)), with_kwargs=True)
+    calls()
+    assert len(seen) == 6
+    for a, k in seen:
+        assert [id(v) for v in a] == [id(v) for v in args]
+        assert {name: id(v) for name, v in k.items()} == {name: id(v) for name, v in kwargs.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_needs_an_input(kind):
+    ours, theirs, *_ = both(Case(kind))
+    for module in (ours, theirs):
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'input'"):
+            module()
+
+
 def test_state_dict_hooks():
     ours, theirs, _, _ = both(Case("lstm"))
     for module in (ours, theirs):

@@ -31,6 +31,8 @@ RECORD = (
     "given",  # how many tensors a method takes that takes nothing else; 0: it takes what a module does
     "answers",  # from here to there pairs: a function, and what it has to return
     "answers_end",
+    "entries",  # triples: a dict, a key, and what the entry has to be
+    "entries_end",
     "attributes",  # triples: an object, a name, and what the attribute has to be
     "attributes_end",
     "empty",  # dicts that have to be
@@ -94,6 +96,7 @@ class Same(NamedTuple):
     """What has to be as it is now for a call to be like another one."""
 
     answers: list[Callable[[], object]]  # of these functions
+    entries: list[tuple[dict, str]]
     attributes: list[tuple[object, str]]
     empty: list[dict]  # that are, and stay
     own: list[str]  # of the module's dicts, too
@@ -172,6 +175,7 @@ class Record:
     def of_module(self, same: Same, taken: Taken) -> int:
         """Take what a module does; how many tensors these are."""
         self._list("answers", [part for f in same.answers for part in (f, f())])
+        self._list("entries", [part for d, key in same.entries for part in (d, key, d[key])])
         self._list("attributes", [part for o, name in same.attributes for part in (o, name, getattr(o, name))])
         self._list("empty", same.empty)
         self._list("own", same.own)

@@ -61,6 +61,7 @@ def _word(name: str) -> Callable:
 
 none, true, given = map(_word, ("none", "true", "given"))
 answers, answers_end = map(_word, ("answers", "answers_end"))
+entries, entries_end = map(_word, ("entries", "entries_end"))
 attributes, attributes_end = map(_word, ("attributes", "attributes_end"))
 empty, empty_end = map(_word, ("empty", "empty_end"))
 own, own_end = map(_word, ("own", "own_end"))
@@ -105,6 +106,11 @@ def as_before(record, attributes_of_module):
         if found != peek(at, 1):
             return False
         at += 16
+    at = entries(record)
+    while at < entries_end(record):
+        if dict_item(peek(at, 0), peek(at, 1)) != peek(at, 2):
+            return False
+        at += 24
     at = attributes(record)
     while at < attributes_end(record):
         found = attribute(peek(at, 0), peek(at, 1))
