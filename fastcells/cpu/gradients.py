@@ -76,8 +76,7 @@ class OverTime:
                 self._blocks(dw_hh, run, slot_u, before[operand])
         sums = None
         if db_ih is not None:
-            width = d.r.used_slots * d.hidden
-            sums = Buffer.new(self.script.take(width * self.grad.item), (1, width), self.grad.item)
+            sums = self._scratch(1, 0, d.r.used_slots * d.hidden)
         self._run(sums)
         for target, slot in ((dw_ih, slot_x), (dw_hh, slot_u)):
             for gate, row in d.r.gates.items():
@@ -144,11 +143,21 @@ class OverTime:
             (begin, count): [script.table([min(max(c - begin, 0), count) for c in shares])]
             for begin, count, *_ in self.terms
         }
+        tile = plain(dtype)[0].shapes[0].widths[0]  # shares of whole tiles, for sums to be the same
+
+        def vectors_of(begin: int, count: int) -> list[int]:
+            """The same where they are units: of columns from `begin` on."""
+            whole = count // lanes
+            vectors = [min(max(c - begin, 0) // lanes, whole) // tile * tile for c in shares[:-1]]
+            return [script.table([*vectors, whole]), script.table([*[0] * threads, 1])]
+
+        # The last columns of a target, fewer than a vector, come about turned: as rows as wide as `grad`, whose vectors
+        # are full.
+        rests = {t: (begin, count, t.shape[1] % lanes) for begin, count, _, _, t in self.terms if t.shape[1] % lanes}
+        turned = {t: self._scratch(rest, begin, count) for t, (begin, count, rest) in rests.items()}
+        shares_of = {t: vectors_of(rests[t][0], here.shape[1]) for t, here in turned.items()}
         if sums is not None:
-            tile = plain(dtype)[0].shapes[0].widths[0]  # shares of whole tiles, for sums to be the same
-            whole = sums.shape[1] // lanes
-            vectors = [min(c // lanes, whole) // tile * tile for c in shares[:-1]]
-            vectors_of = [script.table([*vectors, whole]), script.table([*[0] * threads, 1])]
+            shares_of[sums] = vectors_of(0, sums.shape[1])
         wait = True
         for begin in range(0, total, length):
             end = min(begin + length, total)
@@ -167,15 +176,37 @@ class OverTime:
             for column, count, first, other, target in self.terms:
                 low, high = self._part(begin, end, first, other)
                 if low < high:
-                    x = rows.narrow(0, column, count).narrow(1, low - begin, high - low)
+                    part = rows.narrow(1, low - begin, high - low)
                     source, at = (near[other], begin) if other in near else (other, first)
                     weight = source.narrow(0, low - at, high - low)
-                    add_product(x, weight, target, rows_of[column, count], "rows", wait, told)
-                    wait = False
+                    whole = target.shape[1] // lanes * lanes
+                    if whole:
+                        x, into = part.narrow(0, column, count), target.columns(0, whole)
+                        add_product(x, weight.columns(0, whole), into, rows_of[column, count], "rows", wait, told)
+                        wait = False
+                    if target in turned:
+                        x, into = weight.columns(whole, target.shape[1] - whole).turned(), turned[target]
+                        units = part.narrow(0, column, into.shape[1]).turned()
+                        add_product(x, units, into, shares_of[target], "units", wait, told)
+                        wait = False
             if sums is not None:
                 unit = Buffer.new(ones(end - begin, dtype), (1, end - begin), item)
-                add_product(unit, stretch.columns(0, sums.shape[1]), sums, vectors_of, "units", wait, told)
+                add_product(unit, stretch.columns(0, sums.shape[1]), sums, shares_of[sums], "units", wait, told)
                 wait = False
+        run = plain(dtype)[0]
+        for target, (_, count, rest) in rests.items():
+            panel = run.panel(script, turned[target].columns(0, count), 0, False, [0], rest, count, threads)
+            back = Buffer(panel.weights, (count, rest), (panel.grow, item), item)
+            last = target.columns(target.shape[1] - rest, rest)
+            add(script, dtype, last, back, threads=threads, label=LABEL)
+
+    def _scratch(self, rows: int, begin: int, count: int) -> Buffer:
+        """Memory of the call for rows of so many columns, those of `grad` from `begin` on: whole vectors of them, where
+        its rows go on."""
+        item, lanes = self.grad.item, host().lanes(self.grad.item)
+        full = -(-count // lanes) * lanes
+        columns = full if (begin + full) * item <= self.grad.strides[0] else count
+        return Buffer.new(self.script.take(rows * columns * item), (rows, columns), item)
 
     def _shares(self, columns: int, lanes: int) -> list[int]:
         """Whole vectors of columns of `grad` at which the threads' shares begin, and the end: as much for each."""
