@@ -20,6 +20,7 @@ LABEL = "weight gradients"
 STRETCH = 256  # rows of all steps taken at a time, which stay in the second-level cache
 COPIED_STRETCH = 768  # and where copies are made of their lines
 NEAR_BYTES = 1 << 19  # of gradients, which are there as they are
+TURNED = 1 << 14  # numbers of gradients, from which on it pays to turn what is less than a vector
 WIDE_BYTES = 1 << 10  # of a row, from which on it pays to copy what is torn
 
 
@@ -153,7 +154,11 @@ class OverTime:
 
         # The last columns of a target, fewer than a vector, come about turned: as rows as wide as `grad`, whose vectors
         # are full.
-        rests = {t: (begin, count, t.shape[1] % lanes) for begin, count, _, _, t in self.terms if t.shape[1] % lanes}
+        rests = {
+            target: (begin, count, target.shape[1] % lanes)
+            for begin, count, *_, target in self.terms
+            if target.shape[1] % lanes and total * count > TURNED
+        }
         turned = {t: self._scratch(rest, begin, count) for t, (begin, count, rest) in rests.items()}
         shares_of = {t: vectors_of(rests[t][0], here.shape[1]) for t, here in turned.items()}
         if sums is not None:
@@ -179,13 +184,14 @@ class OverTime:
                     part = rows.narrow(1, low - begin, high - low)
                     source, at = (near[other], begin) if other in near else (other, first)
                     weight = source.narrow(0, low - at, high - low)
-                    whole = target.shape[1] // lanes * lanes
-                    if whole:
-                        x, into = part.narrow(0, column, count), target.columns(0, whole)
-                        add_product(x, weight.columns(0, whole), into, rows_of[column, count], "rows", wait, told)
+                    rest = rests[target][-1] if target in rests else 0
+                    direct = target.shape[1] - rest
+                    if direct:
+                        x, into = part.narrow(0, column, count), target.columns(0, direct)
+                        add_product(x, weight.columns(0, direct), into, rows_of[column, count], "rows", wait, told)
                         wait = False
-                    if target in turned:
-                        x, into = weight.columns(whole, target.shape[1] - whole).turned(), turned[target]
+                    if rest:
+                        x, into = weight.columns(direct, rest).turned(), turned[target]
                         units = part.narrow(0, column, into.shape[1]).turned()
                         add_product(x, units, into, shares_of[target], "units", wait, told)
                         wait = False
