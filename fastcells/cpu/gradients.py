@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -51,6 +51,9 @@ class OverTime:
     def __init__(self, call: Call, packed: bool, d: Direction, grad: Buffer) -> None:
         """packed: of packed sequences, which have as many rows as `grad` says, or fewer, as is told at each call."""
         self.call, self.packed, self.script, self.d, self.grad = call, packed, call.script, d, grad
+        self.lanes = host().lanes(grad.item)
+        self.threads, self.wait = 1, True  # of the next launch
+        self.begun: set[Buffer] = set()  # targets that are set
         # (first column, columns, first row, [rows, width] or [steps, rows, width], target)
         self.terms: list[tuple[int, int, int, Buffer, Buffer]] = []
 
@@ -105,117 +108,121 @@ class OverTime:
 
     def _run(self, sums: Buffer | None = None) -> None:
         """Compute all terms; sums: what becomes the sum of the first columns over all rows, [1, columns]."""
-        script, dtype, item = self.script, self.d.r.dtype, self.grad.item
+        script, dtype, item, lanes = self.script, self.d.r.dtype, self.grad.item, self.lanes
         total, used = self.grad.shape[0], max([begin + count for begin, count, *_ in self.terms], default=0)
-        lanes = host().lanes(item)
-        shares = self._shares(used, lanes)
-        threads, length = len(shares) - 1, total
+        shares = self._shares(used)
+        self.threads, self.wait = len(shares) - 1, True
         large = used > 0 and total * self.grad.strides[0] > NEAR_BYTES
         # What is copied before it is read: rows that are apart by two distances, or torn.
         copied = {o: first for *_, first, o, _ in self.terms if len(o.shape) == 3 or (large and torn(o))}
-        if large:  # whole time steps, if there are two distances
-            whole = max([o.shape[1] for o in copied if len(o.shape) == 3], default=1)
-            most = COPIED_STRETCH if any(map(torn, copied)) else STRETCH
-            length = -(-total // -(-total // most) // whole) * whole
+        length = self._length(copied) if large else total
         near = {}
         for other in copied:
             width, row = other.shape[-1], spread(other.shape[-1])
             near[other] = Buffer.new(script.take(length * row * item), (length, row), item).columns(0, width)
-        begun: set[Buffer] = set()
-
-        def add_product(
-            x: Buffer, weight: Buffer, target: Buffer, shares: list[int], split: str, wait: bool, told: Address | None
-        ) -> None:
-            """shares: tables for whole vectors of the target, which read weights where they are, and what is left."""
-            whole = target.shape[1] // lanes * lanes
-            for first, count, table in ((0, whole, shares[0]), (whole, target.shape[1] - whole, shares[-1])):
-                if count:
-                    product(
-                        script, dtype, x.by_time(), weight.columns(first, count),
-                        target.columns(first, count).by_time(), None if target in begun else zeros(count * item),
-                        transposed=True, pack=False, threads=threads, shares=table, split=split, wait=wait, told=told,
-                        label=LABEL,
-                    )  # fmt: skip
-                    wait = False
-            begun.add(target)
-
-        # A thread's share are columns of `grad`: no thread needs what another one does, but for copies that all read.
-        rows_of = {
-            (begin, count): [script.table([min(max(c - begin, 0), count) for c in shares])]
-            for begin, count, *_ in self.terms
-        }
-        tile = plain(dtype)[0].shapes[0].widths[0]  # shares of whole tiles, for sums to be the same
-
-        def vectors_of(begin: int, count: int) -> list[int]:
-            """The same where they are units: of columns from `begin` on."""
-            whole = count // lanes
-            vectors = [min(max(c - begin, 0) // lanes, whole) // tile * tile for c in shares[:-1]]
-            return [script.table([*vectors, whole]), script.table([*[0] * threads, 1])]
-
         # The last columns of a target, fewer than a vector, come about turned: as rows as wide as `grad`, whose vectors
         # are full.
-        rests = {
-            target: (begin, count, target.shape[1] % lanes)
+        turned = {
+            target: (self._scratch(target.shape[1] % lanes, begin, count), begin, count)
             for begin, count, *_, target in self.terms
             if target.shape[1] % lanes and total * count > TURNED
         }
-        turned = {t: self._scratch(rest, begin, count) for t, (begin, count, rest) in rests.items()}
-        shares_of = {t: vectors_of(rests[t][0], here.shape[1]) for t, here in turned.items()}
+        # A thread's share are columns of `grad`: no thread needs what another one does, but for copies that all read.
+        shares_of = {
+            target: [script.table([min(max(c - begin, 0), count) for c in shares])]
+            for begin, count, *_, target in self.terms
+        }
+        for here, begin, _ in turned.values():
+            shares_of[here] = self._vectors(shares, begin, here)
         if sums is not None:
-            shares_of[sums] = vectors_of(0, sums.shape[1])
-        wait = True
+            shares_of[sums] = self._vectors(shares, 0, sums)
         for begin in range(0, total, length):
             end = min(begin + length, total)
             told = self._told(begin, end)
             stretch = self.grad.narrow(0, begin, end - begin)
-            rows = stretch.turned()
-            copying = True
-            for other, here in near.items():
-                low, high = self._part(begin, end, copied[other], other)
-                if low < high:
-                    into = here.narrow(0, low - begin, high - low)
-                    part = self._narrowed(other, low - copied[other], high - low)
-                    into = into.by_time(part.shape[:-1])
-                    add(script, dtype, into, part, count=told, threads=threads, wait=copying, label=LABEL)
-                    copying, wait = False, True
+            self._copy(near, copied, begin, end, told)
             for column, count, first, other, target in self.terms:
                 low, high = self._part(begin, end, first, other)
-                if low < high:
-                    part = rows.narrow(1, low - begin, high - low)
-                    source, at = (near[other], begin) if other in near else (other, first)
-                    weight = source.narrow(0, low - at, high - low)
-                    rest = rests[target][-1] if target in rests else 0
-                    direct = target.shape[1] - rest
-                    if direct:
-                        x, into = part.narrow(0, column, count), target.columns(0, direct)
-                        add_product(x, weight.columns(0, direct), into, rows_of[column, count], "rows", wait, told)
-                        wait = False
-                    if rest:
-                        x, into = weight.columns(direct, rest).turned(), turned[target]
-                        units = part.narrow(0, column, into.shape[1]).turned()
-                        add_product(x, units, into, shares_of[target], "units", wait, told)
-                        wait = False
+                if low >= high:
+                    continue
+                grad = stretch.narrow(0, low - begin, high - low)
+                source, at = (near[other], begin) if other in near else (other, first)
+                x = source.narrow(0, low - at, high - low)
+                rest = turned[target][0] if target in turned else None
+                direct = target.shape[1] - (0 if rest is None else rest.shape[0])
+                if direct:
+                    rows, into = grad.columns(column, count).turned(), target.columns(0, direct)
+                    self._product(rows, x.columns(0, direct), into, shares_of[target], "rows", told)
+                if rest is not None:
+                    rows, units = x.columns(direct, rest.shape[0]).turned(), grad.columns(column, rest.shape[1])
+                    self._product(rows, units, rest, shares_of[rest], "units", told)
             if sums is not None:
                 unit = Buffer.new(ones(end - begin, dtype), (1, end - begin), item)
-                add_product(unit, stretch.columns(0, sums.shape[1]), sums, shares_of[sums], "units", wait, told)
-                wait = False
-        run = plain(dtype)[0]
-        for target, (_, count, rest) in rests.items():
-            panel = run.panel(script, turned[target].columns(0, count), 0, False, [0], rest, count, threads)
-            back = Buffer(panel.weights, (count, rest), (panel.grow, item), item)
-            last = target.columns(target.shape[1] - rest, rest)
-            add(script, dtype, last, back, threads=threads, label=LABEL)
+                self._product(unit, stretch.columns(0, sums.shape[1]), sums, shares_of[sums], "units", told)
+        for target, (here, _, count) in turned.items():
+            self._put(here.columns(0, count), target.columns(target.shape[1] - here.shape[0], here.shape[0]))
+
+    def _length(self, copied: Iterable[Buffer]) -> int:
+        """Rows of a large `grad` that are taken at a time: whole time steps, if there are two distances."""
+        total, whole = self.grad.shape[0], max([o.shape[1] for o in copied if len(o.shape) == 3], default=1)
+        most = COPIED_STRETCH if any(map(torn, copied)) else STRETCH
+        return -(-total // -(-total // most) // whole) * whole
 
     def _scratch(self, rows: int, begin: int, count: int) -> Buffer:
         """Memory of the call for rows of so many columns, those of `grad` from `begin` on: whole vectors of them, where
         its rows go on."""
-        item, lanes = self.grad.item, host().lanes(self.grad.item)
-        full = -(-count // lanes) * lanes
+        item, full = self.grad.item, -(-count // self.lanes) * self.lanes
         columns = full if (begin + full) * item <= self.grad.strides[0] else count
         return Buffer.new(self.script.take(rows * columns * item), (rows, columns), item)
 
-    def _shares(self, columns: int, lanes: int) -> list[int]:
+    def _copy(
+        self, near: dict[Buffer, Buffer], copied: dict[Buffer, int], begin: int, end: int, told: Address | None
+    ) -> None:
+        """Make the copies of rows from `begin` to `end`, for which what comes next waits."""
+        waited = True
+        for other, here in near.items():
+            low, high = self._part(begin, end, copied[other], other)
+            if low < high:
+                part = self._narrowed(other, low - copied[other], high - low)
+                into = here.narrow(0, low - begin, high - low).by_time(part.shape[:-1])
+                options: dict[str, Any] = {"threads": self.threads, "wait": waited, "label": LABEL}
+                add(self.script, self.d.r.dtype, into, part, count=told, **options)
+                waited, self.wait = False, True
+
+    def _product(
+        self, x: Buffer, weight: Buffer, target: Buffer, shares: list[int], split: str, told: Address | None
+    ) -> None:
+        """Add x @ weight to a target, whose first product sets it. shares: tables for whole vectors of it, which read
+        weights where they are, and for what is left."""
+        whole, item = target.shape[1] // self.lanes * self.lanes, target.item
+        for first, count, table in ((0, whole, shares[0]), (whole, target.shape[1] - whole, shares[-1])):
+            if count:
+                product(
+                    self.script, self.d.r.dtype, x.by_time(), weight.columns(first, count),
+                    target.columns(first, count).by_time(), None if target in self.begun else zeros(count * item),
+                    transposed=True, pack=False, threads=self.threads, shares=table, split=split, wait=self.wait,
+                    told=told, label=LABEL,
+                )  # fmt: skip
+                self.wait = False
+        self.begun.add(target)
+
+    def _put(self, turned: Buffer, target: Buffer) -> None:
+        """Put in a target's place what came about turned, by way of a panel of packed weights, which is turned, too."""
+        dtype, (rest, count) = self.d.r.dtype, turned.shape
+        panel = plain(dtype)[0].panel(self.script, turned, 0, False, [0], rest, count, self.threads)
+        back = Buffer(panel.weights, (count, rest), (panel.grow, turned.item), turned.item)
+        add(self.script, dtype, target, back, threads=self.threads, label=LABEL)
+
+    def _vectors(self, shares: list[int], begin: int, target: Buffer) -> list[int]:
+        """Tables of the threads' shares of a target's columns, which are those of `grad` from `begin` on, as units."""
+        tile = plain(self.d.r.dtype)[0].shapes[0].widths[0]  # shares of whole tiles, for sums to be the same
+        whole = target.shape[1] // self.lanes
+        vectors = [min(max(c - begin, 0) // self.lanes, whole) // tile * tile for c in shares[:-1]]
+        return [self.script.table([*vectors, whole]), self.script.table([*[0] * self.threads, 1])]
+
+    def _shares(self, columns: int) -> list[int]:
         """Whole vectors of columns of `grad` at which the threads' shares begin, and the end: as much for each."""
+        lanes = self.lanes
         costs = [0] * -(-columns // lanes)
         for begin, count, _, other, _ in self.terms:
             for k in range(begin // lanes, -(-(begin + count) // lanes)):
