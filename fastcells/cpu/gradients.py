@@ -133,7 +133,7 @@ class OverTime:
             for begin, count, *_, target in self.terms
         }
         for here, begin, _ in turned.values():
-            shares_of[here] = self._vectors(shares, begin, here)
+            shares_of[here] = self._vectors(shares, begin, here, most=1)  # sums leave it to the later one
         if sums is not None:
             shares_of[sums] = self._vectors(shares, 0, sums)
         for begin in range(0, total, length):
@@ -213,12 +213,14 @@ class OverTime:
         back = Buffer(panel.weights, (count, rest), (panel.grow, turned.item), turned.item)
         add(self.script, dtype, target, back, threads=self.threads, label=LABEL)
 
-    def _vectors(self, shares: list[int], begin: int, target: Buffer) -> list[int]:
-        """Tables of the threads' shares of a target's columns, which are those of `grad` from `begin` on, as units."""
-        tile = plain(self.d.r.dtype)[0].shapes[0].widths[0]  # shares of whole tiles, for sums to be the same
-        whole = target.shape[1] // self.lanes
-        vectors = [min(max(c - begin, 0) // self.lanes, whole) // tile * tile for c in shares[:-1]]
-        return [self.script.table([*vectors, whole]), self.script.table([*[0] * self.threads, 1])]
+    def _vectors(self, shares: list[int], begin: int, target: Buffer, most: int = 0) -> list[int]:
+        """Tables of the threads' shares of a target's columns, which are those of `grad` from `begin` on, as units: of
+        whole tiles, for sums to be the same. most: 1 if what is no whole tile is the earlier thread's."""
+        widths = plain(self.d.r.dtype)[0].shapes[0].widths
+        tile, whole = widths[0 if target.shape[0] == 1 else 1], target.shape[1] // self.lanes
+        at = [(max(c - begin, 0) // self.lanes + most * (tile - 1)) // tile * tile for c in shares[:-1]]
+        cuts = [min(k, whole) for k in at]
+        return [self.script.table([*cuts, whole]), self.script.table([*[0] * self.threads, 1])]
 
     def _shares(self, columns: int) -> list[int]:
         """Whole vectors of columns of `grad` at which the threads' shares begin, and the end: as much for each."""
