@@ -662,6 +662,7 @@ def test_numbers_below_the_normal_range_are_flushed_in_kernels_alone():
     assert (x[0, 0] * 0.5).tolist() == [tiny / 128] * 4
 
 
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
 @pytest.mark.parametrize("copied", [False, True], ids=["there", "copied"])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
@@ -674,9 +675,11 @@ def test_numbers_below_the_normal_range_are_flushed_in_kernels_alone():
     ],
     ids=["lstm", "projected", "packed", "own"],
 )
-def test_gradients_of_weights_a_stretch_at_a_time(monkeypatch, c, options, threads, copied):
+def test_gradients_of_weights_a_stretch_at_a_time(monkeypatch, c, options, threads, copied, turned):
     """As for large ones: some rows at a time, in stretches that begin and end within time steps. copied: and what meets
-    the gradients is copied first, since its rows are no whole lines of a cache."""
+    the gradients is copied first, since its rows are no whole lines of a cache. turned: and less than a vector of a
+    target's columns comes about turned."""
+    monkeypatch.setattr(gradients, "TURNED", 0 if turned else 1 << 30)
     monkeypatch.setattr(gradients, "NEAR_BYTES", 0)
     monkeypatch.setattr(gradients, "STRETCH", 7)
     monkeypatch.setattr(gradients, "COPIED_STRETCH", 7)
@@ -693,6 +696,7 @@ def test_gradients_of_weights_a_stretch_at_a_time(monkeypatch, c, options, threa
 
 def test_gradients_of_weights_where_input_comes_in_batches(monkeypatch):
     """Rows of all time steps are then at two distances: copied, some whole steps at a time."""
+    monkeypatch.setattr(gradients, "TURNED", 0)
     monkeypatch.setattr(gradients, "NEAR_BYTES", 0)
     monkeypatch.setattr(gradients, "STRETCH", 7)
     layer.forget()

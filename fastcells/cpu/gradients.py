@@ -218,8 +218,8 @@ class OverTime:
         whole tiles, for sums to be the same. most: 1 if what is no whole tile is the earlier thread's."""
         widths = plain(self.d.r.dtype)[0].shapes[0].widths
         tile, whole = widths[0 if target.shape[0] == 1 else 1], target.shape[1] // self.lanes
-        at = [(max(c - begin, 0) // self.lanes + most * (tile - 1)) // tile * tile for c in shares[:-1]]
-        cuts = [min(k, whole) for k in at]
+        vectors = [max(c - begin, 0) // self.lanes + most * (tile - 1) for c in shares[:-1]]
+        cuts = [min(k // tile * tile, whole) for k in vectors]
         return [self.script.table([*cuts, whole]), self.script.table([*[0] * self.threads, 1])]
 
     def _shares(self, columns: int) -> list[int]:
