@@ -10,7 +10,7 @@ from fastcells.cpu import store
 from fastcells.cpu.geometry import LATENCY_CHAINS, tile_shape
 from fastcells.cpu.host import host
 from fastcells.cpu.layer import ready
-from fastcells.cpu.tile import UNROLL
+from fastcells.cpu.tile import ALONG_ROW, UNROLL
 
 REGISTER = {32: "ymm", 64: "zmm"}.get(host().vector_bytes)  # the name of a vector's
 known = host().triple.startswith("x86_64") and REGISTER is not None and "fma" in host().features
@@ -47,6 +47,9 @@ def test_full_tiles_keep_their_sums_in_registers(cell, direction):
     for width in (w for w in shape.widths[1:-1] if w < shape.block):
         expected |= {interleaved(shape.rows * width * len(s.targets)) for s in stage.segments}
     assert expected <= set(adds)
+    if direction == "forward":  # of dot products, which read rows of weights as they lie
+        expected.add(ALONG_ROW * shape.lanes)
+        assert expected <= set(adds)
     if host().halves:  # of tiles of half a vector
         narrow = [sum(line.startswith("vfmadd") and "ymm" in line for line in loop) for loop in loops]
         assert {interleaved(shape.rows * len(s.targets)) for s in stage.segments} <= set(narrow)

@@ -7,6 +7,7 @@ they are its results; and of a single row, whose steps wait for each other, it i
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from llvmlite import ir
 
@@ -41,6 +42,7 @@ TILE_ARGUMENTS = (
 
 UNROLL = 2  # steps of the depth in one turn of the inner loop of full tiles, whose loads and multiply-adds alone almost
 # fill the pipeline; the others are used less than they take to compile
+ALONG_ROW = 4  # vectors of a row that a dot product reads one after the other, before those of the next row
 AHEAD = 4096  # bytes of weights that a tile asks for ahead: a page, where a processor that looks ahead itself stops
 
 
@@ -232,12 +234,17 @@ class Tile(Emitter):
         """sums + row[begin:end] * the numbers that each of the pointers points to."""
         b, v = self.b, self.v
 
-        def add(k, sums, mask=None):
-            at = b.mul(k, i64(self.bytes))
-            x = v.load(b.add(row, at), mask)
-            return [v.fma(v.load(b.add(p, at), mask), x, s) for p, s in zip(pointers, sums, strict=True)]
+        def add(k, sums, mask=None, vectors=1):
+            places = [b.mul(b.add(k, i64(i * v.lanes)), i64(self.bytes)) for i in range(vectors)]
+            xs, out = [v.load(b.add(row, at), mask) for at in places], []
+            for p, s in zip(pointers, sums, strict=True):
+                for at, x in zip(places, xs, strict=True):
+                    s = v.fma(v.load(b.add(p, at), mask), x, s)
+                out.append(s)
+            return out
 
-        whole, sums = counted(b, begin, end, v.lanes, sums, add)
+        whole, sums = counted(b, begin, end, ALONG_ROW * v.lanes, sums, partial(add, vectors=ALONG_ROW))
+        whole, sums = counted(b, whole, end, v.lanes, sums, add)
         rest = b.sub(end, whole)
         before, tail, done = b.block, b.append_basic_block("tail"), b.append_basic_block("tail.done")
         b.cbranch(b.icmp_signed(">", rest, i64(0)), tail, done)
