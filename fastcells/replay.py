@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,21 +17,20 @@ from torch.autograd import _profiler_enabled as profiled
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_of_torch
 
-from . import guards
-from .cpu import again, script, team
+from .cpu import again, script
 from .cpu import layer as cpu
-from .functional import Invocation, flat
+from .functional import Invocation, flat, same_memory
 
 if TYPE_CHECKING:
     from .dropin import Call, DropIn
 
 SAME = again.Same(
-    answers=[torch.is_grad_enabled, torch.get_num_threads, function_modes, profiled],  # the last two leave no mark
-    entries=[(vars(forward_ad), "_current_level"), (vars(script), "observer"), (vars(team), "_lost")],
+    answers=[torch.is_grad_enabled, torch.get_num_threads, function_modes, profiled],  # they leave no mark on tensors
+    entries=[(vars(forward_ad), "_current_level"), (vars(script), "observer")],
     attributes=[],
     empty=[],
-    own=[],
 )
+BRIEF = 1 << 18  # multiplications of a call that takes less time than other threads take to go on
 HOOKS = [
     hooks for name, hooks in vars(module_of_torch).items() if name.startswith("_global_") and isinstance(hooks, dict)
 ]
@@ -54,7 +54,7 @@ class Replay:
         stack = Stack(call, tensors, training)
         if not (stack.whole and all(names)) or (draws and not training):
             return
-        taken = again.Taken(hx, names, guards.alike(tensors))
+        taken = again.Taken(hx, module._parameters, names, tensors)
         made = None if training else stack.made(module)
         finish = Training(module, input, call, stack.forwards) if training else None
         self.forward = _then(again.method(SAME, taken, made), finish)
@@ -62,7 +62,7 @@ class Replay:
         plain = MODULE.__call__ is CALL and "forward" not in own and "_compiled_call_impl" not in own
         if type(module).forward in _beginning and plain:
             attributes = [(type(module), "forward"), (MODULE, "__call__")]
-            straight = SAME._replace(attributes=attributes, empty=HOOKS, own=OWN_HOOKS)
+            straight = SAME._replace(attributes=attributes, empty=HOOKS + [own[name] for name in OWN_HOOKS])
             self.straight = _then(again.method(straight, taken, made), finish)
 
 
@@ -77,6 +77,8 @@ class Stack:
         self.call, self.dtype = call, tensors[0].dtype
         cell, batch, states, layers, _ = call
         self.taken = len(tensors)
+        rows = tensors[0].shape[:-1].numel()
+        self.brief = rows * sum([t.numel() for t in tensors[1:]]) < BRIEF
         self.forwards: list[cpu.Forward] = []
         self.operands: list[list[again.Operand | None]] = []  # of each layer's script: states and parameters
         self.whole = True
@@ -87,7 +89,7 @@ class Stack:
             forward, given = cpu.prepared(cell, x, part, parameters, cpu.Sequences(x, None), training)
             used = flat(parameters)
             known: list[Tensor | None] = [x, *(part or ()), *used]
-            self.whole &= forward.whole and len(given) == len(known) and all(map(guards.same_memory, given, known))
+            self.whole &= forward.whole and len(given) == len(known) and all(map(same_memory, given, known))
             at: list[again.Operand | None] = [
                 again.Operand(j, t.data_ptr() - tensors[j].data_ptr()) for j, t in enumerate(part or (), 1)
             ]
@@ -123,7 +125,7 @@ class Stack:
             scripts.append((forward.script, operands, forward.script.memory()))
             x = y
         result = module._laid_out(None, batch, examples[0], tuple(examples[1 : 1 + states]))
-        return again.Made(scripts, examples, result, self.dtype)
+        return again.Made(scripts, examples, result, self.dtype, self.brief)
 
 
 def _then(method: Callable | None, finish: Callable | None) -> Callable | None:
@@ -212,6 +214,8 @@ def _forget_all() -> None:
 
 
 cpu.forgetting.append(_forget_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)  # where there are no threads to run on
 
 
 def forget(module: DropIn) -> None:
@@ -230,7 +234,7 @@ def begins(forward: Callable) -> Callable:
 
 def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:
     """Make the call ready to be made again, at its second time."""
-    if not guards.AVAILABLE or script.observer is not None or call.batch.batch_sizes is not None:
+    if again.interface() is None or script.observer is not None or call.batch.batch_sizes is not None:
         return
     if profiled() or not (hx is None or type(hx) in (Tensor, tuple)):
         return

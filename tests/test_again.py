@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcells
 from fastcells import cells
@@ -101,6 +102,16 @@ def test_memory_that_was_let_go_is_taken_anew(kind):
             assert not module._replays.straight
             for a, b in zip(tensors(module(x, hx)), right, strict=True):
                 assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_there_where_they_are_wanted(kind):
+    """After calls without gradients, and then with, the other kind is another call."""
+    module, x, hx = made(kind)
+    for _ in range(2):
+        with torch.no_grad():
+            assert not any(t.requires_grad for t in tensors(settled(module, x, hx)))
+        assert all(t.requires_grad for t in tensors(settled(module, x, hx)))
 
 
 def test_threads_that_come_and_go_make_the_call_again():
@@ -197,7 +208,8 @@ COTANGENTS = {  # of some results, (y, h_n, c_n)
 def test_backward_calls_one_after_the_other(options, threads, compiled, monkeypatch):
     """Of all kinds of cotangents in turn, with weights that change, some of them frozen, and graphs asked twice."""
     if not compiled:
-        monkeypatch.setattr(again, "function", lambda *_: None)
+        function = again.function
+        monkeypatch.setattr(again, "function", lambda n, like, made: None if made else function(n, like, made))
     monkeypatch.setattr("fastcells.plan.THREAD_FLOPS", 0)
     set_before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -263,8 +275,6 @@ def test_other_arguments_are_left_to_python():
             ]
             assert [call(module, *given) for given in others] == [None] * len(others)
             assert call() is None
-            assert call(3, x, hx) is None
-            assert call(torch.nn.Linear(2, 3), x, hx) is None
         with pytest.raises(RuntimeError, match="input_size"):
             module(x[..., :2], hx)
         with pytest.raises(TypeError):
@@ -353,3 +363,55 @@ def test_training_of_any_cell_again(cell, options, given):
     for again_ in found[1:]:
         for a, b in zip(again_, found[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+class Other(torch.Tensor):
+    """Any class of tensors but torch's."""
+
+
+DIFFERENT = {
+    "sizes": lambda: torch.randn(4, 4),
+    "dimensions": lambda: torch.randn(3, 4, 1),
+    "strides": lambda: torch.randn(4, 3).t(),
+    "rows apart": lambda: torch.randn(3, 5)[:, :4],
+    "format": lambda: torch.randn(3, 4, dtype=torch.float64),
+    "a gradient is wanted": lambda: torch.randn(3, 4, requires_grad=True),
+    "negated when read": lambda: torch.randn(3, 4, dtype=torch.complex64).conj().imag,
+    "device": lambda: torch.randn(3, 4, device="meta"),
+    "sparse": lambda: torch.randn(3, 4).to_sparse(),
+    "a parameter": lambda: torch.nn.Parameter(torch.randn(3, 4), requires_grad=False),
+    "class": lambda: torch.randn(3, 4).as_subclass(Other),
+    "nothing": lambda: None,
+    "no tensor": lambda: torch.randn(3, 4).numpy(),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_tensors_are_compared_with_those_of_the_call_before(what):
+    first, second = torch.randn(3, 4), torch.randn(2, 5).t()
+    like = again.function(2, [first, second], None)
+    given = torch.randn(3, 4), torch.randn(2, 5).t()
+    assert all(a is b for a, b in zip(like(*given), given, strict=True))
+    assert like(DIFFERENT[what](), second) is None
+    assert like(first, DIFFERENT[what]()) is None
+    assert like(first) is like(second, first) is None
+
+
+class Passing(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu"), Passing])
+def test_tensors_are_others_where_torch_does_otherwise(mode):
+    tensors = [torch.randn(3, 4)]
+    outside = again.function(1, tensors, None)
+    with mode():
+        inside = again.function(1, tensors, None)
+        assert outside(*tensors) is None
+        assert inside(*tensors) is not None
+    assert outside(*tensors) is not None
+    assert inside(*tensors) is None
+    vmapped = []
+    torch.func.vmap(lambda t: vmapped.append(outside(t)) or t)(torch.randn(2, 3, 4))
+    assert vmapped == [None]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +25,13 @@ from . import store, team
 from .geometry import LINE, SCRIPT
 from .script import KEY, Memory, Script, arena, driver
 
+try:  # compares tensors with others, and how torch dispatches on them
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:
+    TensorGuards = None  # type: ignore[assignment, misc]
+
 RECORD = (
     "none",
-    "true",
     "given",  # how many tensors a method takes that takes nothing else; 0: it takes what a module does
     "answers",  # from here to there pairs: a function, and what it has to return
     "answers_end",
@@ -37,16 +41,14 @@ RECORD = (
     "attributes_end",
     "empty",  # dicts that have to be
     "empty_end",
-    "own",  # names of the module's dicts that have to be
-    "own_end",
-    "dict",  # names of two of its attributes
-    "parameters",
-    "names",  # of the parameters that are used
+    "parameters",  # the module's dict of them,
+    "names",  # and of those that are used
     "names_end",
     "kind",  # the type of the states,
     "states",  # and how many they are: -1 for one that is not in a tuple
-    "check",  # tells whether tensors are laid out as they have to be; 0: they are
-    "offset",  # bytes from a tensor's object to its handle
+    "offset",  # bytes from a tensor's object to its handle,
+    "keys",  # and from torch's own object to what tells how operations on it are dispatched
+    "layouts",  # what each tensor has to be, LAYOUT; 0: they are
     "make",  # what has to be made
     "make_end",
     "arena",  # the key of the thread's memory in its dict,
@@ -56,6 +58,7 @@ RECORD = (
     "length",  # their words,
     "moves",  # and triples: a word of them, and whose address goes there, plus so many bytes
     "moves_end",
+    "brief",  # 1: Python's other threads wait
     "runs",  # pairs: a script's frame, and its threads; none: all that is wanted are the call's tensors
     "runs_end",
     "driver",
@@ -64,6 +67,7 @@ RECORD = (
     "result",  # numbers of what was made, in order, NOTHING, and lengths of tuples, negative, after what is in them
     "result_end",
 )
+LAYOUT = ("type", "keys", "wants", "dtype", "dimensions")  # wants: 1: a gradient. Then sizes, then strides
 MADE = ("dimensions", "sizes", "strides", "dtype")  # without dimensions: at `sizes` of the call's memory
 ROOM, FRAMES_ROOM = 256, 4096  # words, for tensors, and for the frames of scripts
 NOTHING = ROOM  # stands for None in a result
@@ -74,10 +78,8 @@ PYTHON = (  # of its functions, those that the method uses
     "PyErr_Clear",
     "PyObject_CallNoArgs",
     "PyObject_GetAttr",
-    "PyObject_Type",
-    "PyObject_Vectorcall",
     "PyLong_AsSsize_t",
-    "PyDict_GetItem",
+    "PyDict_GetItemWithError",
     "PyDict_Size",
     "PyTuple_GetItem",
     "PyTuple_New",
@@ -87,7 +89,16 @@ PYTHON = (  # of its functions, those that the method uses
     "PyEval_RestoreThread",
     "PyEval_SaveThread",
 )
-TORCH = ("aoti_torch_empty_strided", "aoti_torch_get_data_ptr", "aoti_torch_delete_tensor_object")
+TORCH = (
+    "aoti_torch_empty_strided",
+    "aoti_torch_get_data_ptr",
+    "aoti_torch_get_dtype",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_sizes",
+    "aoti_torch_get_strides",
+    "aoti_torch_delete_tensor_object",
+)
+WANTS = "_ZNK3c1010TensorImpl13requires_gradEv"
 WRAP = ("_Z16THPVariable_WrapRKN2at10TensorBaseE", "_Z16THPVariable_WrapN2at10TensorBaseE")  # of newer torch, of older
 DTYPES = {torch.float32: "aoti_torch_dtype_float32", torch.float64: "aoti_torch_dtype_float64"}
 
@@ -99,15 +110,15 @@ class Same(NamedTuple):
     entries: list[tuple[dict, str]]
     attributes: list[tuple[object, str]]
     empty: list[dict]  # that are, and stay
-    own: list[str]  # of the module's dicts, too
 
 
 class Taken(NamedTuple):
-    """What a call takes: states like `hx`, and parameters of these names. check: of all its tensors, in this order."""
+    """What a call takes: states like `hx`, and parameters of these names. tensors: like all of them, in this order."""
 
     hx: Any
+    parameters: Mapping[str, Tensor | None]
     names: list[str]
-    check: Callable[..., bool]
+    tensors: Sequence[Tensor]
 
 
 class Operand(NamedTuple):
@@ -121,12 +132,13 @@ class Operand(NamedTuple):
 class Made(NamedTuple):
     """What a call does: run scripts, one after the other, each with its operands and the memory that it keeps, if it
     does; and what it makes, the examples, which are on the device "meta", as these have no memory. The result is made
-    of some of them, and of views of all of one, and of None."""
+    of some of them, and of views of all of one, and of None. brief: Python's other threads may wait for it."""
 
     scripts: list[tuple[Script, list[Operand | None], Memory | None]]
     examples: list[Tensor]
     result: Any
     dtype: torch.dtype
+    brief: bool = False
 
 
 def method(same: Same, taken: Taken, made: Made | None) -> Callable[..., Any] | None:
@@ -143,15 +155,16 @@ def method(same: Same, taken: Taken, made: Made | None) -> Callable[..., Any] | 
     return record.method()
 
 
-def function(count: int, check: Callable[..., bool] | None, made: Made) -> Callable[..., Any] | None:
-    """A function of so many tensors, which are as they have to be if `check` of them is true, or in any case without.
-    It returns what is made, or None if they are not."""
+def function(count: int, like: Sequence[Tensor] | None, made: Made | None) -> Callable[..., Any] | None:
+    """A function of so many tensors, which have to be `like` these, if there are any. It returns what is made, or
+    without `made` a tuple of the tensors, and None if they are not."""
     known = interface()
     if known is None:
         return None
     record = Record(known)
-    record.of_tensors(count, check)
-    record.make(count, made)
+    record.of_tensors(count, like)
+    if made is not None:
+        record.make(count, made)
     return record.method()
 
 
@@ -162,32 +175,40 @@ class Record:
         self.interface, self.owned, self.word = interface, list[Any](), dict.fromkeys(RECORD, 0)
         self.fits = True
         self._set("none", id(None))
-        self._set("true", id(True))
         self._set("offset", interface.offset)
+        self._set("keys", interface.keys)
 
-    def of_tensors(self, count: int, check: Callable[..., bool] | None) -> None:
+    def of_tensors(self, count: int, like: Sequence[Tensor] | None) -> None:
         """Take tensors alone."""
         self._set("given", count)
-        if check is not None:
-            self._set("check", self._object(check))
-        self.fits &= 0 < count <= ROOM
+        if like is not None:
+            self._like(like, [])
+        self.fits &= 0 < count <= ROOM and (like is None or len(like) == count)
 
     def of_module(self, same: Same, taken: Taken) -> int:
         """Take what a module does; how many tensors these are."""
-        self._list("answers", [part for f in same.answers for part in (f, f())])
         self._list("entries", [part for d, key in same.entries for part in (d, key, d[key])])
         self._list("attributes", [part for o, name in same.attributes for part in (o, name, getattr(o, name))])
         self._list("empty", same.empty)
-        self._list("own", same.own)
-        self._set("dict", self._object("__dict__"))
-        self._set("parameters", self._object("_parameters"))
+        self._set("parameters", self._object(taken.parameters))
         self._list("names", taken.names)
         self._set("kind", self._object(type(taken.hx)))
         self._set("states", len(taken.hx) if type(taken.hx) is tuple else -isinstance(taken.hx, Tensor))
-        self._set("check", self._object(taken.check))
+        self._like(taken.tensors, same.answers)
         count = 1 + abs(self.word["states"]) + len(taken.names)
-        self.fits &= count <= ROOM
+        self.fits &= len(taken.tensors) == count <= ROOM
         return count
+
+    def _like(self, tensors: Sequence[Tensor], answers: Sequence[Callable[[], object]]) -> None:
+        """Take tensors laid out like these, while torch dispatches, and functions answer, as they do now."""
+        answers = [*answers, dispatching()]
+        self._list("answers", [part for f in answers for part in (f, f())])
+        layouts = list[int]()
+        for t in tensors:
+            dtype = self.interface.dtypes.get(t.dtype)
+            self.fits &= dtype is not None
+            layouts += [self._object(type(t)), keys(t), t.requires_grad, dtype or 0, t.dim(), *t.shape, *t.stride()]
+        self._set("layouts", self._words(layouts))
 
     def method(self) -> Callable[..., Any] | None:
         if not self.fits:
@@ -257,6 +278,7 @@ class Record:
         self._set("size", size)
         self._set("arena", self._object(KEY))
         self._set("take", self._object(partial(arena.take, size)))
+        self._set("brief", made.brief and max(runs[1::2]) == 1)
         self._set("driver", driver().address)
         if max(runs[1::2]) > 1:
             kernel, known = team.leading()
@@ -277,15 +299,17 @@ class Definition(ctypes.Structure):
     )
 
 
+IMPL_BYTES = 192  # of torch's own object of a tensor, at least
 FASTCALL = 0x80  # CPython's METH_FASTCALL: a method of (owner, address of the arguments, their count)
 
 
 class Interface(NamedTuple):
-    """Python's and torch's. new: makes a method, of the address of its definition, and its owner. offset: bytes from a
-    tensor's object to its handle. dtypes: torch's numbers of them."""
+    """Python's and torch's. new: makes a method, of the address of its definition, and its owner. offset, keys: see
+    RECORD. dtypes: torch's numbers of them."""
 
     new: Any
     offset: int
+    keys: int
     dtypes: dict[torch.dtype, int]
 
 
@@ -297,20 +321,23 @@ def interface() -> Interface | None:
         return None
     try:
         folder = Path(torch.__file__).parent / "lib"
-        torch_cpu, torch_python = (ctypes.CDLL(str(folder / f"libtorch_{part}.so")) for part in ("cpu", "python"))
+        parts = ("c10", "torch_cpu", "torch_python")
+        c10, torch_cpu, torch_python = (ctypes.CDLL(str(folder / f"lib{part}.so")) for part in parts)
         symbols = {name: getattr(ctypes.pythonapi, name) for name in PYTHON}
         symbols |= {name: getattr(torch_cpu, name) for name in TORCH}
+        symbols["requires_grad"] = getattr(c10, WANTS)
         symbols["THPVariable_Wrap"] = getattr(torch_python, next(name for name in WRAP if hasattr(torch_python, name)))
         dtypes = {dtype: getattr(torch_cpu, name)() for dtype, name in DTYPES.items()}
         new, offset = ctypes.pythonapi.PyCFunction_NewEx, _offset(torch_cpu.aoti_torch_delete_tensor_object)
+        keys_at = None if offset is None else _keys_at(offset)
     except (OSError, AttributeError, StopIteration):
         return None
-    if offset is None:
+    if TensorGuards is None or offset is None or keys_at is None:
         return None
     for name, function in symbols.items():
         llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
     new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
-    return Interface(new, offset, dtypes)
+    return Interface(new, offset, keys_at, dtypes)
 
 
 def _offset(let_go: Any) -> int | None:
@@ -327,6 +354,34 @@ def _offset(let_go: Any) -> int | None:
         found.add(tuple(at for at in words if ctypes.c_int64.from_address(id(tensor) + at).value == held))
         let_go(handle)
     return None if len(found) > 1 or len(places := found.pop()) != 1 else places[0]
+
+
+def keys(t: Tensor) -> int:
+    """What tells how torch dispatches operations on a tensor: its kind, device, views of it, and what is traced."""
+    return ctypes.c_int64(torch._C._dispatch_keys(t).raw_repr()).value
+
+
+def _keys_at(offset: int) -> int | None:
+    """Bytes from torch's own object of a tensor to its `keys`."""
+    tensors = [torch.empty(2), torch.empty(2, dtype=torch.complex64).conj(), torch.empty(2, 2).to_sparse()]
+    with torch.inference_mode():
+        tensors += [torch.empty(2), torch.empty(2, device="meta")]
+    places = set(range(0, IMPL_BYTES, 8))
+    for t in tensors:
+        impl = ctypes.c_int64.from_address(id(t) + offset).value
+        places = {at for at in places if ctypes.c_int64.from_address(impl + at).value == keys(t)}
+    return places.pop() if len(places) == 1 else None
+
+
+def dispatching() -> Callable[[], bool]:
+    """A function: whether torch dispatches operations as it does now: it tells of dispatch modes, transforms, traces,
+    autocast and inference mode."""
+    guards: Any = TensorGuards
+    return partial(guards(_plain, dynamic_dims_sizes=[[]], dynamic_dims_strides=[[]]).check, _plain)
+
+
+with torch.inference_mode(False):
+    _plain = torch.empty(())  # has all keys of a tensor that a layer takes
 
 
 @lru_cache(maxsize=1)

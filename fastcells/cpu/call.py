@@ -54,10 +54,10 @@ class Call:
         return len(self.parts) == 1
 
     def again(
-        self, tensors: Sequence[Tensor | None], check: Callable[..., bool] | None, result: Callable[[list], Any]
+        self, tensors: Sequence[Tensor | None], like: Sequence[Tensor] | None, result: Callable[[list], Any]
     ) -> Callable[..., Any]:
-        """A function that makes the call, of those of its tensors that there are; it returns None if `check` of them is
-        not true. Without Python, where that can be. result: what it returns, of all that the call makes."""
+        """A function that makes the call, of those of its tensors that there are; it returns None if they are not
+        `like` these. Without Python, where that can be. result: what it returns, of all that the call makes."""
         sizes = [torch.Size(s).numel() * self.dtype.itemsize for s in self.shapes if s is not None]
         if self.whole and max(sizes) < blocks.LARGE:
             made = [None if s is None else torch.empty(s, device="meta", dtype=self.dtype) for s in self.shapes]
@@ -66,12 +66,13 @@ class Call:
             examples = [t for t in made if t is not None]
             does = again.Made([(self.script, operands, None)], examples, result(made), self.dtype)
             taken = next(numbers) - len(examples)
-            if (function := again.function(taken, check, does)) is not None:
+            if (function := again.function(taken, like, does)) is not None:
                 return function
         there = [t is not None for t in tensors]
+        alike = None if like is None else again.function(len(like), like, None) or (lambda *_: None)
 
         def in_python(*given: Tensor) -> Any:
-            if check is not None and not check(*given):
+            if alike is not None and alike(*given) is None:
                 return None
             rest = iter(given)
             return result(self.begin([next(rest) if t else None for t in there]))

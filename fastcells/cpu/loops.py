@@ -185,6 +185,18 @@ def poke(typingctx, address, index, value):
 
 
 @intrinsic
+def copy_words(typingctx, to, source, count):
+    """Set so many 64-bit words to those at another address."""
+
+    def emit(context, b, signature, args):
+        to, source = (b.inttoptr(a, I64.as_pointer()) for a in args[:2])
+        cgutils.raw_memcpy(b, to, source, args[2], 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), emit
+
+
+@intrinsic
 def call(typingctx, kernel, frame, thread, team):
     """Call a kernel by its address."""
 
@@ -238,9 +250,8 @@ def make_driver() -> Callable:
         if thread == 0:
             for k in range(launches):
                 launch = table + k * entry
-                words, frame = peek(launch, words_at), memory + peek(launch, frame_at)
-                for w in range(peek(launch, length_at)):
-                    poke(frame, w, peek(words, w))
+                frame = memory + peek(launch, frame_at)
+                copy_words(frame, peek(launch, words_at), peek(launch, length_at))
                 relocation = peek(launch, relocations_at)
                 for _ in range(peek(launch, count_at)):
                     poke(frame, peek(relocation, 0), peek(operands, peek(relocation, 1)) + peek(relocation, 2))

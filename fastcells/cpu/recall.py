@@ -10,12 +10,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .again import FRAMES_ROOM, MADE, NOTHING, RECORD, ROOM
-from .loops import call, peek, poke
+from .again import FRAMES_ROOM, LAYOUT, MADE, NOTHING, RECORD, ROOM
+from .loops import call, copy_words, peek, poke
 from .routine import routine
 from .simd import I64
 
 WORD, STATUS, NONE = types.int64, types.int32, types.void
+TYPE = 1  # the word of an object that has its type, as in Python's stable interface
 
 
 def _external(name: str, arguments: int, returns: types.Type = WORD) -> types.ExternalFunction:
@@ -27,11 +28,9 @@ let_go = _external("Py_DecRef", 1, NONE)
 clear_error = _external("PyErr_Clear", 0, NONE)
 answer = _external("PyObject_CallNoArgs", 1)
 attribute = _external("PyObject_GetAttr", 2)
-type_of = _external("PyObject_Type", 1)
-vectorcall = _external("PyObject_Vectorcall", 4)
 integer = _external("PyLong_AsSsize_t", 1)
 dict_size = _external("PyDict_Size", 1)
-dict_item = _external("PyDict_GetItem", 2)
+dict_item = _external("PyDict_GetItemWithError", 2)
 new_tuple = _external("PyTuple_New", 1)
 tuple_size = _external("PyTuple_Size", 1)
 tuple_item = _external("PyTuple_GetItem", 2)
@@ -41,6 +40,11 @@ release = _external("PyEval_SaveThread", 0)
 acquire = _external("PyEval_RestoreThread", 1, NONE)
 new_tensor = types.ExternalFunction("aoti_torch_empty_strided", STATUS(WORD, WORD, WORD, STATUS, STATUS, STATUS, WORD))
 data_pointer = _external("aoti_torch_get_data_ptr", 2, STATUS)
+dtype_of = _external("aoti_torch_get_dtype", 2, STATUS)
+dimensions_of = _external("aoti_torch_get_dim", 2, STATUS)
+sizes_of = _external("aoti_torch_get_sizes", 2, STATUS)
+strides_of = _external("aoti_torch_get_strides", 2, STATUS)
+wants_gradient = _external("requires_grad", 1, types.uint8)
 drop_tensor = _external("aoti_torch_delete_tensor_object", 1, STATUS)
 wrap = _external("THPVariable_Wrap", 1)
 
@@ -59,19 +63,19 @@ def _word(name: str) -> Callable:
     return read
 
 
-none, true, given = map(_word, ("none", "true", "given"))
+none, given = map(_word, ("none", "given"))
 answers, answers_end = map(_word, ("answers", "answers_end"))
 entries, entries_end = map(_word, ("entries", "entries_end"))
 attributes, attributes_end = map(_word, ("attributes", "attributes_end"))
 empty, empty_end = map(_word, ("empty", "empty_end"))
-own, own_end = map(_word, ("own", "own_end"))
-dict_name, parameters_name = map(_word, ("dict", "parameters"))
-names, names_end = map(_word, ("names", "names_end"))
-kind, states, check, offset = map(_word, ("kind", "states", "check", "offset"))
+parameters, names, names_end = map(_word, ("parameters", "names", "names_end"))
+kind, states = map(_word, ("kind", "states"))
+offset, keys, layouts = map(_word, ("offset", "keys", "layouts"))
 make, make_end = map(_word, ("make", "make_end"))
 arena, size, take = map(_word, ("arena", "size", "take"))
 frames, length = map(_word, ("frames", "length"))
 moves, moves_end = map(_word, ("moves", "moves_end"))
+brief = _word("brief")
 runs, runs_end = map(_word, ("runs", "runs_end"))
 driver, lead, team = map(_word, ("driver", "lead", "team"))
 result, result_end = map(_word, ("result", "result_end"))
@@ -95,8 +99,8 @@ room, frames_room, word = map(_room, (ROOM, FRAMES_ROOM, 1))
 
 
 @routine
-def as_before(record, attributes_of_module):
-    """Whether all but the arguments is as it has to be."""
+def answered(record):
+    """Whether functions answer what they have to."""
     at = answers(record)
     while at < answers_end(record):
         found = answer(peek(at, 0))
@@ -106,6 +110,14 @@ def as_before(record, attributes_of_module):
         if found != peek(at, 1):
             return False
         at += 16
+    return True
+
+
+@routine
+def as_before(record):
+    """Whether all but the arguments is as it has to be."""
+    if not answered(record):
+        return False
     at = entries(record)
     while at < entries_end(record):
         if dict_item(peek(at, 0), peek(at, 1)) != peek(at, 2):
@@ -125,22 +137,15 @@ def as_before(record, attributes_of_module):
         if dict_size(peek(at, 0)) != 0:
             return False
         at += 8
-    at = own(record)
-    while at < own_end(record):
-        if dict_size(dict_item(attributes_of_module, peek(at, 0))) != 0:
-            return False
-        at += 8
     return True
 
 
 @routine
-def gathered(record, attributes_of_module, args, count, tensors):
+def gathered(record, args, count, tensors):
     """How many tensors the call has, input, states, and parameters in order, whose addresses are written down; 0 where
     they are others than before."""
     hx = peek(args, 2) if count == 3 else none(record)
-    type_ = type_of(hx)
-    let_go(type_)
-    if type_ != kind(record):
+    if peek(hx, TYPE) != kind(record):
         return 0
     poke(tensors, 0, peek(args, 1))
     n = 1
@@ -153,10 +158,9 @@ def gathered(record, attributes_of_module, args, count, tensors):
         for k in range(states(record)):
             poke(tensors, n, tuple_item(hx, k))
             n += 1
-    parameters = dict_item(attributes_of_module, parameters_name(record))
     at = names(record)
     while at < names_end(record):
-        found = 0 if parameters == 0 else dict_item(parameters, peek(at, 0))
+        found = dict_item(parameters(record), peek(at, 0))
         if found == 0:
             return 0
         poke(tensors, n, found)
@@ -168,13 +172,38 @@ def gathered(record, attributes_of_module, args, count, tensors):
 @routine
 def alike(record, tensors, count):
     """Whether tensors are laid out as before."""
-    if check(record) == 0:
+    at = layouts(record)
+    if at == 0:
         return True
-    found = vectorcall(check(record), tensors, count, 0)
-    if found == 0:
-        return False
-    let_go(found)
-    return found == true(record)
+    place = word()
+    for k in range(count):
+        tensor = peek(tensors, k)
+        if peek(tensor, TYPE) != peek(at, 0):
+            return False
+        handle = tensor + offset(record)
+        impl = peek(handle, 0)
+        if peek(impl + keys(record), 0) != peek(at, 1) or wants_gradient(impl) != peek(at, 2):
+            return False
+        poke(place, 0, 0)
+        dtype_of(handle, place)
+        if peek(place, 0) != peek(at, 3):
+            return False
+        dimensions_of(handle, place)
+        dimensions = peek(at, 4)
+        if peek(place, 0) != dimensions:
+            return False
+        at += 8 * len(LAYOUT)
+        for part in range(2):
+            if part == 0:
+                sizes_of(handle, place)
+            else:
+                strides_of(handle, place)
+            numbers = peek(place, 0)
+            for d in range(dimensions):
+                if peek(numbers, d) != peek(at, d):
+                    return False
+            at += 8 * dimensions
+    return True
 
 
 @routine
@@ -241,8 +270,7 @@ def made(record, own_memory, addresses, handles):
 @routine
 def filled(record, addresses, scripts):
     """Write the scripts' frames."""
-    for k in range(length(record)):
-        poke(scripts, k, peek(frames(record), k))
+    copy_words(scripts, frames(record), length(record))
     at = moves(record)
     while at < moves_end(record):
         poke(scripts, peek(at, 0), peek(addresses, peek(at, 1)) + peek(at, 2))
@@ -251,8 +279,8 @@ def filled(record, addresses, scripts):
 
 @routine
 def run(record, scripts):
-    """Run the scripts, while Python's other threads go on."""
-    state = release()
+    """Run the scripts, while Python's other threads go on, if that pays."""
+    state = release() if brief(record) == 0 else 0
     at = runs(record)
     while at < runs_end(record):
         script, threads = scripts + 8 * peek(at, 0), peek(at, 1)
@@ -261,7 +289,8 @@ def run(record, scripts):
         else:
             call(lead(record), script, team(record), driver(record))
         at += 16
-    acquire(state)
+    if state != 0:
+        acquire(state)
 
 
 @routine
@@ -295,16 +324,12 @@ def make_recall() -> Callable:
         tensors, addresses, handles, scripts = room(), room(), room(), frames_room()
         taken = 0
         if given(record) != 0:
-            if count == given(record):
+            if count == given(record) and answered(record):
                 taken = count
                 for k in range(count):
                     poke(tensors, k, peek(args, k))
-        elif count == 2 or count == 3:
-            own = attribute(peek(args, 0), dict_name(record))
-            if own != 0:
-                if as_before(record, own):
-                    taken = gathered(record, own, args, count, tensors)
-                let_go(own)
+        elif (count == 2 or count == 3) and as_before(record):
+            taken = gathered(record, args, count, tensors)
         if taken == 0 or not alike(record, tensors, taken):
             clear_error()
             return held(nothing)
