@@ -12,7 +12,6 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_function_stack as function_modes
 from torch.autograd import _profiler_enabled as profiled
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_of_torch
@@ -25,16 +24,12 @@ if TYPE_CHECKING:
     from .dropin import Call, DropIn
 
 SAME = again.Same(
-    answers=[torch.is_grad_enabled, torch.get_num_threads, function_modes, profiled],  # they leave no mark on tensors
     entries=[(vars(forward_ad), "_current_level"), (vars(script), "observer")],
     attributes=[],
     empty=[],
 )
 BRIEF = 1 << 18  # multiplications of a call that takes less time than other threads take to go on
-HOOKS = [
-    hooks for name, hooks in vars(module_of_torch).items() if name.startswith("_global_") and isinstance(hooks, dict)
-]
-OWN_HOOKS = ["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"]
+HOOKS = ["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"]
 MODULE, CALL = torch.nn.Module, torch.nn.Module.__call__
 
 
@@ -62,7 +57,8 @@ class Replay:
         plain = MODULE.__call__ is CALL and "forward" not in own and "_compiled_call_impl" not in own
         if type(module).forward in _beginning and plain:
             attributes = [(type(module), "forward"), (MODULE, "__call__")]
-            straight = SAME._replace(attributes=attributes, empty=HOOKS + [own[name] for name in OWN_HOOKS])
+            hooks = [own[name] for name in HOOKS] + [vars(module_of_torch)[f"_global{name}"] for name in HOOKS]
+            straight = SAME._replace(attributes=attributes, empty=hooks)
             self.straight = _then(again.method(straight, taken, made), finish)
 
 

@@ -33,9 +33,8 @@ except ImportError:
 RECORD = (
     "none",
     "given",  # how many tensors a method takes that takes nothing else; 0: it takes what a module does
-    "answers",  # from here to there pairs: a function, and what it has to return
-    "answers_end",
-    "entries",  # triples: a dict, a key, and what the entry has to be
+    "true",
+    "entries",  # from here to there triples: a dict, a key, and what the entry has to be
     "entries_end",
     "attributes",  # triples: an object, a name, and what the attribute has to be
     "attributes_end",
@@ -48,7 +47,11 @@ RECORD = (
     "states",  # and how many they are: -1 for one that is not in a tuple
     "offset",  # bytes from a tensor's object to its handle,
     "keys",  # and from torch's own object to what tells how operations on it are dispatched
-    "layouts",  # what each tensor has to be, LAYOUT; 0: they are
+    "layouts",  # what each tensor has to be, LAYOUT; 0: they are, and nothing else is asked
+    "numbers",  # triples: a function of the process's state, the bits that count of what it returns, and what they are
+    "numbers_end",
+    "guards",  # tells that torch dispatches on a tensor as it did,
+    "guarded",  # and this one
     "make",  # what has to be made
     "make_end",
     "arena",  # the key of the thread's memory in its dict,
@@ -78,6 +81,7 @@ PYTHON = (  # of its functions, those that the method uses
     "PyErr_Clear",
     "PyObject_CallNoArgs",
     "PyObject_GetAttr",
+    "PyObject_Vectorcall",
     "PyLong_AsSsize_t",
     "PyDict_GetItemWithError",
     "PyDict_Size",
@@ -99,6 +103,12 @@ TORCH = (
     "aoti_torch_delete_tensor_object",
 )
 WANTS = "_ZNK3c1010TensorImpl13requires_gradEv"
+NUMBERS = {  # of torch's own: what calls go by that leaves no mark on tensors, and which bits of a register it has
+    "_ZN3c108GradMode10is_enabledEv": 0xFF,
+    "_ZN2at15get_num_threadsEv": 0xFFFF_FFFF,
+    "_ZN2at4impl22PythonTorchFunctionTLS9stack_lenEv": -1,  # modes
+    "_ZN5torch8profiler4impl15profilerEnabledEv": 0xFF,
+}
 WRAP = ("_Z16THPVariable_WrapRKN2at10TensorBaseE", "_Z16THPVariable_WrapN2at10TensorBaseE")  # of newer torch, of older
 DTYPES = {torch.float32: "aoti_torch_dtype_float32", torch.float64: "aoti_torch_dtype_float64"}
 
@@ -106,7 +116,6 @@ DTYPES = {torch.float32: "aoti_torch_dtype_float32", torch.float64: "aoti_torch_
 class Same(NamedTuple):
     """What has to be as it is now for a call to be like another one."""
 
-    answers: list[Callable[[], object]]  # of these functions
     entries: list[tuple[dict, str]]
     attributes: list[tuple[object, str]]
     empty: list[dict]  # that are, and stay
@@ -175,6 +184,7 @@ class Record:
         self.interface, self.owned, self.word = interface, list[Any](), dict.fromkeys(RECORD, 0)
         self.fits = True
         self._set("none", id(None))
+        self._set("true", id(True))
         self._set("offset", interface.offset)
         self._set("keys", interface.keys)
 
@@ -182,7 +192,7 @@ class Record:
         """Take tensors alone."""
         self._set("given", count)
         if like is not None:
-            self._like(like, [])
+            self._like(like)
         self.fits &= 0 < count <= ROOM and (like is None or len(like) == count)
 
     def of_module(self, same: Same, taken: Taken) -> int:
@@ -194,15 +204,21 @@ class Record:
         self._list("names", taken.names)
         self._set("kind", self._object(type(taken.hx)))
         self._set("states", len(taken.hx) if type(taken.hx) is tuple else -isinstance(taken.hx, Tensor))
-        self._like(taken.tensors, same.answers)
+        self._like(taken.tensors)
         count = 1 + abs(self.word["states"]) + len(taken.names)
         self.fits &= len(taken.tensors) == count <= ROOM
         return count
 
-    def _like(self, tensors: Sequence[Tensor], answers: Sequence[Callable[[], object]]) -> None:
-        """Take tensors laid out like these, while torch dispatches, and functions answer, as they do now."""
-        answers = [*answers, dispatching()]
-        self._list("answers", [part for f in answers for part in (f, f())])
+    def _like(self, tensors: Sequence[Tensor]) -> None:
+        """Take tensors laid out like these, in a state of torch's like the one that it is in."""
+        numbers = list[int]()
+        for function, bits in self.interface.numbers:
+            numbers += [ctypes.cast(function, ctypes.c_void_p).value or 0, bits, function() & bits]
+        self._range("numbers", numbers)
+        guards: Any = TensorGuards
+        guards = guards(_plain, dynamic_dims_sizes=[[]], dynamic_dims_strides=[[]])
+        self._set("guards", self._object(guards.check))
+        self._set("guarded", self._object(_plain))
         layouts = list[int]()
         for t in tensors:
             dtype = self.interface.dtypes.get(t.dtype)
@@ -305,11 +321,12 @@ FASTCALL = 0x80  # CPython's METH_FASTCALL: a method of (owner, address of the a
 
 class Interface(NamedTuple):
     """Python's and torch's. new: makes a method, of the address of its definition, and its owner. offset, keys: see
-    RECORD. dtypes: torch's numbers of them."""
+    RECORD. dtypes: torch's numbers of them. numbers: functions, and the bits that count of what they return."""
 
     new: Any
     offset: int
     keys: int
+    numbers: list[tuple[Any, int]]
     dtypes: dict[torch.dtype, int]
 
 
@@ -327,6 +344,7 @@ def interface() -> Interface | None:
         symbols |= {name: getattr(torch_cpu, name) for name in TORCH}
         symbols["requires_grad"] = getattr(c10, WANTS)
         symbols["THPVariable_Wrap"] = getattr(torch_python, next(name for name in WRAP if hasattr(torch_python, name)))
+        numbers = [(ctypes.CFUNCTYPE(ctypes.c_int64)((name, torch_cpu)), bits) for name, bits in NUMBERS.items()]
         dtypes = {dtype: getattr(torch_cpu, name)() for dtype, name in DTYPES.items()}
         new, offset = ctypes.pythonapi.PyCFunction_NewEx, _offset(torch_cpu.aoti_torch_delete_tensor_object)
         keys_at = None if offset is None else _keys_at(offset)
@@ -337,7 +355,7 @@ def interface() -> Interface | None:
     for name, function in symbols.items():
         llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
     new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
-    return Interface(new, offset, keys_at, dtypes)
+    return Interface(new, offset, keys_at, numbers, dtypes)
 
 
 def _offset(let_go: Any) -> int | None:
@@ -373,15 +391,11 @@ def _keys_at(offset: int) -> int | None:
     return places.pop() if len(places) == 1 else None
 
 
-def dispatching() -> Callable[[], bool]:
-    """A function: whether torch dispatches operations as it does now: it tells of dispatch modes, transforms, traces,
-    autocast and inference mode."""
-    guards: Any = TensorGuards
-    return partial(guards(_plain, dynamic_dims_sizes=[[]], dynamic_dims_strides=[[]]).check, _plain)
-
-
 with torch.inference_mode(False):
-    _plain = torch.empty(())  # has all keys of a tensor that a layer takes
+    _plain = torch.empty(
+        ()
+    )  # has all keys of a tensor that a layer takes: dispatch modes, transforms, traces, autocast
+    # and inference mode make a difference to it
 
 
 @lru_cache(maxsize=1)

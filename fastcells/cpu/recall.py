@@ -27,6 +27,7 @@ hold = _external("Py_IncRef", 1, NONE)
 let_go = _external("Py_DecRef", 1, NONE)
 clear_error = _external("PyErr_Clear", 0, NONE)
 answer = _external("PyObject_CallNoArgs", 1)
+vectorcall = _external("PyObject_Vectorcall", 4)
 attribute = _external("PyObject_GetAttr", 2)
 integer = _external("PyLong_AsSsize_t", 1)
 dict_size = _external("PyDict_Size", 1)
@@ -49,6 +50,16 @@ drop_tensor = _external("aoti_torch_delete_tensor_object", 1, STATUS)
 wrap = _external("THPVariable_Wrap", 1)
 
 
+@intrinsic
+def ask(typingctx, function):
+    """What a function without arguments returns, by its address."""
+
+    def emit(context, b, signature, args):
+        return b.call(b.inttoptr(args[0], ir.FunctionType(I64, []).as_pointer()), [])
+
+    return WORD(WORD), emit
+
+
 def _word(name: str) -> Callable:
     """An intrinsic that reads a word of a record."""
     index = RECORD.index(name)
@@ -63,14 +74,15 @@ def _word(name: str) -> Callable:
     return read
 
 
-none, given = map(_word, ("none", "given"))
-answers, answers_end = map(_word, ("answers", "answers_end"))
+none, true, given = map(_word, ("none", "true", "given"))
 entries, entries_end = map(_word, ("entries", "entries_end"))
 attributes, attributes_end = map(_word, ("attributes", "attributes_end"))
 empty, empty_end = map(_word, ("empty", "empty_end"))
 parameters, names, names_end = map(_word, ("parameters", "names", "names_end"))
 kind, states = map(_word, ("kind", "states"))
 offset, keys, layouts = map(_word, ("offset", "keys", "layouts"))
+numbers, numbers_end = map(_word, ("numbers", "numbers_end"))
+guards, guarded = map(_word, ("guards", "guarded"))
 make, make_end = map(_word, ("make", "make_end"))
 arena, size, take = map(_word, ("arena", "size", "take"))
 frames, length = map(_word, ("frames", "length"))
@@ -99,25 +111,8 @@ room, frames_room, word = map(_room, (ROOM, FRAMES_ROOM, 1))
 
 
 @routine
-def answered(record):
-    """Whether functions answer what they have to."""
-    at = answers(record)
-    while at < answers_end(record):
-        found = answer(peek(at, 0))
-        if found == 0:
-            return False
-        let_go(found)  # what it has to be lives on
-        if found != peek(at, 1):
-            return False
-        at += 16
-    return True
-
-
-@routine
 def as_before(record):
     """Whether all but the arguments is as it has to be."""
-    if not answered(record):
-        return False
     at = entries(record)
     while at < entries_end(record):
         if dict_item(peek(at, 0), peek(at, 1)) != peek(at, 2):
@@ -171,11 +166,15 @@ def gathered(record, args, count, tensors):
 
 @routine
 def alike(record, tensors, count):
-    """Whether tensors are laid out as before."""
-    at = layouts(record)
-    if at == 0:
+    """Whether tensors are laid out as before, and torch is in the same state."""
+    if layouts(record) == 0:
         return True
-    place = word()
+    at = numbers(record)
+    while at < numbers_end(record):
+        if ask(peek(at, 0)) & peek(at, 1) != peek(at, 2):
+            return False
+        at += 24
+    at, place = layouts(record), word()
     for k in range(count):
         tensor = peek(tensors, k)
         if peek(tensor, TYPE) != peek(at, 0):
@@ -198,12 +197,17 @@ def alike(record, tensors, count):
                 sizes_of(handle, place)
             else:
                 strides_of(handle, place)
-            numbers = peek(place, 0)
+            extents = peek(place, 0)
             for d in range(dimensions):
-                if peek(numbers, d) != peek(at, d):
+                if peek(extents, d) != peek(at, d):
                     return False
             at += 8 * dimensions
-    return True
+    poke(place, 0, guarded(record))
+    found = vectorcall(guards(record), place, 1, 0)
+    if found == 0:
+        return False
+    let_go(found)  # it lives on
+    return found == true(record)
 
 
 @routine
@@ -324,7 +328,7 @@ def make_recall() -> Callable:
         tensors, addresses, handles, scripts = room(), room(), room(), frames_room()
         taken = 0
         if given(record) != 0:
-            if count == given(record) and answered(record):
+            if count == given(record):
                 taken = count
                 for k in range(count):
                     poke(tensors, k, peek(args, k))
