@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 SAME = again.Same(
     entries=[(vars(forward_ad), "_current_level"), (vars(script), "observer")],
-    attributes=[],
     empty=[],
 )
 BRIEF = 1 << 18  # multiplications of a call that takes less time than other threads take to go on
@@ -56,9 +56,9 @@ class Replay:
         own = module.__dict__
         plain = MODULE.__call__ is CALL and "forward" not in own and "_compiled_call_impl" not in own
         if type(module).forward in _beginning and plain:
-            attributes = [(type(module), "forward"), (MODULE, "__call__")]
+            entries = [*SAME.entries, *_looked_up(type(module), "forward"), *_looked_up(MODULE, "__call__")]
             hooks = [own[name] for name in HOOKS] + [vars(module_of_torch)[f"_global{name}"] for name in HOOKS]
-            straight = SAME._replace(attributes=attributes, empty=hooks)
+            straight = SAME._replace(entries=entries, empty=hooks)
             self.straight = _then(again.method(straight, taken, made), finish)
 
 
@@ -122,6 +122,16 @@ class Stack:
             x = y
         result = module._laid_out(None, batch, examples[0], tuple(examples[1 : 1 + states]))
         return again.Made(scripts, examples, result, self.dtype, self.brief)
+
+
+def _looked_up(kind: type, name: str) -> list[tuple[dict, str]]:
+    """Where Python looks for an attribute of a class, up to where it is found: dicts, of which `vars` shows a view."""
+    found = list[tuple[dict, str]]()
+    for base in kind.__mro__:
+        if found and found[-1][1] in found[-1][0]:
+            break
+        found += [(names, name) for names in gc.get_referents(vars(base))]
+    return found
 
 
 def _then(method: Callable | None, finish: Callable | None) -> Callable | None:

@@ -475,6 +475,27 @@ def test_hooks_and_other_forwards_run_although_calls_are_alike():
     torch.testing.assert_close(of(layer), plain + 7)
 
 
+@pytest.mark.parametrize("where", ["its class", "a base of it", "torch's"])
+def test_what_a_class_is_given_later_runs_although_calls_are_alike(where, monkeypatch):
+    class Mine(fastcells.nn.GRU):
+        pass
+
+    layer, x = Mine(4, 3), torch.randn(2, 1, 4)
+    with torch.no_grad():
+        for _ in range(3):
+            plain = layer(x)[0]
+        assert layer._replays.straight
+        if where == "torch's":
+            call = torch.nn.Module.__call__
+            monkeypatch.setattr(torch.nn.Module, "__call__", lambda *given: (call(*given)[0] + 1, None))
+        else:
+            kind = Mine if where == "its class" else fastcells.nn.GRU
+            monkeypatch.setattr(kind, "forward", lambda self, x, hx=None: (plain + 1, None), raising=False)
+        assert torch.equal(layer(x)[0], plain + 1)
+        monkeypatch.undo()
+        assert torch.equal(layer(x)[0], plain)
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_attributes_that_are_set_between_calls_hold(grad):
     layer, x = fastcells.nn.LSTM(4, 4), torch.randn(3, 3, 4)

@@ -34,10 +34,8 @@ RECORD = (
     "none",
     "given",  # how many tensors a method takes that takes nothing else; 0: it takes what a module does
     "true",
-    "entries",  # from here to there triples: a dict, a key, and what the entry has to be
+    "entries",  # from here to there triples: a dict, a key, and what the entry has to be, or 0 for none
     "entries_end",
-    "attributes",  # triples: an object, a name, and what the attribute has to be
-    "attributes_end",
     "empty",  # dicts that have to be
     "empty_end",
     "parameters",  # the module's dict of them,
@@ -80,7 +78,6 @@ PYTHON = (  # of its functions, those that the method uses
     "Py_DecRef",
     "PyErr_Clear",
     "PyObject_CallNoArgs",
-    "PyObject_GetAttr",
     "PyObject_Vectorcall",
     "PyLong_AsSsize_t",
     "PyDict_GetItemWithError",
@@ -117,7 +114,6 @@ class Same(NamedTuple):
     """What has to be as it is now for a call to be like another one."""
 
     entries: list[tuple[dict, str]]
-    attributes: list[tuple[object, str]]
     empty: list[dict]  # that are, and stay
 
 
@@ -197,8 +193,10 @@ class Record:
 
     def of_module(self, same: Same, taken: Taken) -> int:
         """Take what a module does; how many tensors these are."""
-        self._list("entries", [part for d, key in same.entries for part in (d, key, d[key])])
-        self._list("attributes", [part for o, name in same.attributes for part in (o, name, getattr(o, name))])
+        entries = list[int]()
+        for names, key in same.entries:
+            entries += [self._object(names), self._object(key), self._object(names[key]) if key in names else 0]
+        self._range("entries", entries)
         self._list("empty", same.empty)
         self._set("parameters", self._object(taken.parameters))
         self._list("names", taken.names)

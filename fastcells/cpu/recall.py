@@ -28,7 +28,6 @@ let_go = _external("Py_DecRef", 1, NONE)
 clear_error = _external("PyErr_Clear", 0, NONE)
 answer = _external("PyObject_CallNoArgs", 1)
 vectorcall = _external("PyObject_Vectorcall", 4)
-attribute = _external("PyObject_GetAttr", 2)
 integer = _external("PyLong_AsSsize_t", 1)
 dict_size = _external("PyDict_Size", 1)
 dict_item = _external("PyDict_GetItemWithError", 2)
@@ -76,7 +75,6 @@ def _word(name: str) -> Callable:
 
 none, true, given = map(_word, ("none", "true", "given"))
 entries, entries_end = map(_word, ("entries", "entries_end"))
-attributes, attributes_end = map(_word, ("attributes", "attributes_end"))
 empty, empty_end = map(_word, ("empty", "empty_end"))
 parameters, names, names_end = map(_word, ("parameters", "names", "names_end"))
 kind, states = map(_word, ("kind", "states"))
@@ -116,15 +114,6 @@ def as_before(record):
     at = entries(record)
     while at < entries_end(record):
         if dict_item(peek(at, 0), peek(at, 1)) != peek(at, 2):
-            return False
-        at += 24
-    at = attributes(record)
-    while at < attributes_end(record):
-        found = attribute(peek(at, 0), peek(at, 1))
-        if found == 0:
-            return False
-        let_go(found)
-        if found != peek(at, 2):
             return False
         at += 24
     at = empty(record)
@@ -342,8 +331,10 @@ def make_recall() -> Callable:
         block = own_memory(record)
         if block == 0:
             return held(nothing)
+        shared = brief(record) == 0
         for k in range(taken):
-            hold(peek(tensors, k))  # whatever other threads do to the module
+            if shared:
+                hold(peek(tensors, k))  # whatever other threads do to the module
             poke(addresses, k, address_of(peek(tensors, k) + offset(record)))
         n = made(record, block, addresses + 8 * taken, handles)
         whole = n >= 0
@@ -352,8 +343,9 @@ def make_recall() -> Callable:
         if whole:
             filled(record, addresses, scripts)
             run(record, scripts)
-        for k in range(taken):
-            let_go(peek(tensors, k))
+        if shared:
+            for k in range(taken):
+                let_go(peek(tensors, k))
         for k in range(n):
             if whole:
                 poke(tensors, k, wrap(peek(handles, k)))
