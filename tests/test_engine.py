@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,179 +12,37 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import (
+    BUILT_IN,
+    NORMED,
+    OWN,
+    additive,
+    agree,
+    everything,
+    independent,
+    invented,
+    minimal,
+    normed,
+    peephole,
+    problem,
+    regularised,
+)
 
 import fastcells
 from fastcells import cell, cells, functional, plan, unrolled
-from fastcells.cpu import geometry, gradients, layer, loops, script, team
+from fastcells.cpu import geometry, layer, loops, script, team
 from fastcells.cpu.host import host
 from fastcells.expression import (
     cos,
     erf,
     exp,
     expm1,
-    hard_sigmoid,
     log,
-    maximum,
-    mean,
-    norm,
-    relu,
-    rsqrt,
     sigmoid,
-    silu,
     sin,
     softplus,
-    sqrt,
     tanh,
-    where,
 )
-
-BUILT_IN = [cells.lstm, cells.gru, cells.gru_reset_before, cells.rnn_tanh, cells.rnn_relu]
-
-
-@cell(gates="i j k o", states="h c m")
-def invented(x, u, s):
-    """Three states, a gate without a recurrent product, one without an input, two levels of computed products."""
-    i = hard_sigmoid(x.i + u.i)
-    j = silu(x.j) * relu(s.c)
-    c = i * s.c + (1.0 - i) * tanh(u.j(j + s.h))
-    m = maximum(s.m * 0.9, c)
-    k = u.k(sigmoid(c) * s.m)
-    h = where(c < 0.1, k, tanh(x.o + u.o)) / sqrt(1.0 + exp(-m))
-    return h, c, m
-
-
-@cell(gates="h")
-def additive(x, u, s):
-    """No activation: results are sums of products as they are."""
-    return x.h + u.h
-
-
-@cell(gates="f z", states="h")
-def minimal(x, u, s):
-    """Minimal gated unit (Zhou et al. 2016)."""
-    f = sigmoid(x.f + u.f)
-    return s.h + f * (tanh(x.z + u.z(f * s.h)) - s.h)
-
-
-@cell(gates="i f g o", states="h c", parameters="p_i p_f p_o", scalars="scale")
-def peephole(x, u, s, p):
-    """Gates that see the cell state (Gers, Schraudolph & Schmidhuber 2002), and a learned number."""
-    i = sigmoid(x.i + u.i + p.p_i * s.c)
-    f = sigmoid(x.f + u.f + p.p_f * s.c)
-    c = f * s.c + i * tanh(x.g + u.g)
-    o = sigmoid(x.o + u.o + p.p_o * c)
-    return o * tanh(p.scale * c), c
-
-
-@cell(gates="h", parameters="u")
-def independent(x, u, s, p):
-    """IndRNN (Li et al. 2018): no recurrent product at all."""
-    return relu(x.h + p.u * s.h)
-
-
-@cell(gates="i f g o", states="h c", inputs="mask", step_inputs="keep", parameters="gain")
-def regularised(x, u, s, p):
-    """Variational dropout of the operand of the products, with a learned gain, and zoneout of the cell state."""
-    h = p.gain * p.mask * s.h + 0.1
-    i = sigmoid(x.i + u.i(h))
-    f = sigmoid(x.f + u.f(h))
-    o = sigmoid(x.o + u.o(h))
-    c = where(p.keep < 0.0, f * s.c + i * tanh(x.g + u.g(h)), p.keep * s.c)
-    return o * tanh(c), c
-
-
-@cell(gates="a b c", states="h m", step_inputs="mask")
-def odd(x, u, s, p):
-    """Products of another state, of an input projection, of a masked state (in a stage without products before it)."""
-    a = tanh(u.a(s.m) + x.a)
-    return a * tanh(u.b(p.mask * s.h)) + s.h * 0.5, a + u.c(x.c)
-
-
-@cell(gates="i f g o", states="h c", parameters="x_gain h_gain c_gain c_bias")
-def normed(x, u, s, p):
-    """Layer-norm LSTM (Ba, Kiros & Hinton 2016), the gates of both products apart, but two of them together."""
-    i = sigmoid(norm(x.i) * p.x_gain + norm(u.i) * p.h_gain)
-    f = sigmoid(norm(x.f) * p.x_gain + norm(u.f) * p.h_gain)
-    (xg, xo), (ug, uo) = norm(x.g, x.o), norm(u.g, u.o)
-    c = f * s.c + i * tanh(xg * p.x_gain + ug * p.h_gain)
-    return sigmoid(xo + uo) * tanh(norm(c) * p.c_gain + p.c_bias), c
-
-
-@cell(gates="r z n", states="h m", scalars="beta")
-def averaged(x, u, s, p):
-    """Sums before and after a product of a computed vector; means that change with the sequence alone."""
-    r = sigmoid(norm(x.r + u.r, eps=p.beta * p.beta))
-    level = mean(r * s.h)
-    n = tanh(x.n + u.n(r * s.h + level) * rsqrt(0.1 + mean(abs(x.n)) * p.beta**2))
-    z = sigmoid(x.z + u.z)
-    h = n + z * (s.h - n)
-    return h + 0.1 * level, where(level < 0.1, mean(h) + s.m * 0.5, h)
-
-
-NORMED = [normed, averaged]
-OWN = [peephole, independent, regularised, odd]
-
-
-def problem(c, steps, rows, inputs, hidden, *, directions=1, project=0, bias=True, given=True, lengths=None,
-            dtype=torch.float64, seed=0):  # fmt: skip
-    """Random arguments of functional.layer, all requiring gradients, and their names."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def make(*shape, scale=1.0):
-        numbers = torch.randn(shape, dtype=torch.float64, generator=generator) * scale
-        return numbers.to(dtype).requires_grad_()
-
-    gates, out, scale = len(c.gates), project or hidden, hidden**-0.5
-    parameters, names = [], []
-    for d in range(directions):
-        w = (
-            make(gates * hidden, inputs, scale=scale),
-            make(gates * hidden, out, scale=scale),
-            make(gates * hidden, scale=scale) if bias else None,
-            make(gates * hidden, scale=scale) if bias else None,
-            make(project, hidden, scale=scale) if project else None,
-        )
-        own = tuple(make() if n in c.scalars else make(hidden) for n in c.own)
-        parameters.append((*w, own) if own else w)
-        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", *c.own)
-        names += [f"{n}[{d}]" for n, p in zip(kinds, (*w, *own), strict=True) if p is not None]
-    batch_sizes = None
-    shape: tuple[int, ...] = (steps, rows)
-    if lengths is not None:
-        batch_sizes = torch.tensor([sum(length > t for length in lengths) for t in range(max(lengths))])
-        shape, rows = (sum(lengths),), len(lengths)
-    x = make(*shape, inputs)
-    sizes = [out] + [hidden] * (len(c.states) - 1)
-    states = tuple(make(directions, rows, s) for s in sizes) if given else None
-    fed = [make(directions, *(shape if n in c.step_inputs else (rows,)), hidden) for n in c.fed]
-    names = ["x", *(f"{s}_0" for s in c.states if given), *c.fed, *names]
-    flat = (p for w in parameters for p in (*w[:5], *(w[5] if c.own else ())))
-    leaves = [x, *(states or ()), *fed, *(p for p in flat if p is not None)]
-    return (c, x, states, parameters, batch_sizes, *([fed] if fed else [])), leaves, names
-
-
-def everything(function, arguments, leaves, seed=1):
-    """Outputs and gradients with random cotangents on y and on every final state."""
-    y, finals = function(*arguments)
-    outputs = [y, *finals]
-    generator = torch.Generator().manual_seed(seed)
-    cotangents = [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs]
-    return outputs, torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True, materialize_grads=True)
-
-
-def agree(arguments, leaves, names, tolerance=1e-11):
-    ours, our_grads = everything(functional.layer, arguments, leaves)
-    truth, true_grads = everything(unrolled.layer, arguments, leaves)
-    with torch.no_grad():
-        y, finals = functional.layer(*arguments)
-    labels = ["y", *(f"{s}_n" for s in arguments[0].states)]
-    compared = [*zip(labels, ours, truth, strict=True)]
-    compared += [(f"{n} without gradient", a, b) for n, a, b in zip(labels, (y, *finals), truth, strict=True)]
-    compared += [(f"gradient of {n}", a, b) for n, a, b in zip(names, our_grads, true_grads, strict=True)]
-    for name, a, b in compared:
-        assert a.shape == b.shape, name
-        error = (a - b).abs().max() / b.abs().max().clamp(min=1e-3)
-        assert error <= tolerance, f"{name}: relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("c", BUILT_IN, ids=lambda c: c.name)
@@ -408,6 +265,8 @@ KERNEL_FUNCTIONS = {
     "tanh": (tanh, math.tanh, (-4, 4)),
     "sigmoid": (sigmoid, lambda v: 1 / (1 + math.exp(-v)), (-30, 30)),
 }
+
+
 ODD = [0.0, -1.0, 1e-30, 1e-310, math.inf, -math.inf, math.nan]
 
 
@@ -437,34 +296,6 @@ def test_functions_in_kernels(dtype):
         error = ((ours[:1000].double() - truth).abs() / truth.abs().clamp(min=1e-300)).max()
         assert error <= 10 * torch.finfo(dtype).eps, f"{name}: {error:.1e}"
         torch.testing.assert_close(ours[1000:], function(odd), equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.parametrize("rows", [1, 3, 16])
-@pytest.mark.parametrize("c", [cells.lstm, cells.gru, cells.gru_reset_before, normed], ids=lambda c: c.name)
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("split", ["", "rows", "units"])
-def test_bitwise_the_same_run_to_run_and_on_any_number_of_threads(c, rows, split, packed, monkeypatch):
-    """Gradients of 16 rows' weights are taken a stretch at a time. split: what threads share in any case."""
-    options = {"lengths": [20 - k for k in range(rows)]} if packed else {}
-    arguments, leaves, _ = problem(c, 20, rows, 40, 120, dtype=torch.float32, directions=1 if split else 2, **options)
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(team, "processors", lambda: 5)  # whatever there are
-    if split:
-        monkeypatch.setattr(plan, "share", lambda rows, flops, most, **_: plan.Share(most, split))
-    results = []
-    try:
-        for n in (1, 2, 5, 3, 2, 1):
-            torch.set_num_threads(n)
-            plan.plan.cache_clear()
-            outputs, grads = everything(functional.layer, arguments, leaves)
-            results.append([*outputs, *grads])
-    finally:
-        torch.set_num_threads(threads)
-        plan.plan.cache_clear()
-        layer.forget()
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(a, b)
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)
@@ -515,77 +346,6 @@ def test_agendas_have_the_room_that_they_take(which, lengths, steps, inputs, hid
             plan.plan.cache_clear()
             layer.forget()
     assert written
-
-
-@pytest.mark.parametrize("reset", [False, True], ids=["", "reset"])
-@pytest.mark.parametrize("c", [cells.lstm, cells.gru, cells.slstm, peephole, normed], ids=lambda c: c.name)
-def test_a_sequence_has_the_same_bits_whichever_others_are_beside_it(c, reset):
-    """Groups of rows that are computed together fall elsewhere without the first two sequences."""
-    sequences = fastcells.nn.Recurrent(c, 6, 96)
-    x, at = torch.randn(12, 33, 6), torch.rand(12, 33) < 0.2
-    found = []
-    for first in (0, 2):
-        part = x[:, first:].clone().requires_grad_()
-        options = {"reset": at[:, first:], "reset_to": 0} if reset else {}
-        y, finals = sequences(part, **options)
-        (dx,) = torch.autograd.grad(y.square().sum(), part)
-        finals = finals if isinstance(finals, tuple) else (finals,)
-        found.append([t[:, 2 - first :] for t in (y, *finals, dx)])
-    for a, b in zip(*found, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.skipif(not host().halves, reason="done where the widest vectors take as long as two of half the width")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("c", [*BUILT_IN, peephole, normed], ids=lambda c: c.name)
-def test_input_projections_beside_the_recurrence_are_those_made_before_it(c, dtype, monkeypatch):
-    """Of one sequence: whole and partial vectors of units, on one thread and on more, from either end."""
-    tolerance = 200 * torch.finfo(dtype).eps
-    sizes = [(37, 20, 33, {}), (40, 150, 96, {"directions": 2}), (24, 9, 40, {"given": False}), (33, 70, 64, {})]
-    threads, found = torch.get_num_threads(), {}
-    monkeypatch.setattr(team, "processors", lambda: 3)
-    monkeypatch.setattr(plan, "NEAR_BYTES", 0)
-    monkeypatch.setattr(plan, "WAIT_FLOPS", 0)
-    monkeypatch.setattr(plan, "THREAD_FLOPS", 0)
-    try:
-        for beside, number in ((1 << 30, 1), (16, 1), (16, 3)):
-            monkeypatch.setattr(plan, "BESIDE_STEPS", beside)
-            torch.set_num_threads(number)
-            plan.plan.cache_clear()
-            layer.forget()
-            found[beside, number] = []
-            for steps, inputs, hidden, options in sizes:
-                arguments, leaves, _ = problem(c, steps, 1, inputs, hidden, dtype=dtype, **options)
-                outputs, grads = everything(functional.layer, arguments, leaves)
-                found[beside, number] += [*outputs, *grads]
-    finally:
-        torch.set_num_threads(threads)
-        plan.plan.cache_clear()
-        layer.forget()
-    for before, one, several in zip(*found.values(), strict=True):
-        assert torch.equal(one, several)
-        torch.testing.assert_close(
-            one, before, rtol=tolerance, atol=tolerance
-        )  # what is left of the steps may be summed in another order
-
-
-def test_python_threads_at_once():
-    cases = [problem(c, 12, rows, 9, 33, seed=k) for k, (c, rows) in enumerate([(cells.lstm, 5), (cells.gru, 1)] * 3)]
-    expected = [everything(functional.layer, a, leaves) for a, leaves, _ in cases]
-    found: dict = {}
-
-    def work(k):
-        for _ in range(5):
-            found[k] = everything(functional.layer, *cases[k][:2])
-
-    workers = [threading.Thread(target=work, args=(k,)) for k in range(len(cases))]
-    for w in workers:
-        w.start()
-    for w in workers:
-        w.join()
-    for k, (outputs, grads) in enumerate(expected):
-        for a, b in zip([*outputs, *grads], [*found[k][0], *found[k][1]], strict=True):
-            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
@@ -660,47 +420,3 @@ def test_numbers_below_the_normal_range_are_flushed_in_kernels_alone():
     if host().triple.startswith("x86_64"):
         assert not y.any()
     assert (x[0, 0] * 0.5).tolist() == [tiny / 128] * 4
-
-
-@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
-@pytest.mark.parametrize("copied", [False, True], ids=["there", "copied"])
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(
-    ("c", "options"),
-    [
-        (cells.lstm, {"directions": 2}),
-        (cells.lstm, {"given": False, "project": 5}),
-        (cells.gru, {"lengths": [9, 7, 7, 2, 1], "directions": 2}),
-        (regularised, {"directions": 2}),
-    ],
-    ids=["lstm", "projected", "packed", "own"],
-)
-def test_gradients_of_weights_a_stretch_at_a_time(monkeypatch, c, options, threads, copied, turned):
-    """As for large ones: some rows at a time, in stretches that begin and end within time steps. copied: and what meets
-    the gradients is copied first, since its rows are no whole lines of a cache. turned: and less than a vector of a
-    target's columns comes about turned."""
-    monkeypatch.setattr(gradients, "TURNED", 0 if turned else 1 << 30)
-    monkeypatch.setattr(gradients, "NEAR_BYTES", 0)
-    monkeypatch.setattr(gradients, "STRETCH", 7)
-    monkeypatch.setattr(gradients, "COPIED_STRETCH", 7)
-    monkeypatch.setattr(gradients, "WIDE_BYTES", 0 if copied else 1 << 30)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    layer.forget()
-    try:
-        agree(*problem(c, 9, 5, 4, 13, **options))
-    finally:
-        torch.set_num_threads(before)
-        layer.forget()
-
-
-def test_gradients_of_weights_where_input_comes_in_batches(monkeypatch):
-    """Rows of all time steps are then at two distances: copied, some whole steps at a time."""
-    monkeypatch.setattr(gradients, "TURNED", 0)
-    monkeypatch.setattr(gradients, "NEAR_BYTES", 0)
-    monkeypatch.setattr(gradients, "STRETCH", 7)
-    layer.forget()
-    (c, x, *rest), leaves, names = problem(cells.lstm, 9, 3, 4, 13)
-    batches = x.detach().transpose(0, 1).contiguous().requires_grad_()
-    agree((c, batches.transpose(0, 1), *rest), [batches, *leaves[1:]], names)
-    layer.forget()

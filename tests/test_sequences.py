@@ -5,7 +5,7 @@ import torch
 from helpers import cotangents, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine import everything, invented, problem
+from problems import everything, invented, problem
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastcells import cells, explain, functional, marked, nn, plan, roof, unrolled

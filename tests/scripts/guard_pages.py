@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from test_engine import BUILT_IN, everything, normed, peephole, problem, regularised
+from problems import BUILT_IN, everything, normed, peephole, problem, regularised
 
 from fastcells import cells, functional, plan
 from fastcells.cpu import script

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from test_engine import agree, problem
+from problems import agree, problem
 
 from fastcells import cells
 from fastcells.cpu.host import host

@@ -1,0 +1,52 @@
+"""Gradients of weights, which are products over all time steps: as large ones are taken."""
+
+import pytest
+import torch
+from problems import agree, problem, regularised
+
+from fastcells import cells
+from fastcells.cpu import gradients, layer
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+@pytest.mark.parametrize("copied", [False, True], ids=["there", "copied"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("c", "options"),
+    [
+        (cells.lstm, {"directions": 2}),
+        (cells.lstm, {"given": False, "project": 5}),
+        (cells.gru, {"lengths": [9, 7, 7, 2, 1], "directions": 2}),
+        (regularised, {"directions": 2}),
+    ],
+    ids=["lstm", "projected", "packed", "own"],
+)
+def test_gradients_of_weights_a_stretch_at_a_time(monkeypatch, c, options, threads, copied, turned):
+    """As for large ones: some rows at a time, in stretches that begin and end within time steps. copied: and what meets
+    the gradients is copied first, since its rows are no whole lines of a cache. turned: and less than a vector of a
+    target's columns comes about turned."""
+    monkeypatch.setattr(gradients, "TURNED", 0 if turned else 1 << 30)
+    monkeypatch.setattr(gradients, "NEAR_BYTES", 0)
+    monkeypatch.setattr(gradients, "STRETCH", 7)
+    monkeypatch.setattr(gradients, "COPIED_STRETCH", 7)
+    monkeypatch.setattr(gradients, "WIDE_BYTES", 0 if copied else 1 << 30)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    layer.forget()
+    try:
+        agree(*problem(c, 9, 5, 4, 13, **options))
+    finally:
+        torch.set_num_threads(before)
+        layer.forget()
+
+
+def test_gradients_of_weights_where_input_comes_in_batches(monkeypatch):
+    """Rows of all time steps are then at two distances: copied, some whole steps at a time."""
+    monkeypatch.setattr(gradients, "TURNED", 0)
+    monkeypatch.setattr(gradients, "NEAR_BYTES", 0)
+    monkeypatch.setattr(gradients, "STRETCH", 7)
+    layer.forget()
+    (c, x, *rest), leaves, names = problem(cells.lstm, 9, 3, 4, 13)
+    batches = x.detach().transpose(0, 1).contiguous().requires_grad_()
+    agree((c, batches.transpose(0, 1), *rest), [batches, *leaves[1:]], names)
+    layer.forget()
