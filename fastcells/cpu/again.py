@@ -25,15 +25,15 @@ from . import store, team
 from .geometry import LINE, SCRIPT
 from .script import KEY, Memory, Script, arena, driver
 
-try:  # compares tensors with others, and how torch dispatches on them
+try:  # tell how torch dispatches on tensors
     from torch._C._dynamo.guards import TensorGuards
 except ImportError:
     TensorGuards = None  # type: ignore[assignment, misc]
 
 RECORD = (
     "none",
-    "given",  # how many tensors a method takes that takes nothing else; 0: it takes what a module does
     "true",
+    "given",  # how many tensors a method takes that takes nothing else; 0: it takes what a module does
     "entries",  # from here to there triples: a dict, a key, and what the entry has to be, or 0 for none
     "entries_end",
     "empty",  # dicts that have to be
@@ -362,7 +362,8 @@ def _offset(let_go: Any) -> int | None:
     pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
     let_go.argtypes = (ctypes.c_void_p,)
     found = set()
-    for tensor in (torch.empty(1), torch.nn.Parameter(torch.empty(2, 3, dtype=torch.float64))):
+    of_two = torch.empty(2, 3, dtype=torch.float64, device="cpu")
+    for tensor in (torch.empty(1, device="cpu"), torch.nn.Parameter(of_two)):
         (other,) = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([tensor])  # another holder of the tensor
         handle = pointer(other, None)
         held = ctypes.c_int64.from_address(handle).value
@@ -379,9 +380,10 @@ def keys(t: Tensor) -> int:
 
 def _keys_at(offset: int) -> int | None:
     """Bytes from torch's own object of a tensor to its `keys`."""
-    tensors = [torch.empty(2), torch.empty(2, dtype=torch.complex64).conj(), torch.empty(2, 2).to_sparse()]
+    empty = partial(torch.empty, device="cpu")
+    tensors = [empty(2), empty(2, dtype=torch.complex64).conj(), empty(2, 2).to_sparse(), empty(2, device="meta")]
     with torch.inference_mode():
-        tensors += [torch.empty(2), torch.empty(2, device="meta")]
+        tensors.append(empty(2))
     places = set(range(0, IMPL_BYTES, 8))
     for t in tensors:
         impl = ctypes.c_int64.from_address(id(t) + offset).value
@@ -389,11 +391,10 @@ def _keys_at(offset: int) -> int | None:
     return places.pop() if len(places) == 1 else None
 
 
+# Of which torch's guards are asked: it has all keys of a tensor that a layer takes, so that dispatch modes, transforms,
+# traces, autocast and inference mode make a difference to it.
 with torch.inference_mode(False):
-    _plain = torch.empty(
-        ()
-    )  # has all keys of a tensor that a layer takes: dispatch modes, transforms, traces, autocast
-    # and inference mode make a difference to it
+    _plain = torch.empty((), device="cpu")
 
 
 @lru_cache(maxsize=1)
