@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcells
@@ -102,6 +103,18 @@ def test_memory_that_was_let_go_is_taken_anew(kind):
             assert not module._replays.straight
             for a, b in zip(tensors(module(x, hx)), right, strict=True):
                 assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_are_fake_where_fakes_are_made(kind):
+    """Also of tensors that are real."""
+    module, x, hx = made(kind)
+    with torch.no_grad():
+        real = settled(module, x, hx)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = module(x, hx)
+        assert all(isinstance(t, FakeTensor) for t in tensors(fake))
+        assert all(map(torch.equal, tensors(module(x, hx)), tensors(real)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -402,7 +415,7 @@ class Passing(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu"), Passing])
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu"), Passing, FakeTensorMode])
 def test_tensors_are_others_where_torch_does_otherwise(mode):
     tensors = [torch.randn(3, 4)]
     outside = again.function(1, tensors, None)

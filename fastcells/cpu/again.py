@@ -104,6 +104,7 @@ NUMBERS = {  # of torch's own: what calls go by that leaves no mark on tensors, 
     "_ZN3c108GradMode10is_enabledEv": 0xFF,
     "_ZN2at15get_num_threadsEv": 0xFFFF_FFFF,
     "_ZN2at4impl22PythonTorchFunctionTLS9stack_lenEv": -1,  # modes
+    "_ZN3c104impl20TorchDispatchModeTLS9stack_lenEv": -1,  # modes, of which guards do not tell that of fake tensors
     "_ZN5torch8profiler4impl15profilerEnabledEv": 0xFF,
 }
 WRAP = ("_Z16THPVariable_WrapRKN2at10TensorBaseE", "_Z16THPVariable_WrapN2at10TensorBaseE")  # of newer torch, of older
