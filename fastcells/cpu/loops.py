@@ -438,7 +438,8 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
     dot = peek(frame, words + DOT_AT) == 1
     by_rows = not (single or dot)
     far = by_rows and peek(frame, FAR_AT) == 1
-    narrow = peek(frame, words + UNITS_AT) - full * lanes(0) <= half(stage) and row_end - row >= HALF_ROWS
+    alone = peek(frame, words + UNITS_AT) - full * lanes(0) <= half(stage)  # the last vector, whatever rows there are
+    narrow = alone and row_end - row >= HALF_ROWS
     piece = piece_of(frame, stage, single)
     pieces = (unit_end - unit + piece - 1) // piece
     for p in range(pieces):
@@ -449,8 +450,8 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
             width = partial_width(stage) - 1 if dot else 0 if single else 1
             left, vectors = least(full, stop) - at, 1
             rest = by_rows and left < piece
-            if rest:  # a vector of which not all lanes exist may be beside another one
-                left = least(left if narrow else stop - at, REST_WIDTH)
+            if rest:  # a vector of which not all lanes exist may be beside another one; half of one never is
+                left = least(left if narrow or (alone and left > 0) else stop - at, REST_WIDTH)
             if left <= 0:
                 width = partial_width(stage) + (1 if by_rows else 0)
             else:
