@@ -148,9 +148,9 @@ class Made(NamedTuple):
 
 
 def method(same: Same, taken: Taken, made: Made | None) -> Callable[..., Any] | None:
-    """A function of a module, an input, and states if there are any. It returns the result of the call, or without
-    `made` a tuple of its tensors, and None if the call is another one. There is none at all where calls cannot be made
-    so."""
+    """A function of a module, at which it does not look, since it knows its dicts, an input, and states if there are
+    any. It returns the result of the call, or without `made` a tuple of its tensors, and None if the call is another
+    one. There is none at all where calls cannot be made so."""
     known = interface()
     if known is None:
         return None

@@ -154,6 +154,15 @@ def gathered(record, args, count, tensors):
 
 
 @routine
+def equal(words, others, count):
+    """Whether so many words are those at another address."""
+    k = 0
+    while k < count and peek(words, k) == peek(others, k):
+        k += 1
+    return k == count
+
+
+@routine
 def alike(record, tensors, count):
     """Whether tensors are laid out as before, and torch is in the same state."""
     if layouts(record) == 0:
@@ -181,16 +190,13 @@ def alike(record, tensors, count):
         if peek(place, 0) != dimensions:
             return False
         at += 8 * len(LAYOUT)
-        for part in range(2):
-            if part == 0:
-                sizes_of(handle, place)
-            else:
-                strides_of(handle, place)
-            extents = peek(place, 0)
-            for d in range(dimensions):
-                if peek(extents, d) != peek(at, d):
-                    return False
-            at += 8 * dimensions
+        sizes_of(handle, place)
+        if not equal(peek(place, 0), at, dimensions):
+            return False
+        strides_of(handle, place)
+        if not equal(peek(place, 0), at + 8 * dimensions, dimensions):
+            return False
+        at += 16 * dimensions
     poke(place, 0, guarded(record))
     found = vectorcall(guards(record), place, 1, 0)
     if found == 0:
