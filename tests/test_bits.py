@@ -10,6 +10,7 @@ import fastcells
 from fastcells import cells, functional, plan
 from fastcells.cpu import layer, team
 from fastcells.cpu.host import host
+from fastcells.roof import using_threads
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
@@ -38,6 +39,21 @@ def test_bitwise_the_same_run_to_run_and_on_any_number_of_threads(c, rows, split
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("dtype", "hidden"), [(torch.float64, 75), (torch.float32, 64)], ids=str)
+def test_gradients_of_initial_states_of_packed_sequences(dtype, hidden, monkeypatch):
+    """Either direction's, whose sequences begin at their ends in the other one."""
+    arguments, leaves, _ = problem(
+        cells.gru, 9, 7, 40, hidden, dtype=dtype, directions=2, lengths=[9, 9, 8, 6, 5, 3, 1]
+    )
+    monkeypatch.setattr(team, "processors", lambda: 5)  # whatever there are
+    results = []
+    for n in (1, 2, 3, 5):
+        with using_threads(n):
+            results.append(everything(functional.layer, arguments, leaves)[1])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["", "reset"])

@@ -58,7 +58,8 @@ class Given(NamedTuple):
 class Made(NamedTuple):
     """What it makes, likewise: the gradients, None where they are not wanted, and for each direction what no caller
     sees. totals: gradients of the cell's own tensors by sequence; grads: of the pre-activations; projected: of the
-    projection's result; previous: of packed sequences, the states that entered each recurrent product, row by row."""
+    projection's result; of packed sequences, previous: the states that entered each recurrent product, row by row, and
+    edges: what `grads` has for the steps next to the initial states, if their gradients are wanted."""
 
     dx: Buffer | None
     dstates: list[Buffer | None]
@@ -68,6 +69,7 @@ class Made(NamedTuple):
     grads: list[Buffer]
     projected: list[Buffer | None]
     previous: list[dict[str, Buffer | None]]
+    edges: list[Buffer | None]
 
 
 class Backward(Call):
@@ -118,8 +120,9 @@ class Backward(Call):
             if self.made.dx is not None:
                 self._input(d)
             if any(t is not None for t in self.made.dstates):
+                edge = self._edge(d)
                 for name, out in zip(r.programs.states, self.made.dstates, strict=True):
-                    self._initial(d, name, out[d.index])  # type: ignore[index]
+                    self._initial(d, name, edge, out[d.index])  # type: ignore[index]
                 if r.programs.derived:
                     self._derived(d, own)
             if wanted.weights:
@@ -159,12 +162,13 @@ class Backward(Call):
         wide = {p.states[0]: width}
         entering = {o for _, _, o in self.r.recurrent if isinstance(o, str) and wanted.weights}
         previous = {o: (total, wide.get(o, hidden)) if sequences.packed else None for o in sorted(entering)}
+        edge = (rows, *saved.slots[0].shape[1:]) if sequences.packed and states_wanted else None
 
         groups: list[Sequence[Any]] = [[dx], dstates, dinputs, *dparameters]
         self._groups, self._states = [len(group) for group in groups], len(self.r.cell.states)
         shapes = list(chain.from_iterable(groups))
         unseen = [*totals * count, *[grad] * (0 if overwrite else count), *[projected] * count]
-        unseen += list(previous.values()) * count if sequences.packed else []
+        unseen += [*list(previous.values()) * count, *[edge] * count] if sequences.packed else []
         self.makes([*shapes, *unseen], own=len(shapes))
         return Made(
             made(dx),
@@ -175,6 +179,7 @@ class Backward(Call):
             self.given.slots if grad is None else [made(grad) for _ in parameters],
             [made(projected) for _ in parameters],
             [{n: s and made(s) for n, s in previous.items()} for _ in parameters],
+            [None if edge is None else made(edge) for _ in parameters],
         )
 
     def _totals(self, d: Direction) -> dict[str, Buffer]:
@@ -315,41 +320,34 @@ class Backward(Call):
             options["count"] = self.number(lambda s: s.total)
         product(self.script, d.r.dtype, rows, weight, dx.by_time(), start, **options)
 
-    def _initial(self, d: Direction, name: str, out: Buffer) -> None:
+    def _edge(self, d: Direction) -> Buffer:
+        """[N, columns of `grad`]: gradients at every sequence's step next to its initial state."""
+        grad, out, sequences = self.made.grads[d.index], self.made.edges[d.index], self.sequences
+        if out is None:
+            return grad.by_time((sequences.steps, sequences.rows))[sequences.steps - 1 if d.reverse else 0]
+        here, source, target = self.number(lambda s: s).operand - 1, grad.at.operand - 1, out.at.operand - 1  # type: ignore[union-attr]
+
+        def gather(tensors):
+            tensors[target].copy_(tensors[here].edge(tensors[source], last=d.reverse))
+
+        self.then(gather)
+        return out
+
+    def _initial(self, d: Direction, name: str, edge: Buffer, out: Buffer) -> None:
         """A state's gradient before the first step: its direct path's is in `out`, its products' are added."""
-        p, h, sequences, grad = d.r.programs, d.hidden, self.sequences, self.made.grads[d.index]
-        start = None if name in p.carried else zeros(out.shape[-1] * grad.item)
+        p, h = self.r.programs, d.hidden
+        start = None if name in p.carried else zeros(out.shape[-1] * edge.item)
         for run, first, operand in d.r.recurrent:
             if operand != name:
                 continue
-            if sequences.packed:
-                self._initial_packed(d, out, run, first, start is not None)
-            else:
-                edge = grad.by_time((sequences.steps, sequences.rows))[sequences.steps - 1 if d.reverse else 0]
-                edge = edge.columns(first * h, len(run) * h).by_time()
-                weight = d.rows_of(self.script, d.w_hh, run)
-                pack = edge.shape[1] > FEW_ROWS
-                options: dict[str, Any] = {"transposed": True, "pack": pack, "threads": d.team}
-                product(self.script, d.r.dtype, edge, weight, out.by_time(), start, **options)
+            rows = edge.columns(first * h, len(run) * h).by_time()
+            weight = d.rows_of(self.script, d.w_hh, run)
+            pack = edge.shape[0] > FEW_ROWS
+            options: dict[str, Any] = {"transposed": True, "pack": pack, "threads": d.team}
+            product(self.script, d.r.dtype, rows, weight, out.by_time(), start, **options)
             start = None
         if start is not None:
             add(self.script, d.r.dtype, out, None)
-
-    def _initial_packed(self, d, out, run, first, fresh) -> None:
-        h, gates, here = d.hidden, [d.r.gates[g] for g in run], self.number(lambda s: s).operand - 1
-        number, at, source = out.at.operand - 1, d.index, self.made.grads[d.index].at.operand - 1
-        weights = d.w_hh.at.operand - 1
-
-        def initial(tensors):
-            total = tensors[number].select(0, at)
-            if fresh:
-                total.zero_()
-            edge = tensors[here].edge(tensors[source], last=d.reverse)
-            for k, gate in enumerate(gates):
-                slot = (first + k) * h
-                total.addmm_(edge[:, slot : slot + h], tensors[weights][gate * h : (gate + 1) * h])
-
-        self.then(initial)
 
     def _previous(self, d: Direction, state: Buffer, initial: Buffer | None, out: Any) -> Buffer:
         """What a state was before every step of packed sequences, gathered into `out`, [total, width]."""
