@@ -76,7 +76,8 @@ class Stream:
         y = x.new_empty(forward.y)
         series = [x.new_empty(forward.series) for _ in range(forward.many)]
         # Final states are written over the initial ones, which by then have been read.
-        operands = [*tensors, y, *states, *series]
+        # Detached, since a parameter lets go of its memory when its data are replaced.
+        operands = [None if t is None else t.detach() for t in (*tensors, y, *states, *series)]
         memory = Memory(forward.script.size)
         addresses = [0 if t is None else t.data_ptr() for t in operands]
         kept = forward.script.memory()

@@ -302,6 +302,19 @@ def test_a_stream_sees_weights_that_change_in_place():
         torch.testing.assert_close(stream(x), ours(x[None])[0][0], rtol=0, atol=1e-13)
 
 
+def test_a_stream_goes_on_with_weights_whose_place_others_take():
+    """Which are its own then: nobody else may get their memory."""
+    layer, x = fastcells.nn.LSTM(64, 64), torch.randn(3, 64)
+    stream = layer.stream(3)
+    expected = stream(x).clone()
+    stream.reset()
+    for p in layer.parameters():
+        p.data = torch.zeros(1)  # as a move to another device or format does
+    others = [torch.full((256, 64), torch.nan) for _ in range(50)]
+    assert torch.equal(stream(x), expected)
+    del others
+
+
 def test_a_stream_of_any_cell_and_with_a_projection():
     for layer in (fastcells.nn.Recurrent(cells.gru_reset_before, 5, 7), fastcells.nn.LSTM(5, 7, proj_size=3)):
         xs = torch.randn(4, 1, 5)
