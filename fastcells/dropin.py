@@ -258,7 +258,10 @@ class DropIn(torch.nn.Module):
             if state.shape != shape:
                 name = f"{argument} ({initial_names(cell)[i]})"
                 raise Mistake(f"{name} must have shape {shape} to go with input, got {tuple(state.shape)}")
-            states.append(state if len(shape) == 3 else state.view(-1, batch.size, shape[-1]))
+            if len(shape) < 3:
+                taken_strided(state)
+                state = state.view(-1 if batch.size else 1, batch.size, shape[-1])
+            states.append(state)
         return reordered(tuple(states), input.sorted_indices if batch.batch_sizes is not None else None)
 
     def _run(self, input: Any, call: Call, layer: Callable = unchecked_layer, return_cell_states: bool = False) -> Any:
@@ -298,7 +301,7 @@ class DropIn(torch.nn.Module):
         wide = Call(call.cell, batch, None if states is None else tuple(s.float() for s in states), parameters)
         with torch.autocast("cpu", enabled=False):
             results = DropIn._run(self, input, wide, layer, return_cell_states)
-        return tree_map(lambda t: t if t is None else t.to(call.dtype), results)
+        return tree_map(lambda t: t.to(call.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, results)
 
     # What layers and cells each say for themselves:
 
@@ -326,6 +329,12 @@ class DropIn(torch.nn.Module):
     def _result(self, input: Any, batch: Batch, y: Tensor, states: Any) -> Any:
         """What the module returns. `states`: one Tensor or a tuple of them, in the caller's shape."""
         raise NotImplementedError
+
+
+def taken_strided(t: Tensor) -> None:
+    """Raise NotTaken for a tensor whose numbers are not in rows, before anything is made of it."""
+    if t.layout is not torch.strided or t.is_nested:
+        raise NotTaken("nested tensors" if t.is_nested else f"layout {t.layout}")
 
 
 AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)  # the formats that autocast takes part in

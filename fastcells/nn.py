@@ -32,6 +32,7 @@ from .dropin import (
     elman,
     packed_size,
     reordered,
+    taken_strided,
     weight_shapes,
 )
 from .dynamo import admit
@@ -376,6 +377,7 @@ class CellModule(DropIn, original.RNNCellBase):
     def _batch(self, input: Any) -> Batch:
         if not isinstance(input, Tensor):
             raise Mistake(f"input must be a Tensor, got {type(input).__name__}")
+        taken_strided(input)
         rank = input.dim()
         if rank == 2:
             return Batch(input.unsqueeze(0), len(input), (len(input),))

@@ -229,6 +229,7 @@ def _checked_lengths(lengths: Lengths, steps: int, size: int) -> np.ndarray:
         kind, given = str(lengths.dtype), _numpy(lengths)
     else:
         given = np.asarray(lengths)
+        given = given.astype(np.int64) if given.size == 0 else given  # of no sequences
         kind = type(lengths).__name__ + ("" if given.ndim == 0 else f" of {given.dtype}")
     if given.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers (an int64 Tensor or a list), got {kind}")

@@ -185,8 +185,9 @@ class Derivation:
         """Where a stage of the forward pass finds what it does not compute."""
         if is_uniform(n):
             return self._number(n) if n in self.number_of else _UNPLACED
-        if n.op == "leaf" and n.value[0] == "x":
-            return Place("start", self.x_slot[n.value[1]])
+        if n.op == "leaf" and n.value[0] == "x":  # a product of this step, handed on, where it is not made ahead
+            made = self.step.ahead
+            return Place("start", self.x_slot[n.value[1]]) if made else Place("saved", self.slot_of[n])
         if n.op == "leaf":
             return Place("s." + n.value[1], 0, "before") if is_state(n) else _own_place(n)
         return Place("saved", self.slot_of[n]) if n in self.slot_of else Place("s." + self.step.new_state[n])
