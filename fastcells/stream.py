@@ -26,9 +26,11 @@ class Stream:
     `stream(x)` with x, [N, I], a NumPy array or a Tensor of the layer's format, gives the step's output, [N, H], in
     kind; its memory is used again by the next step. `state` is the state after the last step, shaped as the layer's
     initial states; assigning it, or `reset()`, begins anew. No gradients flow, nothing is dropped. Weights are the
-    layer's own, read at every step where they are: changes in place are seen, tensors put in their place are not.
+    layer's own, read at every step where they are: changes in place are seen, tensors put in their place are not; after
+    `share_memory()` of the layer make another stream.
     """
 
+    @torch.inference_mode(False)  # its buffers are written to in any mode
     def __init__(self, layer: OverTime, batch_size: int = 1) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -56,6 +58,8 @@ class Stream:
             x = y
         self._output = x[0]
         self._input_at = self._input.data_ptr()
+        self._output_at = self._output.data_ptr()
+        self._output_end = self._output_at + self._output.nbytes
         self._input_numpy, self._output_numpy = self._input.numpy(), self._output.numpy()
         self._run = driver().call
 
@@ -100,8 +104,11 @@ class Stream:
         elif isinstance(x, Tensor):
             if x.shape != self._sizes or x.dtype is not self._dtype or not x.is_cpu:
                 self._refuse(tuple(x.shape), f"{x.dtype} on {x.device}")
-            x = x.contiguous()
+            x = x.contiguous().resolve_neg()
             address, output = x.data_ptr(), self._output
+            if self._output_at <= address < self._output_end:  # the last step's, which this one overwrites
+                self._input.copy_(x)
+                address = self._input_at
         else:
             raise TypeError(f"x must be a Tensor or a NumPy array, got {type(x).__name__}")
         self._first[self._x_at] = address
