@@ -350,15 +350,9 @@ class Invocation:
 
     def backward(self, ctx: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
-        if self.recompute:
-            x, states, inputs, parameters = self.split(tensors)
-            with torch.no_grad():
-                y, _, saved = cpu.forward(self.cell, x, states, parameters, ctx.sequences, True, inputs, ctx.feed)
-            tensors = *tensors, y, *saved.slots, *saved.series
-        if torch.is_grad_enabled():  # create_graph: the derivative must itself be differentiable
-            return self._differentiable(ctx, tensors[: ctx.inputs], needs, cotangents, tensors[ctx.inputs :])
+        graph = torch.is_grad_enabled()  # create_graph: the derivative must itself be differentiable
         keeps = _keeps_graph() and not self.recompute
-        repeats = self.again is not None and script.observer is None
+        repeats = self.again is not None and script.observer is None and not graph
         if repeats:
             cotangents = [cpu.usable(t) for t in cotangents]
             taken = (*tensors, *cotangents)
@@ -367,6 +361,13 @@ class Invocation:
             for known, finish in self._finish:
                 if known == kind and (found := finish(*present)) is not None:
                     return found
+        if graph or not _plain([*tensors, *cotangents]):
+            return self._differentiable(ctx, tensors[: ctx.inputs], needs, cotangents, tensors[ctx.inputs :])
+        if self.recompute:
+            x, states, inputs, parameters = self.split(tensors)
+            with torch.no_grad():
+                y, _, saved = cpu.forward(self.cell, x, states, parameters, ctx.sequences, True, inputs, ctx.feed)
+            tensors = *tensors, y, *saved.slots, *saved.series
         call, given = self._prepared(ctx, tensors, needs, cotangents, not keeps)
         if repeats and len(given) == len(taken) and all(map(same_memory, given, taken)):
             if len(self._finish) >= KINDS:
@@ -396,22 +397,41 @@ class Invocation:
 
     def _differentiable(self, ctx, inputs, needs, cotangents, kept) -> Sequence[Tensor | None]:
         """The gradients as functions of inputs and cotangents: by the registered operation or, with cotangents of every
-        step's states, by autograd through the cell's torch form."""
+        step's states or in batches that it does not know, by autograd through the cell's torch form."""
         x, states, fed, parameters = self.split(inputs)
-        if len(cotangents) == 1 + len(self.cell.states):
+        count = 1 + len(self.cell.states)
+        if len(cotangents) == count and not any([t is not None and _in_batches(t) for t in cotangents]):
             call = self.cell.key, x, list(states or ()), fed, flat(parameters), self.batch_sizes, self.directions
+            if self.recompute:
+                with torch.no_grad():
+                    made = torch.ops.fastcells.layer(*call, True)
+                kept = [made[0], *made[count:]]
             feed = any([t.requires_grad for t in fed])
             return registered_gradients(call, feed, kept, cotangents, needs)
+        graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            y, finals, others = unrolled.layer(self.cell, x, states, parameters, self.batch_sizes, fed, True)
-            outputs = [(o, d) for o, d in zip((y, *finals, *others), cotangents, strict=False) if d is not None]
+            y, finals, *others = unrolled.layer(
+                self.cell, x, states, parameters, self.batch_sizes, fed, self.return_cell_states
+            )
+            results = (y, *finals, *(others[0] if others else ()))
+            outputs = [(o, d) for o, d in zip(results, cotangents, strict=True) if d is not None]
             asked = [t for t, need in zip(inputs, needs, strict=True) if need]
             grads = iter(
                 torch.autograd.grad(
-                    [o for o, _ in outputs], asked, [d for _, d in outputs], create_graph=True, allow_unused=True
+                    [o for o, _ in outputs], asked, [d for _, d in outputs], create_graph=graph, allow_unused=True
                 )
             )
         return [next(grads) if need else None for need in needs]
+
+
+_in_batches = torch._C._functorch.is_legacy_batchedtensor  # as is_grads_batched has them
+
+
+def _plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether these are what kernels may read: in the backward pass there may be others than in the forward one."""
+    given = [t for t in tensors if t is not None]
+    odd = observer() or refusal(*given) or any([isinstance(t, TRACED) or _in_batches(t) for t in given])
+    return not odd
 
 
 def same_memory(a: Tensor | None, b: Tensor | None) -> bool:

@@ -258,8 +258,11 @@ def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _forward_mode() -> bool:
-    return torch.autograd.forward_ad._current_level >= 0
+def _forward_mode(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether there are tangents; graphs that torch.compile makes do not enter a level in Python."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return any(t is not None and torch._VF._unpack_dual(t, level=0).tangent is not None for t in tensors)
 
 
 class _Split:
@@ -352,9 +355,10 @@ class _Gradient(Function):
 
 
 def _layer_autograd(cell, x, states, inputs, parameters, batch_sizes, directions, training=False):
-    if _forward_mode():
-        return [*Call(cell, x, states, inputs, parameters, batch_sizes, directions).unrolled()]
+    states, inputs = states or (), inputs or ()  # a package of AOTInductor has None for what is empty
     tensors = [x, *states, *inputs, *parameters]
+    if _forward_mode(tensors):
+        return [*Call(cell, x, states, inputs, parameters, batch_sizes, directions).unrolled()]
     if _differentiable(tensors):
         split = _Split(1, len(states), len(inputs), len(parameters))
         return _apply(_Layer, cell, batch_sizes, directions, training, split, *tensors)
@@ -364,9 +368,10 @@ def _layer_autograd(cell, x, states, inputs, parameters, batch_sizes, directions
 def _layer_backward_autograd(
     cell, x, states, inputs, parameters, batch_sizes, directions, feed, kept, cotangents, wanted
 ):
-    if _forward_mode():
-        return Call(cell, x, states, inputs, parameters, batch_sizes, directions).unrolled_gradients(cotangents, wanted)
+    states, inputs = states or (), inputs or ()
     tensors = [x, *states, *inputs, *parameters, *kept, *cotangents]
+    if _forward_mode(tensors):
+        return Call(cell, x, states, inputs, parameters, batch_sizes, directions).unrolled_gradients(cotangents, wanted)
     if _differentiable(tensors):
         split = _Split(1, len(states), len(inputs), len(parameters), len(kept), len(cotangents))
         return _apply(_Gradient, cell, batch_sizes, directions, feed, wanted, split, *tensors)
@@ -375,6 +380,7 @@ def _layer_backward_autograd(
 
 
 def _layer_of_lengths_autograd(cell, x, states, parameters, lengths, directions):
+    states = states or ()
     tensors = [x, *states, *parameters]
     if _differentiable(tensors):
         split = _Split(1, len(states), len(parameters))

@@ -198,7 +198,9 @@ def rows_of_initial(initial: Buffer | int) -> tuple[Address, int]:
 
 
 def usable(t: Any) -> Any:
-    """The tensor itself (or None) if the numbers of a row are adjacent, else a copy."""
+    """The tensor itself (or None) if it has its numbers in memory, those of a row adjacent, else a copy."""
+    if t is not None and (t.is_neg() or t._is_zerotensor()):  # what is read has another sign, or is not there
+        t = t.clone()
     return t if t is None or t.dim() == 0 or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
