@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
@@ -29,17 +30,20 @@ SAME = again.Same(
     empty=[],
 )
 BRIEF = 1 << 18  # multiplications of a call that takes less time than other threads take to go on
+OPTIONS = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size"]
 HOOKS = ["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"]
 MODULE, CALL = torch.nn.Module, torch.nn.Module.__call__
 
 
 class Replay:
-    """A call of a module, ready to be made again. `forward(module, input)`, or with states, gives the result of the
-    module's `forward`, or None where it is another call; `straight` does so in place of the module's call, where this
-    does nothing but call `forward`. Either may be None: then it cannot be made again."""
+    """A call of a module, ready to be made again. Each of `forward`, of (module, input), or with states, gives the
+    result of the module's `forward`, or None where it is another call, or one for the next of them; `straight` does so
+    in place of the module's call, where this does nothing but call `forward`. There may be none: then it cannot be
+    made again."""
 
     def __init__(self, module: DropIn, input: Tensor, hx: Any, call: Call) -> None:
-        self.forward = self.straight = None
+        self.forward: tuple[Callable, ...] = ()
+        self.straight: tuple[Callable, ...] = ()
         held = {id(t): name for name, t in module._parameters.items() if t is not None}
         used = [t for directions in call.parameters for t in flat(directions) if t is not None]
         names = [held.get(id(t), "") for t in used]
@@ -47,19 +51,22 @@ class Replay:
         training = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
         draws = len(call.parameters) > 1 and module.dropout and module.training
         stack = Stack(call, tensors, training)
-        if not (stack.whole and all(names)) or (draws and not training):
+        once = len({*map(id, used)}) == len(used)  # else what is put in one's place would be put in the other's
+        own = module.__dict__  # where __setattr__ puts options; elsewhere they may change unseen
+        elsewhere = any([name not in own and hasattr(module, name) for name in OPTIONS])
+        if not (stack.whole and all(names) and once) or elsewhere or (draws and not training):
             return
         taken = again.Taken(hx, module._parameters, names, tensors)
-        made = None if training else stack.made(module)
+        made = [None] if training else stack.made(module)
         finish = Training(module, input, call, stack.forwards) if training else None
-        self.forward = _then(again.method(SAME, taken, made), finish)
-        own = module.__dict__
+        self.forward = _then([again.method(SAME, taken, m) for m in made], finish)
         plain = MODULE.__call__ is CALL and "forward" not in own and "_compiled_call_impl" not in own
         if type(module).forward in _beginning and plain:
-            entries = [*SAME.entries, *_looked_up(type(module), "forward"), *_looked_up(MODULE, "__call__")]
+            entries = [*SAME.entries, *_looked_up(type(module), "forward"), (own, "forward")]
+            entries += [*_looked_up(MODULE, "__call__"), *_looked_up(MODULE, "_call_impl")]
             hooks = [own[name] for name in HOOKS] + [vars(module_of_torch)[f"_global{name}"] for name in HOOKS]
             straight = SAME._replace(entries=entries, empty=hooks)
-            self.straight = _then(again.method(straight, taken, made), finish)
+            self.straight = _then([again.method(straight, taken, m) for m in made], finish)
 
 
 class Stack:
@@ -95,8 +102,8 @@ class Stack:
             if k + 1 < len(layers):
                 x = x.new_empty(forward.y)
 
-    def made(self, module: DropIn) -> again.Made:
-        """What the call makes, and how."""
+    def made(self, module: DropIn) -> list[again.Made]:
+        """What the call makes, and how; and how while another thread's call has the memory that is kept."""
         cell, batch, _, layers, _ = self.call
         states = len(cell.states)
 
@@ -121,7 +128,8 @@ class Stack:
             scripts.append((forward.script, operands, forward.script.memory()))
             x = y
         result = module._laid_out(None, batch, examples[0], tuple(examples[1 : 1 + states]))
-        return again.Made(scripts, examples, result, self.dtype, self.brief)
+        made = again.Made(scripts, examples, result, self.dtype, self.brief)
+        return [made, made.keeping_nothing()] if made.keeps and not made.brief else [made]
 
 
 def _looked_up(kind: type, name: str) -> list[tuple[dict, str]]:
@@ -134,16 +142,15 @@ def _looked_up(kind: type, name: str) -> list[tuple[dict, str]]:
     return found
 
 
-def _then(method: Callable | None, finish: Callable | None) -> Callable | None:
-    """The method, and what its results go through that are not None."""
-    if method is None or finish is None:
-        return method
+def _then(methods: list[Callable | None], finish: Callable | None) -> tuple[Callable, ...]:
+    """The methods that there are, and what their results go through that are not None."""
+    there = [method for method in methods if method is not None]
+    return tuple(there if finish is None else [partial(_both, method, finish) for method in there])
 
-    def both(module: DropIn, *given: Any) -> Any:
-        tensors = method(module, *given)
-        return None if tensors is None else finish(module, given[0], tensors)
 
-    return both
+def _both(method: Callable, finish: Callable, module: DropIn, *given: Any) -> Any:
+    tensors = method(module, *given)
+    return None if tensors is None else finish(module, given[0], tensors)
 
 
 class Training:
@@ -206,8 +213,8 @@ class Replays:
     def __setitem__(self, kind: bool, seen: Seen) -> None:
         self.seen[kind] = seen
         replays = [seen.replay for seen in self.seen.values() if seen.replay is not None]
-        self.forward = tuple([r.forward for r in replays if r.forward is not None])
-        self.straight = tuple([r.straight for r in replays if r.straight is not None])
+        self.forward = tuple([method for r in replays for method in r.forward])
+        self.straight = tuple([method for r in replays for method in r.straight])
 
 
 _all: WeakSet[Replays] = WeakSet()
@@ -255,4 +262,4 @@ def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:
     calls, replay = seen.calls + 1, None
     if not calls & (calls - 1):  # what cannot be made again is tried ever more rarely
         replay = Replay(module, input, hx, call)
-    replays[kind] = Seen(input.shape, calls, replay if replay is not None and replay.forward is not None else None)
+    replays[kind] = Seen(input.shape, calls, replay if replay is not None and replay.forward else None)

@@ -60,6 +60,7 @@ RECORD = (
     "moves",  # and triples: a word of them, and whose address goes there, plus so many bytes
     "moves_end",
     "brief",  # 1: Python's other threads wait
+    "flying",  # 1: a call is under way, which has the memory that is kept; 0: none is; -1: none is kept
     "runs",  # pairs: a script's frame, and its threads; none: all that is wanted are the call's tensors
     "runs_end",
     "driver",
@@ -146,11 +147,20 @@ class Made(NamedTuple):
     dtype: torch.dtype
     brief: bool = False
 
+    @property
+    def keeps(self) -> bool:
+        """Whether memory is kept from call to call, so that only one at a time may be under way."""
+        return any(script.kept and kept is not None for script, _, kept in self.scripts)
+
+    def keeping_nothing(self) -> Made:
+        """The same, of which many may be under way."""
+        return self._replace(scripts=[(script, operands, None) for script, operands, _ in self.scripts])
+
 
 def method(same: Same, taken: Taken, made: Made | None) -> Callable[..., Any] | None:
     """A function of a module, at which it does not look, since it knows its dicts, an input, and states if there are
     any. It returns the result of the call, or without `made` a tuple of its tensors, and None if the call is another
-    one. There is none at all where calls cannot be made so."""
+    one, or if another thread's has the memory that is kept. There is none at all where calls cannot be made so."""
     known = interface()
     if known is None:
         return None
@@ -294,6 +304,7 @@ class Record:
         self._set("arena", self._object(KEY))
         self._set("take", self._object(partial(arena.take, size)))
         self._set("brief", made.brief and max(runs[1::2]) == 1)
+        self._set("flying", 0 if made.keeps else -1)
         self._set("driver", driver().address)
         if max(runs[1::2]) > 1:
             kernel, known = team.leading()

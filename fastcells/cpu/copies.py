@@ -266,21 +266,22 @@ def make_pack(dtype: str, lanes: int) -> Callable:
                 last = least(units, blocks * (share + 1) // shares * block * lanes)
             else:
                 begin, end = depth * share // shares, depth * (share + 1) // shares
-            if keeps and known(frame, first, last, begin, end, kept):
-                begin = end
-            while begin < end:  # else a line of cache of every row at a time
-                stop = least(begin + length, end)
+            packs = not (keeps and known(frame, first, last, begin, end, kept))
+            done = begin if packs else end
+            while done < end:  # else a line of cache of every row at a time
+                stop = least(done + length, end)
                 unit = first // lanes
                 while unit * lanes < last:
                     width = block if block <= full - unit else 1
-                    k = begin
+                    k = done
                     while k < stop:
                         piece(frame, unit, width, k, least(k + 64, stop))
                         k += 64
                     unit += width
-                begin = stop
-            if keeps:
+                done = stop
+            if keeps and packs:  # and was not written to meanwhile
                 poke(kept, DIGEST - 1, 1)
+                known(frame, first, last, begin, end, kept)
             share += team
 
     return member

@@ -85,7 +85,8 @@ make, make_end = map(_word, ("make", "make_end"))
 arena, size, take = map(_word, ("arena", "size", "take"))
 frames, length = map(_word, ("frames", "length"))
 moves, moves_end = map(_word, ("moves", "moves_end"))
-brief = _word("brief")
+brief, flying = map(_word, ("brief", "flying"))
+FLYING = RECORD.index("flying")
 runs, runs_end = map(_word, ("runs", "runs_end"))
 driver, lead, team = map(_word, ("driver", "lead", "team"))
 result, result_end = map(_word, ("result", "result_end"))
@@ -215,15 +216,17 @@ def held(address):
 @routine
 def listed(tensors, count):
     """A tuple of the tensors."""
+    for k in range(count):
+        hold(peek(tensors, k))  # before anything new, for which Python may collect what is old
     several = new_tuple(count)
     for k in range(count):
-        set_item(several, k, held(peek(tensors, k)))
+        set_item(several, k, peek(tensors, k))
     return several
 
 
 @routine
 def own_memory(record):
-    """The address of the thread's own memory, 0 if there is none to be had."""
+    """The address of the thread's own memory, or 0 for an error of Python's."""
     things = thread_dict()
     found = 0 if things == 0 else dict_item(things, arena(record))
     if found != 0:
@@ -232,7 +235,6 @@ def own_memory(record):
             return peek(block, 0)
     found = answer(take(record))
     if found == 0:
-        clear_error()
         return 0
     address = integer(found)
     let_go(found)
@@ -321,7 +323,11 @@ def make_recall() -> Callable:
         record = integer(tuple_item(owner, 0))
         nothing = none(record)
         tensors, addresses, handles, scripts = room(), room(), room(), frames_room()
-        taken = 0
+        taken, block = 0, 0
+        if runs(record) != runs_end(record):
+            block = own_memory(record)  # first, since it may take Python, and then other threads go on
+            if block == 0:
+                return 0
         if given(record) != 0:
             if count == given(record):
                 taken = count
@@ -332,11 +338,13 @@ def make_recall() -> Callable:
         if taken == 0 or not alike(record, tensors, taken):
             clear_error()
             return held(nothing)
-        if runs(record) == runs_end(record):
-            return listed(tensors, taken)
-        block = own_memory(record)
         if block == 0:
+            return listed(tensors, taken)
+        alone = flying(record)
+        if alone == 1:
             return held(nothing)
+        if alone == 0:
+            poke(record, FLYING, 1)
         shared = brief(record) == 0
         for k in range(taken):
             if shared:
@@ -349,6 +357,8 @@ def make_recall() -> Callable:
         if whole:
             filled(record, addresses, scripts)
             run(record, scripts)
+        if alone == 0:
+            poke(record, FLYING, 0)
         if shared:
             for k in range(taken):
                 let_go(peek(tensors, k))
