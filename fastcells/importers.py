@@ -54,6 +54,7 @@ def from_keras(layer: Any, weights: Sequence[Any] | None = None) -> torch.nn.Mod
         if config.get("merge_mode", "concat") != "concat":
             raise ValueError(f"merge_mode must be 'concat', got {config['merge_mode']!r}")
         directions, inner = 2, config["layer"]
+        _same_backward(inner["config"], config.get("backward_layer"))
         kind, config = inner["class_name"], inner["config"]
     if kind not in KERAS_ORDER:
         raise ValueError(f"layer must be one of {', '.join(KERAS_ORDER)} or Bidirectional, got {kind}")
@@ -66,8 +67,10 @@ def from_keras(layer: Any, weights: Sequence[Any] | None = None) -> torch.nn.Mod
     count = (3 if bias else 2) * directions
     if len(arrays) != count:
         raise ValueError(f"weights must be {count} arrays for {kind} with {directions} direction(s), got {len(arrays)}")
-    activation = config.get("activation") or "linear"
-    gates = config.get("recurrent_activation") or "linear"
+    activation, gates = (
+        _activation(config, "activation", "tanh"),
+        _activation(config, "recurrent_activation", "sigmoid"),
+    )
     reset_after = config.get("reset_after", True)
     if kind == "LSTM":
         cell = variants.lstm(activation, gates)
@@ -82,12 +85,33 @@ def from_keras(layer: Any, weights: Sequence[Any] | None = None) -> torch.nn.Mod
         state[f"weight_ih{suffix}"] = _ordered(kernel.T, cell, order)
         state[f"weight_hh{suffix}"] = _ordered(recurrent.T, cell, order)
         if own:
+            rank = 2 if kind == "GRU" and reset_after else 1
+            if own[0].ndim != rank:
+                raise ValueError(
+                    f"bias must have {rank} dimension(s) with reset_after={reset_after}, got {own[0].ndim}"
+                )
             both = own[0] if own[0].ndim == 2 else np.stack([own[0], np.zeros_like(own[0])])
             state[f"bias_ih{suffix}"], state[f"bias_hh{suffix}"] = (_ordered(b, cell, order) for b in both)
     options = {"batch_first": True, "bidirectional": directions == 2}
     if config.get("recurrent_dropout"):
         options["recurrent_dropout"] = config["recurrent_dropout"]
     return _module(cell, arrays[0].shape[0], hidden, state, bias, **options)
+
+
+def _activation(config: dict, option: str, default: str) -> str:
+    """The name of an activation."""
+    found = config.get(option, default) or "linear"
+    if not isinstance(found, str):
+        raise ValueError(f"{option} must be a name, got {found}")
+    return found
+
+
+def _same_backward(config: dict, other: dict | None) -> None:
+    """Raise ValueError for a backward layer of a Bidirectional's own whose options are not the forward one's."""
+    theirs = config if other is None else other["config"]
+    differ = [k for k in {**config, **theirs} if k not in ("name", "go_backwards") and config.get(k) != theirs.get(k)]
+    if differ:
+        raise ValueError(f"backward_layer must have the options of layer, got another {differ[0]}")
 
 
 def from_onnx(model: Any) -> dict[str, torch.nn.Module]:

@@ -428,3 +428,121 @@ def test_tensors_are_others_where_torch_does_otherwise(mode):
     vmapped = []
     torch.func.vmap(lambda t: vmapped.append(outside(t)) or t)(torch.randn(2, 3, 4))
     assert vmapped == [None]
+
+
+def test_a_call_under_way_keeps_its_weights():
+    """Those of another thread's call are packed elsewhere."""
+    layer, x = fastcells.nn.GRU(256, 256), torch.randn(100, 8, 256)
+    other = {n: torch.nn.Parameter(torch.randn_like(p) * 0.05) for n, p in layer.named_parameters()}
+
+    def call(weights=None):
+        with torch.no_grad():
+            return layer(x)[0] if weights is None else torch.func.functional_call(layer, weights, x)[0]
+
+    with using_threads(1), ThreadPoolExecutor(2) as pool:
+        truth, changed = call(), call(other)
+        for _ in range(3):
+            call()
+        assert len(layer._replays.straight) == 2
+        for _ in range(15):
+            there, here = pool.submit(call), call(other)
+            assert torch.equal(here, changed)
+            found = there.result()  # of the weights that it met
+            assert torch.equal(found, truth) or torch.equal(found, changed)
+
+
+def test_weights_that_are_written_to_while_they_are_packed_are_packed_anew():
+    layer, x = fastcells.nn.GRU(700, 700), torch.randn(20, 4, 700)
+    good = [p.detach().clone() for p in layer.parameters()]
+
+    def call():
+        with torch.no_grad():
+            return layer(x)[0]
+
+    def put(scale):
+        with torch.no_grad():
+            for p, g in zip(layer.parameters(), good, strict=True):
+                torch.mul(g, scale, out=p)
+
+    with using_threads(1), ThreadPoolExecutor(1) as pool:
+        truth = [call() for _ in range(3)][-1]
+        for _ in range(15):
+            put(0.5)
+            call()
+            put(1)
+            meanwhile = pool.submit(call)
+            put(0.5)
+            put(1)
+            meanwhile.result()
+            assert torch.equal(call(), truth)
+
+
+def test_nothing_is_borrowed_while_python_runs():
+    """A thread's first call asks for memory; what a collection frees meanwhile is not used."""
+    layer, x, let_go = fastcells.nn.GRU(64, 64), torch.randn(2, 3, 64), []
+    with torch.no_grad():
+        settled(layer, x)
+    kept = []
+
+    def collecting(phase, info):  # as any finalizer may
+        if not let_go and phase == "start" and sys._getframe(1).f_code.co_name == "take":
+            let_go.append(1)
+            layer.register_parameter("weight_hh_l0", torch.nn.Parameter(torch.zeros(192, 64)))
+            kept.extend(torch.full((192, 64), torch.nan) for _ in range(3))
+
+    def run():
+        gc.set_threshold(1, 1, 1)
+        with torch.no_grad():
+            return layer(x)[0]
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(collecting)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(run).result().isfinite().all()
+    finally:
+        gc.callbacks.remove(collecting)
+        gc.set_threshold(*thresholds)
+    assert let_go
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_parameter_of_two_names_may_become_two(grad):
+    layer, x = fastcells.nn.LSTM(8, 8, bidirectional=True), torch.randn(4, 3, 8)
+    layer.weight_hh_l0_reverse = layer.weight_hh_l0
+    new = torch.nn.Parameter(torch.randn(32, 8))
+    with torch.set_grad_enabled(grad):
+        for _ in range(3):
+            layer(x)
+        layer.register_parameter("weight_hh_l0", new)
+        y, _ = layer(x)
+        torch.testing.assert_close(y, of_torch(copy.deepcopy(layer), x)[0])
+    if grad:
+        y.sum().backward()
+        assert new.grad is not None
+
+
+def test_options_that_a_class_has_are_read_at_each_call():
+    class Layer(fastcells.nn.GRU):
+        batch_first = property(lambda self: first[-1], lambda self, value: None)
+
+    first, x = [False], torch.randn(4, 4, 8)
+    layer, other = Layer(8, 8), fastcells.nn.GRU(8, 8, batch_first=True)
+    other.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        first.append(True)
+        assert torch.equal(layer(x)[0], other(x)[0])
+
+
+def test_a_call_that_is_replaced_is_not_passed_over(monkeypatch):
+    layer, x = fastcells.nn.GRU(8, 8), torch.randn(4, 4, 8)
+    with torch.no_grad():
+        settled(layer, x)
+        vars(layer)["forward"] = lambda *_: "mine"
+        assert layer(x) == "mine"
+        del vars(layer)["forward"]
+        settled(layer, x)
+        monkeypatch.setattr(torch.nn.Module, "_call_impl", lambda *_: "patched")
+        assert layer(x) == "patched"

@@ -116,6 +116,18 @@ def test_no_weights_where_there_is_no_product():
         functional.layer(**_changed(weights={1: None}))
 
 
+@cell(gates="r n", parameters="gain")
+def scaled(x, u, s, p):
+    """A GRU's proposal with the reset before the product, and a gain on its input, which waits for the product."""
+    r = sigmoid(x.r + u.r)
+    return tanh(p.gain * x.n + u.n(r * s.h))
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(2, 3), (5, 12), (16, 12)], ids=["in place", "ahead", "fused"])
+def test_an_input_projection_that_a_later_stage_needs(rows, steps):
+    agree(*problem(scaled, steps, rows, 3, 8))
+
+
 def test_second_derivatives_reach_a_cells_own_parameters():
     arguments, leaves, _ = problem(peephole, 3, 2, 2, 3)
 

@@ -208,3 +208,32 @@ def test_a_recurrent_dropout_is_taken_over():
 def test_explains_itself():
     layer = importers.from_keras(*keras_spec(activation="relu"))
     assert "lstm_relu_sigmoid" in str(fastcells.explain(layer, torch.zeros(1, 5, 2, dtype=torch.float64)))
+
+
+def test_keras_options_that_are_not_named_are_its_defaults():
+    arrays = [np.ones(s, np.float32) for s in ((4, 12), (3, 12), (12,))]
+    layer = importers.from_keras({"class_name": "LSTM", "config": {"units": 3}}, arrays)
+    assert type(layer) is nn.LSTM
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"activation": {"class_name": "ReLU"}}, "activation must be a name"),
+        ({"other": {"activation": "relu", "go_backwards": True}}, "backward_layer must have the options of layer"),
+    ],
+)
+def test_keras_layers_that_none_here_is_like(config, message):
+    arrays = [np.ones(s, np.float32) for s in ((4, 12), (3, 12), (12,))] * (2 if "other" in config else 1)
+    inner = {"class_name": "LSTM", "config": {"units": 3, **config}}
+    if "other" in config:
+        other = {"class_name": "LSTM", "config": {"units": 3, **inner["config"].pop("other")}}
+        inner = {"class_name": "Bidirectional", "config": {"layer": inner, "backward_layer": other}}
+    with pytest.raises(ValueError, match=message):
+        importers.from_keras(inner, arrays)
+
+
+def test_a_bias_of_another_kind_of_gru_is_refused():
+    arrays = [np.ones(s, np.float32) for s in ((4, 9), (3, 9), (9,))]
+    with pytest.raises(ValueError, match="bias must have 2 dimension"):
+        importers.from_keras({"class_name": "GRU", "config": {"units": 3, "reset_after": True}}, arrays)

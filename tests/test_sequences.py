@@ -603,3 +603,8 @@ def test_packed_batches_of_other_lengths_share_what_was_made_ready(kind, options
         layer.forget()
     assert counts[0] > 0
     assert counts == counts[:1] * 4
+
+
+def test_lengths_of_no_sequences():
+    layer, x = nn.GRU(3, 5), torch.zeros(4, 0, 3)
+    assert layer(x, lengths=[])[0].shape == (4, 0, 5)

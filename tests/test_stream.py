@@ -315,6 +315,27 @@ def test_a_stream_goes_on_with_weights_whose_place_others_take():
     del others
 
 
+def test_a_stream_takes_what_it_gave():
+    """Whose memory the step writes to while it reads."""
+    layer = fastcells.nn.GRU(64, 64)
+    stream, other = layer.stream(3), layer.stream(3)
+    y = x = torch.randn(3, 64)
+    for _ in range(3):
+        y, x = stream(y), other(x).clone()
+        assert torch.equal(y, x)
+
+
+def test_a_stream_made_in_inference_mode_is_used_outside():
+    layer, x = fastcells.nn.GRU(5, 7), torch.randn(2, 5)
+    with torch.inference_mode():
+        stream = layer.stream(2)
+    first = stream(x).clone()
+    stream.reset()
+    assert torch.equal(stream(x), first)
+    stream.state = torch.zeros(1, 2, 7)
+    assert torch.equal(stream(torch._neg_view(-x)), first)
+
+
 def test_a_stream_of_any_cell_and_with_a_projection():
     for layer in (fastcells.nn.Recurrent(cells.gru_reset_before, 5, 7), fastcells.nn.LSTM(5, 7, proj_size=3)):
         xs = torch.randn(4, 1, 5)
