@@ -349,7 +349,8 @@ def _autocast_dtype(cell: Cell, states: tuple[Tensor, ...], by_onednn: bool) -> 
     their own format, where there are such terms; oneDNN's LSTM rounds the states, too, on processors with bfloat16."""
     dtype = torch.get_autocast_dtype("cpu")
     by_onednn = by_onednn and dtype is torch.bfloat16 and all([s.dtype is not torch.float16 for s in states])
-    if by_onednn and torch.backends.mkldnn.enabled and BFLOAT16:
+    enabled = torch.backends.mkldnn.enabled or torch.compiler.is_exporting()  # which turns it off for itself alone
+    if by_onednn and enabled and BFLOAT16:
         return dtype
     return dtype if cell in ELMAN.values() else reduce(torch.promote_types, [s.dtype for s in states], dtype)
 

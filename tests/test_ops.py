@@ -478,6 +478,23 @@ def test_autocast(kind, autocast, given, operations):
         assert relative_error(a.grad, b.grad) < 4 * torch.finfo(expected).eps, name
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_exported_under_autocast(kind):
+    class Inside(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = getattr(fastcells.nn, kind)(4, 6)
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.layer(x)[0]
+
+    model, x = Inside(), torch.randn(5, 3, 4)
+    exported = torch.export.export(model, (x,)).module()(x)
+    assert exported.dtype is model(x).dtype
+    assert torch.equal(exported, model(x))
+
+
 @pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
 def test_cell_under_autocast(kind):
     torch.manual_seed(0)
