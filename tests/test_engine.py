@@ -38,6 +38,7 @@ from fastcells.expression import (
     exp,
     expm1,
     log,
+    norm,
     sigmoid,
     sin,
     softplus,
@@ -126,6 +127,31 @@ def scaled(x, u, s, p):
 @pytest.mark.parametrize(("rows", "steps"), [(2, 3), (5, 12), (16, 12)], ids=["in place", "ahead", "fused"])
 def test_an_input_projection_that_a_later_stage_needs(rows, steps):
     agree(*problem(scaled, steps, rows, 3, 8))
+
+
+@cell(gates="a b", states="h c", parameters="w")
+def of_its_own(x, u, s, p):
+    """A product of the cell's own tensors alone."""
+    return tanh(x.a + u.a(p.w * p.w)), s.c + u.b(p.w) * x.b
+
+
+@cell(gates="a", states="h c m")
+def overwritten(x, u, s):
+    """Whose gradient of m comes from the step after, and is needed by a pass that follows those that write it."""
+    v = tanh(x.a)
+    return v, u.a(norm(sigmoid(s.h))), v
+
+
+@cell(gates="a", states="h c")
+def read_late(x, u, s):
+    """Whose last pass needs what c was before the first one."""
+    return norm(x.a) * s.c + s.h * 0.5, tanh(x.a + s.c)
+
+
+@pytest.mark.parametrize("options", [{}, {"given": False}, {"lengths": [5, 4, 4, 1]}, {"directions": 2}], ids=str)
+@pytest.mark.parametrize("c", [of_its_own, overwritten, read_late], ids=lambda c: c.name)
+def test_what_is_needed_late_or_made_of_little(c, options):
+    agree(*problem(c, 5, 4, 3, 7, **options))
 
 
 def test_second_derivatives_reach_a_cells_own_parameters():

@@ -25,7 +25,7 @@ def derive(r: Ready, states: Sequence[Tensor], own: dict[str, Tensor], fed: dict
             known[node] = node.value if constant else apply(node.op, *map(value, node.args))
         return known[node]
 
-    return [value(n) for n in p.derived]
+    return [value(n).expand(len(states[0]), -1) for n in p.derived]  # some are made of the cell's own tensors alone
 
 
 def hand_on(

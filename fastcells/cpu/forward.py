@@ -102,8 +102,10 @@ class Forward(Call):
 
     @property
     def in_place(self) -> bool:
-        """Whether states are kept in place: a unit's is read and then written by the same tile."""
-        return not self.training and len(self.r.programs.forward.stages) == 1
+        """Whether states are kept in place: a unit's is read and then written by the same tile, or the same pass over
+        all of them, and by no other."""
+        first, *others = self.r.programs.forward.stages
+        return not (self.training or others) and len(first.passes) < 2
 
     def _views(self, d: Direction, own: Address, given: Sequence[Buffer]) -> dict[str, View]:
         """What the time loop of a direction reads and writes, but for the input. own: of what the cell's gates start

@@ -60,16 +60,22 @@ class Staging:
         for k in range(1, self.depth):
             self.group[k] = self.group[k - 1] + (not (self.is_pass[k] and self.is_pass[k - 1]))
         self.crossing: dict[Node, None] = {}
-        for n, by in (overwritten or {}).items():  # whoever needs it later has to be handed it
-            last = self.stage(by)
-            if n not in accumulators and any(n in self.needs(k) for k in range(last + 1, self.depth)):
-                self._level[n] = last
         made = [*roots, *(n for n in self.nodes if n in operands)]
-        for k in reversed(range(self.depth)):  # a later stage needs it, and cannot compute it from stored vectors
-            for n in self.needs(k, [r for r in [*made, *self.crossing] if self.stage(r) == k]):
-                for m in self.inherited(n, k) if is_uniform(n) else [n]:
-                    if self._level[m] >= 0 and self._level[m] < k + is_uniform(m):
-                        self.crossing[m] = None
+        while True:
+            for k in reversed(range(self.depth)):  # a later stage needs it, and cannot compute it from stored vectors
+                for n in self.needs(k, [r for r in [*made, *self.crossing] if self.stage(r) == k]):
+                    for m in self.inherited(n, k) if is_uniform(n) else [n]:
+                        if self._level[m] >= 0 and self._level[m] < k + is_uniform(m):
+                            self.crossing[m] = None
+            late = [
+                (n, self.stage(by))
+                for n, by in (overwritten or {}).items()
+                if n not in accumulators and self._level.get(n, -1) < 0
+                and any(n in self.needs(k) for k in range(self.stage(by) + 1, self.depth))
+            ]  # fmt: skip
+            if not late:
+                break
+            self._level |= dict(late)  # whoever needs it after it is overwritten has to be handed it
 
     def group_of(self, node: Node) -> int:
         """The group that computes a node: a uniform one after the pass in which its last sum was taken."""
