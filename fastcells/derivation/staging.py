@@ -67,15 +67,15 @@ class Staging:
                     for m in self.inherited(n, k) if is_uniform(n) else [n]:
                         if self._level[m] >= 0 and self._level[m] < k + is_uniform(m):
                             self.crossing[m] = None
-            late = [
+            lost = [
                 (n, self.stage(by))
                 for n, by in (overwritten or {}).items()
                 if n not in accumulators and self._level.get(n, -1) < 0
                 and any(n in self.needs(k) for k in range(self.stage(by) + 1, self.depth))
             ]  # fmt: skip
-            if not late:
+            if not lost:
                 break
-            self._level |= dict(late)  # whoever needs it after it is overwritten has to be handed it
+            self._level |= dict(lost)  # whoever needs it after it is overwritten has to be handed it
 
     def group_of(self, node: Node) -> int:
         """The group that computes a node: a uniform one after the pass in which its last sum was taken."""
