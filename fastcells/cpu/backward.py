@@ -168,7 +168,8 @@ class Backward(Call):
         self._groups, self._states = [len(group) for group in groups], len(self.r.cell.states)
         shapes = list(chain.from_iterable(groups))
         unseen = [*totals * count, *[grad] * (0 if overwrite else count), *[projected] * count]
-        unseen += [*list(previous.values()) * count, *[edge] * count] if sequences.packed else []
+        unseen += list(previous.values()) * count if sequences.packed else []
+        unseen += [] if edge is None else [edge] * count
         self.makes([*shapes, *unseen], own=len(shapes))
         return Made(
             made(dx),
