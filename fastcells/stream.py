@@ -104,7 +104,7 @@ class Stream:
         elif isinstance(x, Tensor):
             if x.shape != self._sizes or x.dtype is not self._dtype or not x.is_cpu:
                 self._refuse(tuple(x.shape), f"{x.dtype} on {x.device}")
-            x = x.contiguous().resolve_neg()
+            x = x.contiguous() if not x.is_neg() else x.resolve_neg()
             address, output = x.data_ptr(), self._output
             if self._output_at <= address < self._output_end:  # the last step's, which this one overwrites
                 self._input.copy_(x)
