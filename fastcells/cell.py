@@ -201,8 +201,9 @@ class Cell:
                 {n: leaf(kind, n) for kind, names in kinds.items() for n in names},
             )
         for name, new in zip(self.states, states, strict=True):
-            if not isinstance(new, Node):
-                raise TypeError(f"state {name} must be made of the cell's values, got {new!r}")
+            if not isinstance(new, Node) or new.op == "constant":
+                got = repr(new.value if isinstance(new, Node) else new)
+                raise TypeError(f"state {name} must be made of the cell's values, got {got}")
             if is_condition(new):
                 raise TypeError(f"state {name} must be a number, got a comparison. Write where(condition, 1.0, 0.0).")
         if not any(n.op == "product" or n in x.values() for n in topological(states)):

@@ -60,7 +60,9 @@ def _direction(cell, inputs, counts, states, parameters, fed, reverse) -> tuple[
             len(cell.states) - 1
         )
 
-    def affine(v: Tensor, weight: Tensor, bias: Tensor | None, gate: str) -> Tensor:
+    def affine(v: Tensor, weight: Tensor | None, bias: Tensor | None, gate: str) -> Tensor:
+        if weight is None:  # of a product that nothing comes of
+            return v.new_zeros(len(v), h)
         block = slice(gates[gate] * h, (gates[gate] + 1) * h)
         return torch.nn.functional.linear(v, weight[block], None if bias is None else bias[block])
 
@@ -74,8 +76,15 @@ def _direction(cell, inputs, counts, states, parameters, fed, reverse) -> tuple[
             active,
             {**own, **{name: v[:n] for name, v in fixed.items()}, **{name: v[t] for name, v in by_step.items()}},
         )
+        new = tuple(_row_each(v, states[0].new_empty(()), n, h) for v in new)
         if w_hr is not None:
             new = (torch.nn.functional.linear(new[0], w_hr), *new[1:])
         outputs[t] = new
         states = [s if n == 0 else torch.cat([a, s[n:]]) for a, s in zip(new, states, strict=True)]
     return outputs, states
+
+
+def _row_each(value: Any, like: Tensor, rows: int, hidden: int) -> Tensor:
+    """What a cell gives for a state, the same for all units or sequences, or a number, as [rows, hidden]."""
+    value = value if isinstance(value, Tensor) else torch.full_like(like, value)
+    return value if value.shape == (rows, hidden) else value.expand(rows, hidden)

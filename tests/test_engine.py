@@ -38,6 +38,7 @@ from fastcells.expression import (
     exp,
     expm1,
     log,
+    mean,
     norm,
     sigmoid,
     sin,
@@ -148,8 +149,15 @@ def read_late(x, u, s):
     return norm(x.a) * s.c + s.h * 0.5, tanh(x.a + s.c)
 
 
+@cell(gates="a b", states="h c k w", parameters="p", scalars="q")
+def same_for_many(x, u, s, p):
+    """States that are the same for all units, or for all sequences, or both, and a product that nothing comes of."""
+    tanh(u.b)
+    return tanh(x.a + u.a) * s.c * s.k + s.w, mean(x.b), p.q * 2.0, p.p * p.p
+
+
 @pytest.mark.parametrize("options", [{}, {"given": False}, {"lengths": [5, 4, 4, 1]}, {"directions": 2}], ids=str)
-@pytest.mark.parametrize("c", [of_its_own, overwritten, read_late], ids=lambda c: c.name)
+@pytest.mark.parametrize("c", [of_its_own, overwritten, read_late, same_for_many], ids=lambda c: c.name)
 def test_what_is_needed_late_or_made_of_little(c, options):
     agree(*problem(c, 5, 4, 3, 7, **options))
 
