@@ -206,6 +206,10 @@ class Cell:
                 raise TypeError(f"state {name} must be made of the cell's values, got {got}")
             if is_condition(new):
                 raise TypeError(f"state {name} must be a number, got a comparison. Write where(condition, 1.0, 0.0).")
+        taken: dict[str, Node] = {}
+        for n in topological(states):
+            if n.op == "product" and taken.setdefault(n.value[1], n.args[0]) is not n.args[0]:
+                raise TypeError(f"u.{n.value[1]} must be of one vector, got two: write another gate for the other")
         if not any(n.op == "product" or n in x.values() for n in topological(states)):
             raise TypeError(f"at least one of the gates {', '.join(self.gates)} must be used")
         return states

@@ -64,6 +64,7 @@ def _direction(cell, inputs, counts, states, parameters, fed, reverse) -> tuple[
         if weight is None:  # of a product that nothing comes of
             return v.new_zeros(len(v), h)
         block = slice(gates[gate] * h, (gates[gate] + 1) * h)
+        v = v.to(weight.dtype)  # numbers that a condition chooses have torch's default one
         return torch.nn.functional.linear(v, weight[block], None if bias is None else bias[block])
 
     outputs: list[tuple[Tensor, ...]] = [()] * len(counts)

@@ -367,6 +367,7 @@ def no_gate(x, u, s):
     [
         (nothing, "h", "state h must be made of the cell's values, got None"),
         (lambda x, u, s: (s.h * 0.0) + 1.0, "h", "state h must be made of the cell's values, got 1.0"),
+        (lambda x, u, s: x.a + u.a + u.a(0.5 * s.h), "h", "u.a must be of one vector, got two"),
         (forgets_a_state, "h c", r"expected 2 returned state\(s\) \(h, c\), got 1"),
         (a_comparison, "h", r"state h must be a number, got a comparison. Write where\(condition, 1.0, 0.0\)"),
         (no_gate, "h", "at least one of the gates a must be used"),

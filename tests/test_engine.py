@@ -44,6 +44,7 @@ from fastcells.expression import (
     sin,
     softplus,
     tanh,
+    where,
 )
 
 
@@ -149,6 +150,12 @@ def read_late(x, u, s):
     return norm(x.a) * s.c + s.h * 0.5, tanh(x.a + s.c)
 
 
+@cell(gates="a")
+def of_signs(x, u, s):
+    """A product of what has no gradient."""
+    return tanh(x.a + u.a(where(s.h > 0.0, 1.0, -1.0)))
+
+
 @cell(gates="a b", states="h c k w", parameters="p", scalars="q")
 def same_for_many(x, u, s, p):
     """States that are the same for all units, or for all sequences, or both, and a product that nothing comes of."""
@@ -157,7 +164,7 @@ def same_for_many(x, u, s, p):
 
 
 @pytest.mark.parametrize("options", [{}, {"given": False}, {"lengths": [5, 4, 4, 1]}, {"directions": 2}], ids=str)
-@pytest.mark.parametrize("c", [of_its_own, overwritten, read_late, same_for_many], ids=lambda c: c.name)
+@pytest.mark.parametrize("c", [of_its_own, overwritten, read_late, same_for_many, of_signs], ids=lambda c: c.name)
 def test_what_is_needed_late_or_made_of_little(c, options):
     agree(*problem(c, 5, 4, 3, 7, **options))
 

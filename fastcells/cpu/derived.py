@@ -25,7 +25,8 @@ def derive(r: Ready, states: Sequence[Tensor], own: dict[str, Tensor], fed: dict
             known[node] = node.value if constant else apply(node.op, *map(value, node.args))
         return known[node]
 
-    return [value(n).expand(len(states[0]), -1) for n in p.derived]  # some are made of the cell's own tensors alone
+    like = states[0]  # some are made of the cell's own tensors alone, or of numbers that a condition chooses
+    return [value(n).to(like.dtype).expand(len(like), -1) for n in p.derived]
 
 
 def hand_on(
@@ -42,8 +43,11 @@ def hand_on(
         wide = {n: (t.detach().expand(totals[n].shape) if n in totals else t.detach()) for n, t in own.items()}
         wide = {n: t.requires_grad_() for n, t in wide.items()}
         leaves = [*zip(given, grads, strict=False), *((wide[n], t) for n, t in totals.items())]
-        derived = derive(r, given, wide, {})
-        found = torch.autograd.grad(derived, [t for t, _ in leaves], list(grads[count:]), allow_unused=True)
+        derived = [(t, g) for t, g in zip(derive(r, given, wide, {}), grads[count:], strict=True) if t.requires_grad]
+        if not derived:
+            return
+        outputs, cotangents = zip(*derived, strict=True)
+        found = torch.autograd.grad(outputs, [t for t, _ in leaves], cotangents, allow_unused=True)
     for (_, total), grad in zip(leaves, found, strict=True):
         if grad is not None:
             total += grad
