@@ -60,11 +60,12 @@ def _direction(cell, inputs, counts, states, parameters, fed, reverse) -> tuple[
             len(cell.states) - 1
         )
 
+    kind = states[0].dtype  # numbers that a condition chooses have torch's default one
+
     def affine(v: Tensor, weight: Tensor | None, bias: Tensor | None, gate: str) -> Tensor:
         if weight is None:  # of a product that nothing comes of
             return v.new_zeros(len(v), h)
         block = slice(gates[gate] * h, (gates[gate] + 1) * h)
-        v = v.to(weight.dtype)  # numbers that a condition chooses have torch's default one
         return torch.nn.functional.linear(v, weight[block], None if bias is None else bias[block])
 
     outputs: list[tuple[Tensor, ...]] = [()] * len(counts)
@@ -73,7 +74,7 @@ def _direction(cell, inputs, counts, states, parameters, fed, reverse) -> tuple[
         active = {name: s[:n] for name, s in zip(cell.states, states, strict=True)}
         new = cell.step(
             {g: affine(inputs[t], w_ih, b_ih, g) for g in gates},
-            lambda g, v: affine(v, w_hh, b_hh, g),
+            lambda g, v: affine(v.to(kind), w_hh, b_hh, g),
             active,
             {**own, **{name: v[:n] for name, v in fixed.items()}, **{name: v[t] for name, v in by_step.items()}},
         )
