@@ -7,29 +7,32 @@ import inspect
 import pickle
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache, partial
-from types import FunctionType, MappingProxyType, SimpleNamespace
+from functools import partial
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
-from .expression import Node, Operators, comparing, is_condition, is_reduction, leaf, number, topological
+from .expression import Node, Value, bare, comparing, is_condition, is_reduction, leaf, number, reached, topological
+from .outside import Outside
+
+MISTAKES = TypeError, AttributeError, ValueError, ArithmeticError, NameError, RecursionError
 
 
-class Recurrent(Operators):
+class Recurrent(Value):
     """`u.g`: as a value the recurrent product U_g h + b'_g; `u.g(v)`: that of another vector, U_g v + b'_g."""
 
     def __init__(self, product: Callable[[Any], Any], hidden: Any) -> None:
-        self._product, self._hidden, self._value = product, hidden, None
+        self._product, self._like, self._value = product, bare(hidden), None
 
     @property
     def __fastcells_value__(self) -> Any:
         if self._value is None:  # not computed where the cell only uses u.g(v)
-            self._value = self._product(self._hidden)
+            self._value = bare(self._product(self._like))
         return self._value
 
     def __call__(self, vector: Any) -> Any:
-        return self._product(getattr(vector, "__fastcells_value__", vector))
+        return self._product(bare(vector))
 
 
 class Names(SimpleNamespace):
@@ -37,27 +40,6 @@ class Names(SimpleNamespace):
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"there is no {name!r}, only {', '.join(self.__dict__)}")
-
-
-Outside = tuple[str, Callable[[], Any], Any]
-"""A name, how to read what it stands for, and what that was."""
-
-
-def _outside(function: Callable, seen: frozenset = frozenset()) -> Iterator[Outside]:
-    """The numbers, flags and functions that a function reads by name, and what these functions read."""
-    if not isinstance(function, FunctionType) or function in seen:
-        return
-    code, names = function.__code__, function.__globals__
-    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
-    reads = [(name, partial(getattr, content, "cell_contents", None)) for name, content in cells]
-    reads += [(name, partial(names.get, name)) for name in code.co_names if name in names]
-    for name, read in reads:
-        value = read()
-        if isinstance(value, int | float):
-            yield name, read, value
-        elif isinstance(value, FunctionType) and not value.__module__.startswith(("fastcells.", "torch.", "numpy.")):
-            yield name, read, value
-            yield from _outside(value, seen | {function})
 
 
 class Cell:
@@ -72,7 +54,6 @@ class Cell:
     initial: Mapping[str, float] = MappingProxyType({})  # first values of parameters and scalars that have one
     made_by: tuple[Callable, tuple] | None = None  # the function, and its arguments, of a cell with options
     recurrent_weight: Callable | None = None  # what nn.Recurrent makes of weight_hh before the cell uses it
-    outside: Sequence[Outside] = ()  # what the kernels hold of what the function reads from outside of it
 
     def __init__(
         self,
@@ -88,6 +69,8 @@ class Cell:
         self.function, self.name, self.gates, self.states = function, name, tuple(gates), tuple(states)
         self.parameters, self.scalars = tuple(parameters), tuple(scalars)
         self.inputs, self.step_inputs = tuple(inputs), tuple(step_inputs)
+        self._traced: tuple[Node, ...] | None = None
+        self.outside: Outside | None = None  # what the function reads, once kernels were derived
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
         self.key = _register(self)
@@ -147,39 +130,50 @@ class Cell:
         """
         hidden = states[self.states[0]]
         u = {g: Recurrent(partial(product, g), hidden) for g in self.gates}
-        p = (Names(**own or {}),) if self.own or self.fed else ()
-        result = self.function(Names(**x), Names(**u), Names(**states), *p)
+
+        def values(named: Mapping[str, Any]) -> dict[str, Any]:
+            return {n: v if isinstance(v, Node) else Value(v, hidden) for n, v in named.items()}
+
+        p = (Names(**values(own or {})),) if self.own or self.fed else ()
+        result = self.function(Names(**values(x)), Names(**u), Names(**values(states)), *p)
         result = tuple(result) if isinstance(result, (tuple, list)) else (result,)
         if len(result) != len(self.states):
             raise TypeError(
                 f"cell {self.name}: expected {len(self.states)} returned state(s) ({', '.join(self.states)}), "
                 f"got {len(result)}"
             )
-        return tuple(getattr(r, "__fastcells_value__", r) for r in result)
+        return tuple(map(bare, result))
 
     def trace(self) -> tuple[Node, ...]:
         """The new states as expression graphs: over leaves ("x", gate), ("s", state), ("p", parameter),
         ("scalar", ...), ("input", ...), ("step_input", ...), and nodes "product"."""
+        if self._traced is None:
+            self._traced, self.outside = self._trace(), Outside(self.function)
         self.unchanged()
-        try:
-            states = self._trace()
-            if not self.outside and self.made_by is None:
-                self.outside = tuple(_outside(inspect.unwrap(self.function)))
-            return states
-        except (TypeError, AttributeError) as error:
-            raise type(error)(f"cell {self.name}: {error}\n  {self._place(inspect.trace())}") from error
+        return self._traced
 
     def unchanged(self) -> Cell:
-        """The cell itself. Raises RuntimeError where a number, flag or function that its function reads is another by
-        now than the one that kernels were derived from, which would be stale."""
-        for name, read, value in self.outside:
-            now = read()
-            if now is not value and (type(now) is not type(value) or now != value):
-                raise RuntimeError(
-                    f"cell {self.name}: {name} was {value!r} when its kernels were derived, and is {now!r} now. "
-                    f"Declare the cell anew, or make {name} one of its scalars or inputs."
-                )
+        """The cell itself. Raises RuntimeError where its function, by what it reads from outside of it, by now computes
+        another thing than what kernels were derived from, which would be stale."""
+        if self.outside is None or self.outside.same():
+            return self
+        if self._trace() != self._traced:
+            read = next(iter(self.outside.changed()), None)
+            what = f"{read.name} was {read.value!r}" if read else "its function computed another thing"
+            now = f"is {read.now()!r} now" if read else "reads what has changed since: an object, a list or the like"
+            raise RuntimeError(
+                f"cell {self.name}: {what} when its kernels were derived, and {now}. Declare the cell anew, or make "
+                f"{read.name if read else 'that'} one of its scalars or inputs."
+            )
+        if self.outside.whole:
+            self.outside = Outside(self.function)
         return self
+
+    def _trace(self) -> tuple[Node, ...]:
+        try:
+            return self._states()
+        except MISTAKES as error:
+            raise type(error)(f"cell {self.name}: {error}\n  {self._place(inspect.trace())}") from error
 
     def _place(self, trace: list[inspect.FrameInfo]) -> str:
         """Where in the cell's function an error came up: file, line and, as far as there is a source, its text."""
@@ -190,7 +184,7 @@ class Cell:
                 return f"{frame.filename}:{frame.lineno}{text}"
         return f"{code.co_filename}:{code.co_firstlineno}" if code else "(no source)"
 
-    def _trace(self) -> tuple[Node, ...]:
+    def _states(self) -> tuple[Node, ...]:
         x = {g: leaf("x", g) for g in self.gates}
         kinds = {"p": self.parameters, "scalar": self.scalars, "input": self.inputs, "step_input": self.step_inputs}
         with comparing():
@@ -222,12 +216,10 @@ def _traced_product(gate: str, vector: Any) -> Node:
     return Node("product", (operand,), ("hh", gate))
 
 
-@lru_cache(maxsize=1 << 10)
 def _by_unit(node: Node) -> bool:
     """Whether the units have numbers of their own."""
-    if node.op in ("leaf", "product"):
-        return node.op == "product" or node.value[0] != "scalar"
-    return not is_reduction(node) and any(map(_by_unit, node.args))
+    found = reached([node], lambda n: n.op == "product" or is_reduction(n))
+    return any([n.op == "product" or (n.op == "leaf" and n.value[0] != "scalar") for n in found])
 
 
 _REGISTERED: dict[str, Cell] = {}
@@ -286,8 +278,14 @@ def cell(
     names; it runs on NumPy arrays, torch tensors and symbols, and forward and backward kernels are derived from it.
     Numbers and functions that it reads from outside are part of it: to change them, declare it anew.
 
-    Raises ValueError for names that are no identifiers, or repeated.
+    Raises TypeError for lists of names that are not text, and for what is no function; ValueError for names that are no
+    identifiers, or repeated.
     """
+    given = {"gates": gates, "states": states, "parameters": parameters, "scalars": scalars}
+    for what, names in (given | {"inputs": inputs, "step_inputs": step_inputs}).items():
+        if not isinstance(names, str):
+            got = f'{names!r}. Write @cell(gates="...")' if callable(names) else repr(names)
+            raise TypeError(f"cell: {what} must be a str of names separated by spaces, got {got}")
     initial = {n: float(v) for n, equals, v in (w.partition("=") for w in f"{parameters} {scalars}".split()) if equals}
     parameters, scalars = (re.sub(r"=\S*", "", names) for names in (parameters, scalars))
     extra = {"parameters": parameters, "scalars": scalars, "inputs": inputs, "step_inputs": step_inputs}
@@ -301,6 +299,8 @@ def cell(
             raise ValueError(f"cell: {what} must be different identifiers separated by spaces, at least one, got none")
 
     def declare(function: Callable) -> Cell:
+        if not callable(function) or not hasattr(function, "__qualname__") or isinstance(function, type):
+            raise TypeError(f"cell: what is declared must be a function, got {function!r}")
         made = Cell(function, name or function.__name__, *(lists[what] for what in ("gates", "states", *extra)))
         made.initial = initial
         return made

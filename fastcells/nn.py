@@ -546,6 +546,8 @@ class Recurrent(OverTime):
         return f"{self.cell.name}, {super().extra_repr()}"
 
     def _cell(self) -> Cell:
+        if torch.compiler.is_dynamo_compiling():
+            return self.cell  # the registered operation asks
         return self.cell.unchanged()
 
     def _weight_shapes(self, gates: int) -> tuple:
@@ -556,7 +558,7 @@ class Recurrent(OverTime):
         return super()._run(input, call, layer, return_cell_states)
 
     def _steady(self) -> bool:
-        return super()._steady() and self._as_held() and not self.cell.outside
+        return super()._steady() and self._as_held() and (self.cell.outside is None or self.cell.outside.whole)
 
     def _as_held(self) -> bool:
         return self.cell.recurrent_weight is None and self._shapes[0][0][1] is not None

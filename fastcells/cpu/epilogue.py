@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 from llvmlite import ir
 
-from ..expression import Node, is_reduction, is_uniform
+from ..expression import Node, is_reduction
 from ..program import Outputs, Pass, Program
 from .emitter import CONTEXT, Emitter, joined, switch
 from .geometry import WORD, Epilogue, Layout, Shape, epilogues
@@ -76,9 +76,9 @@ class Row(Emitter):
     def run(self, part: Pass) -> None:
         b, v = self.b, self.v
         roots = [*(n for n, _, _ in part.outputs), *(a for n in part.reductions for a in n.args)]
-        order = between(lambda n: n in part.loads or n in self.stage.loads or is_uniform(n), roots)
+        order = between(lambda n: n in part.loads or n in self.stage.loads or n.uniform, roots)
         for n in dict.fromkeys([*roots, *(a for m in order for a in m.args)]):
-            if is_uniform(n):
+            if n.uniform:
                 self.uniform(n)
         before = b.block
         body, done = b.append_basic_block("vectors"), b.append_basic_block("vectors.done")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from ..expression import ZERO, Node, is_uniform, leaf, substitute
+from ..expression import ZERO, Node, leaf, substitute
 from ..program import Gradients, Outputs, Pass, Place, Program, Programs, Segment, Stage, Weights
 from .keeping import assign_slots, choose_saved, forward_values
 from .staging import Staging
@@ -54,7 +54,7 @@ class Derivation:
         # An input projection that is made ahead lies in its slot: kept for nothing too.
         self.in_slots = {leaf("x", g) for g in step.x_gates if step.ahead and g not in step.shared} - step.operands
         saved = self._saved()
-        self.number_of = {n: j for j, n in enumerate(n for n in saved if is_uniform(n))}
+        self.number_of = {n: j for j, n in enumerate(n for n in saved if n.uniform)}
         self.saved = [n for n in saved if n not in self.number_of]
         self._backward()
         self._slots()
@@ -72,7 +72,7 @@ class Derivation:
                 m
                 for k in range(forward.depth)
                 for n in forward.needs(k, [n for n in saved if forward.stage(n) == k])
-                for m in (forward.inherited(n, k) if is_uniform(n) else [n])
+                for m in (forward.inherited(n, k) if n.uniform else [n])
                 if m.op != "leaf" and m not in saved and m not in stored
             }
             if not missing:
@@ -97,8 +97,8 @@ class Derivation:
         self.carried = frozenset(s for s in step.states if self.roots["s", s] is not ZERO)
         # What one stage hands to a later one, vectors and single numbers.
         crossing = self.backward.crossing
-        self.cross = {n: j for j, n in enumerate(n for n in crossing if not is_uniform(n))}
-        self.handed = {n: j for j, n in enumerate(n for n in crossing if is_uniform(n))}
+        self.cross = {n: j for j, n in enumerate(n for n in crossing if not n.uniform)}
+        self.handed = {n: j for j, n in enumerate(n for n in crossing if n.uniform)}
 
     def _slots(self) -> None:
         """Where what is kept lies, and the gradients that take its place."""
@@ -183,7 +183,7 @@ class Derivation:
 
     def _load(self, n: Node) -> Place:
         """Where a stage of the forward pass finds what it does not compute."""
-        if is_uniform(n):
+        if n.uniform:
             return self._number(n) if n in self.number_of else _UNPLACED
         if n.op == "leaf" and n.value[0] == "x":  # a product of this step, handed on, where it is not made ahead
             made = self.step.ahead
@@ -232,7 +232,7 @@ class Derivation:
 
     def _load_back(self, n: Node, k: int) -> Place:
         """Where stage k of the backward pass finds what it does not compute."""
-        if is_uniform(n):
+        if n.uniform:
             return self._number_back(n) if n.op == "leaf" or n in self.handed else _UNPLACED
         if n in self.cross and self.backward.stage(n) < k:
             return Place("cross", self.cross[n], "static")
@@ -300,7 +300,7 @@ def _grouped(
             single = {n: place for n, place in stages[k].loads.items() if place.uniform}
             vectors = {n: place for n, place in stages[k].loads.items() if n not in single}
             for n in single:
-                given = staging.inherited(n, k) if is_uniform(n) else [n]
+                given = staging.inherited(n, k) if n.uniform else [n]
                 loads |= {m: _own_place(m) if m.value and m.value[0] == "scalar" else number(m) for m in given}
             passes.append(Pass(tuple(staging.reductions(k)), stages[k].outputs, vectors))
         for n, _, _ in outputs:

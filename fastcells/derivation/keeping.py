@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..expression import OPERATIONS, Node, is_condition, is_uniform
+import math
+
+from ..expression import OPERATIONS, Node, is_condition, reached
 from .step import OWN
 
 SAVE_COST = 4.0  # of keeping a value for the backward pass; Operation.cost has the other side of the scale
@@ -11,22 +13,11 @@ SAVE_NUMBER = 0.05  # of keeping a single number for all units
 
 def forward_values(roots: list[Node], forward: set[Node]) -> set[Node]:
     """Forward numbers that the backward graph uses directly (a condition is had from what it compares)."""
-    found: set[Node] = set()
-    seen: set[Node] = set()
 
-    def visit(node: Node) -> None:
-        if node in seen or node.op == "constant":
-            return
-        seen.add(node)
-        if node in forward and not is_condition(node):
-            found.add(node)
-        else:
-            for a in node.args:
-                visit(a)
+    def used(node: Node) -> bool:
+        return node in forward and not is_condition(node)
 
-    for r in roots:
-        visit(r)
-    return {n for n in found if not _is_kept(n)}
+    return {n for n in reached(roots, used) if used(n) and not _is_kept(n)}
 
 
 def _is_kept(node: Node) -> bool:
@@ -45,20 +36,14 @@ def choose_saved(
     """
 
     def recompute_cost(saved: frozenset[Node]) -> float:
-        total = sum(SAVE_NUMBER if is_uniform(n) else SAVE_COST for n in saved if n not in in_slots)
-        seen = set()
+        total = sum(SAVE_NUMBER if n.uniform else SAVE_COST for n in saved if n not in in_slots)
 
-        def visit(node: Node) -> float:
-            if node in seen or node in saved or node in stored or node.op == "constant":
-                return 0.0
-            seen.add(node)
-            if _is_kept(node):
-                return 0.0
-            if node.op not in OPERATIONS:
-                return float("inf")  # an input projection or a recurrent product is gone after the step
-            return OPERATIONS[node.op].cost + sum(visit(a) for a in node.args)
+        def known(node: Node) -> bool:
+            return node in saved or node in stored or _is_kept(node)
 
-        return total + sum(visit(n) for n in order if n in wanted)
+        redone = [n for n in reached([n for n in order if n in wanted], known) if not known(n)]
+        # An input projection or a recurrent product is gone after the step.
+        return total + sum([OPERATIONS[n.op].cost if n.op in OPERATIONS else math.inf for n in redone])
 
     order = [n for n in nodes if n not in stored or n in forced]
     saved = frozenset(n for n in wanted if n not in stored) | forced
@@ -107,7 +92,7 @@ def assign_slots(
                     return True
         return False
 
-    for limit in range(len(written), extra + 1):
+    for limit in range(max(len(written), len(saved)), extra + 1):
         holder: dict[int, int] = {}
         if all(place(k, limit, holder, set()) for k in range(len(saved))):
             slot_of = {k: slot for slot, k in holder.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..expression import OPERATIONS, Node, is_condition, is_reduction, is_uniform, topological
+from ..expression import OPERATIONS, Node, is_condition, is_reduction, reached, topological
 from .step import is_state
 
 
@@ -64,8 +64,8 @@ class Staging:
         while True:
             for k in reversed(range(self.depth)):  # a later stage needs it, and cannot compute it from stored vectors
                 for n in self.needs(k, [r for r in [*made, *self.crossing] if self.stage(r) == k]):
-                    for m in self.inherited(n, k) if is_uniform(n) else [n]:
-                        if self._level[m] >= 0 and self._level[m] < k + is_uniform(m):
+                    for m in self.inherited(n, k) if n.uniform else [n]:
+                        if self._level[m] >= 0 and self._level[m] < k + m.uniform:
                             self.crossing[m] = None
             lost = [
                 (n, self.stage(by))
@@ -79,7 +79,7 @@ class Staging:
 
     def group_of(self, node: Node) -> int:
         """The group that computes a node: a uniform one after the pass in which its last sum was taken."""
-        return self.group[max(self._level[node] - is_uniform(node), 0)]
+        return self.group[max(self._level[node] - node.uniform, 0)]
 
     def inherited(self, uniform: Node, stage: int) -> list[Node]:
         """What a stage's group has to load for a uniform value: leaves, and uniform values of earlier groups."""
@@ -95,9 +95,9 @@ class Staging:
 
     def _is_redone(self, node: Node) -> bool:
         """Whether a pass had better compute a value of an earlier one again, from the one argument that it loads."""
-        if not self._reductions or node.op not in OPERATIONS or is_uniform(node) or OPERATIONS[node.op].cost > 0.25:
+        if not self._reductions or node.op not in OPERATIONS or node.uniform or OPERATIONS[node.op].cost > 0.25:
             return False
-        free = [a.op == "constant" or is_uniform(a) or (a.op == "leaf" and a.value[0] != "d") for a in node.args]
+        free = [a.op == "constant" or a.uniform or (a.op == "leaf" and a.value[0] != "d") for a in node.args]
         return free.count(False) <= 1
 
     def reductions(self, stage: int) -> list[Node]:
@@ -115,24 +115,12 @@ class Staging:
         """What a stage loads to compute the roots (or all that it has to): leaves, and values of earlier stages."""
         if roots is None:
             roots = [n for n in [*self._roots, *self.crossing] if self.stage(n) == stage]
-        found: dict[Node, None] = {}
-        seen: set[Node] = set(self.accumulators(stage))
+        made = set(self.accumulators(stage))
 
-        def visit(node: Node) -> None:
-            if node in seen or node.op == "constant":
-                return
-            seen.add(node)
+        def loaded(node: Node) -> bool:
             level = self._level.get(node, -1)
-            there = 0 <= level < stage + is_uniform(node) and not is_condition(node) and not self._is_redone(node)
-            if there or node.op == "leaf" or (is_uniform(node) and self.is_pass[stage]):
-                found[node] = None
-            else:
-                for a in node.args:
-                    visit(a)
+            there = 0 <= level < stage + node.uniform and not is_condition(node) and not self._is_redone(node)
+            return there or node.op == "leaf" or (node.uniform and self.is_pass[stage])
 
-        for r in roots:
-            visit(r)
-        for n in self.reductions(stage):
-            for a in n.args:
-                visit(a)
-        return list(found)
+        roots = [*roots, *(a for n in self.reductions(stage) for a in n.args)]
+        return [n for n in reached(roots, lambda n: n in made or loaded(n)) if n not in made and loaded(n)]

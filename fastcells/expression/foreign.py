@@ -7,12 +7,22 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from .functions import FUNCTIONS, clip, hard_sigmoid, maximum, minimum
-from .graph import OPERATIONS, Node, apply, as_node
+from .functions import FUNCTIONS, clip, hard_sigmoid, less_equal, maximum, minimum, where
+from .graph import OPERATIONS, Node, Value, alike, apply, as_node, bare
 
 
 def _clamp(v, low=None, high=None, *, min=None, max=None):  # with torch's and NumPy's names
     return clip(v, low if min is None else min, high if max is None else max)
+
+
+def _hardtanh(v, min_val=-1.0, max_val=1.0):  # without a gradient at its bounds, unlike clamp
+    return where(less_equal(v, min_val), min_val, where(less_equal(max_val, v), max_val, v))
+
+
+def _of_two(function, input, other=None):  # with one value, or a number, it is over a dimension
+    if not isinstance(other, Node):
+        raise TypeError(f"a cell's values are numbers per unit, without dimensions. Write {function.__name__}(a, b).")
+    return function(input, other)
 
 
 FOREIGN: dict[str, Callable] = {
@@ -28,7 +38,7 @@ FOREIGN: dict[str, Callable] = {
     "greater_equal": operator.ge,
     "gt": operator.gt,
     "hardsigmoid": hard_sigmoid,
-    "hardtanh": lambda v, min_val=-1.0, max_val=1.0: clip(v, min_val, max_val),
+    "hardtanh": _hardtanh,
     "invert": operator.invert,
     "le": operator.le,
     "lerp": lambda a, b, weight: a + weight * (b - a),
@@ -36,8 +46,8 @@ FOREIGN: dict[str, Callable] = {
     "logical_not": operator.invert,
     "logical_or": operator.or_,
     "lt": operator.lt,
-    "max": maximum,
-    "min": minimum,
+    "max": partial(_of_two, maximum),
+    "min": partial(_of_two, minimum),
     "multiply": operator.mul,
     "ne": operator.ne,
     "negative": operator.neg,
@@ -72,19 +82,23 @@ def _named(name: str) -> Callable | None:
 
 def call(library: str, function: Callable, inputs: Sequence, options: dict) -> Any:
     """A function of NumPy or torch on values of which some belong to a cell."""
-    name = getattr(function, "__name__", str(function)).strip("_")
-    values = [getattr(v, "__fastcells_value__", v) for v in inputs]
-    options = {key: getattr(v, "__fastcells_value__", v) for key, v in options.items()}
-    if any(v is not given for v, given in zip(values, inputs, strict=True)) and not any(map(_is_node, values)):
-        return function(*values, **options)  # a product, of arrays or tensors
+    written = getattr(function, "__name__", str(function))
+    name = written.strip("_")
+    values, options = list(map(bare, inputs)), dict(options)
+    in_place = options.pop("inplace", False) or (library == "torch" and written == f"{name}_")
+    options = {key: bare(v) for key, v in options.items()}
+    given = [*inputs, *options.values()]
+    if not any(map(_is_node, [*values, *options.values()])) and any(isinstance(v, Value) for v in given):
+        return alike(function(*values, **options), given)
     ours = _named(name)
     if ours is None or not any(map(_is_node, [*values, *options.values()])):
         allowed = ", ".join(FUNCTIONS)
         raise TypeError(f"a cell cannot use {library}'s {name}; it may use operators and {allowed}.{hint(name)}")
+    if in_place:
+        raise TypeError(f"{written}: a cell's values cannot change in place. Write v = {library}.{name}(v) instead.")
     for k, v in enumerate(values):
         if not isinstance(v, Node | str | None):
             values[k] = as_node(name, v).value  # a plain number, so that no operator comes back here
-    options.pop("inplace", None)
     return ours(*values, **options)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -52,7 +51,7 @@ class Operators:
     def __pow__(self, exponent: float) -> Any:
         if isinstance(exponent, int | float) and exponent == 0.5:
             return apply("sqrt", self)
-        if not isinstance(exponent, int | float) or exponent != int(exponent) or exponent == 0:
+        if not isinstance(exponent, int | float) or not float(exponent).is_integer() or exponent == 0:
             raise TypeError(
                 f"**: a cell's values take whole exponents and 0.5, got {exponent!r}. Write exp({exponent!r} * log(v)) "
                 f"for another power of positive values."
@@ -64,6 +63,8 @@ class Operators:
         return result
 
     def __rpow__(self, base: float) -> Any:
+        if not isinstance(base, int | float) or base <= 0:
+            raise TypeError(f"**: a power of a cell's values must be one of a positive number, got {base!r}")
         return apply("exp", self * math.log(base))
 
     def __matmul__(self, other: Any) -> Any:
@@ -97,13 +98,15 @@ class Operators:
 
     # Conditions are true or false alone; combined, they go through numbers, which is good enough for what is rare.
     def __and__(self, other: Any) -> Any:
-        return apply("less", 0.0, apply("where", self, other, 0.0))
+        return apply("less", 0.0, apply("where", _condition("&", self), _condition("&", other), 0.0))
 
     def __or__(self, other: Any) -> Any:
-        return apply("less", 0.0, apply("where", self, 1.0, other))
+        return apply("less", 0.0, apply("where", _condition("|", self), 1.0, _condition("|", other)))
 
     def __invert__(self) -> Any:
-        return apply("equal", apply("where", self, 1.0, 0.0), 0.0)
+        return apply("equal", apply("where", _condition("~", self), 1.0, 0.0), 0.0)
+
+    __rand__, __ror__ = __and__, __or__
 
     def __bool__(self) -> bool:
         raise TypeError(
@@ -159,15 +162,20 @@ def comparing() -> Iterator[None]:
         _compares.reset(token)
 
 
+OPERATIONS: dict[str, Operation] = {}
+"""By name, of the module `operations`."""
+
+
 class Node(Operators):
     """One value of an expression graph. Make nodes through `leaf`, `constant` and the operations, never directly."""
 
-    __slots__ = ("__weakref__", "args", "op", "value")
+    __slots__ = ("__weakref__", "args", "op", "uniform", "value")
     _pool: ClassVar[WeakValueDictionary[tuple, Node]] = WeakValueDictionary()
 
     op: str
     args: tuple[Node, ...]
     value: Any
+    uniform: bool  # the same for all units of a sequence because it comes from sums over them
 
     def __new__(cls, op: str, args: tuple[Node, ...] = (), value: Any = None) -> Node:
         key = (op, *map(id, args), value)  # a node keeps its arguments alive, so their ids stay theirs
@@ -175,6 +183,7 @@ class Node(Operators):
         if node is None:
             node = object.__new__(cls)
             node.op, node.args, node.value = op, args, value
+            node.uniform = _is_uniform(node)
             cls._pool[key] = node
         return node
 
@@ -196,6 +205,36 @@ class Node(Operators):
         return super().__ne__(other) if _compares.get() else self is not other
 
     __hash__ = object.__hash__
+
+
+def _is_uniform(node: Node) -> bool:
+    if node.op == "leaf":
+        return node.value[0] == "row"
+    if node.op not in OPERATIONS or is_reduction(node):
+        return node.op in OPERATIONS
+    others = [a for a in node.args if a.op != "constant" and not (a.op == "leaf" and a.value[0] == "scalar")]
+    return bool(others) and all([a.uniform for a in others])
+
+
+class Value(Operators):
+    """An array or tensor as a cell's function sees it: operations give new ones and change none, and what they make of
+    conditions and numbers alone is in the layer's format, that of the array or tensor `like`."""
+
+    __slots__ = ("__fastcells_value__", "_like")
+
+    def __init__(self, value: Any, like: Any) -> None:
+        self.__fastcells_value__, self._like = value, like
+
+
+def bare(value: Any) -> Any:
+    """What a Value is of, or any other value as it is."""
+    return value.__fastcells_value__ if isinstance(value, Value) else value
+
+
+def alike(result: Any, given: Iterable[Any]) -> Any:
+    """A result as what was given: a Value, if there is one among it."""
+    first = next((v for v in given if isinstance(v, Value)), None)
+    return result if first is None else Value(result, first._like)
 
 
 def leaf(*name: str | int) -> Node:
@@ -229,10 +268,6 @@ class Operation:
         return self.gradient is None
 
 
-OPERATIONS: dict[str, Operation] = {}
-"""By name, of the module `operations`."""
-
-
 def is_condition(node: Node) -> bool:
     """Whether the node is true or false rather than a number."""
     return node.op in OPERATIONS and OPERATIONS[node.op].is_condition
@@ -243,26 +278,14 @@ def is_reduction(node: Node) -> bool:
     return node.op in OPERATIONS and OPERATIONS[node.op].reduces
 
 
-@lru_cache(maxsize=1 << 14)
-def is_uniform(node: Node) -> bool:
-    """Whether the node is the same for all units of a sequence because it comes from sums over them."""
-    if node.op == "leaf":
-        return node.value[0] == "row"
-    if node.op not in OPERATIONS or is_reduction(node):
-        return node.op in OPERATIONS
-    others = [a for a in node.args if a.op != "constant" and not (a.op == "leaf" and a.value[0] == "scalar")]
-    return bool(others) and all(map(is_uniform, others))
-
-
 def known(node: Node) -> float | None:
     """The number that a node is, if it is a constant."""
     return node.value if node.op == "constant" else None
 
 
-def apply(name: str, *args: Any) -> Any:
+def apply(name: str, *given: Any) -> Any:
     """Compute operation `name` on values of one kind; numbers mix with any kind."""
-    args = tuple(getattr(a, "__fastcells_value__", a) for a in args)
-    operation = OPERATIONS[name]
+    args, operation = tuple(map(bare, given)), OPERATIONS[name]
     if any(isinstance(a, Node) for a in args):
         nodes = tuple(as_node(name, a) if name == "where" and not k else number(name, a) for k, a in enumerate(args))
         numbers = [known(n) for n in nodes]
@@ -270,18 +293,36 @@ def apply(name: str, *args: Any) -> Any:
             return constant(float(operation.numpy(*numbers)))
         folded = operation.fold(*nodes)
         return Node(name, nodes) if folded is None else folded
-    if any(isinstance(a, torch.Tensor) for a in args):
-        like = next((a for a in args if isinstance(a, torch.Tensor) and a.dtype != torch.bool), None)
-        if like is not None:
-            args = tuple(a if isinstance(a, torch.Tensor) else like.new_tensor(a) for a in args)
-        return operation.torch(*args)
-    return operation.numpy(*args)
+    like = next((a for a in [*args, *(v._like for v in given if isinstance(v, Value))] if _is_number(a)), None)
+    if like is not None:
+        args = tuple(a if name == "where" and not k else _formatted(a, like) for k, a in enumerate(args))
+    by_torch = any(isinstance(a, torch.Tensor) for a in args)
+    return alike((operation.torch if by_torch else operation.numpy)(*args), given)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, torch.Tensor | np.ndarray) and value.dtype not in (torch.bool, np.bool_)
+
+
+def _formatted(value: Any, like: Any) -> Any:
+    """A number or condition as a number in the format of `like`; others as they are."""
+    if isinstance(like, torch.Tensor):
+        tensor = value if isinstance(value, torch.Tensor) else like.new_tensor(value)
+        return tensor.to(like.dtype) if tensor.dtype is torch.bool else tensor
+    return value.astype(like.dtype) if getattr(value, "dtype", None) == np.bool_ else value
 
 
 def number(name: str, value: Any) -> Node:
     """What a cell gave to operation `name`, as a node that is a number: 1 or 0 for a condition. Raises TypeError."""
     node = as_node(name, value)
     return apply("where", node, 1.0, 0.0) if is_condition(node) else node
+
+
+def _condition(name: str, value: Any) -> Any:
+    """What was combined with another condition. Raises TypeError for numbers."""
+    if isinstance(bare(value), bool) or not isinstance(bare(value), Node) or is_condition(bare(value)):
+        return value
+    raise TypeError(f"{name}: conditions are comparisons, such as a < b, got {bare(value)!r}")
 
 
 def as_node(name: str, value: Any) -> Node:
@@ -313,6 +354,20 @@ def topological(outputs: Iterable[Node]) -> list[Node]:
         else:
             order[node] = None
     return list(order)
+
+
+def reached(roots: Iterable[Node], ends: Callable[[Node], bool]) -> list[Node]:
+    """The roots and what they depend on, without constants, each at its first use; nothing of what a node depends on
+    that ends the search."""
+    found: dict[Node, None] = {}
+    waiting = [*reversed(list(roots))]
+    while waiting:
+        node = waiting.pop()
+        if node not in found and node.op != "constant":
+            found[node] = None
+            if not ends(node):
+                waiting += reversed(node.args)
+    return list(found)
 
 
 def substitute(outputs: Sequence[Node], replace: dict[Node, Node]) -> list[Node]:

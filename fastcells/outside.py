@@ -1,0 +1,126 @@
+"""What a cell's function reads from outside of it, and whether that is what it was when kernels were derived."""
+
+from __future__ import annotations
+
+import builtins
+import dis
+from collections.abc import Iterator
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PACKAGE = __name__.partition(".")[0]
+LIBRARIES = {"builtins", "math", "numpy", "torch"}  # whose functions do not change
+PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
+HARMLESS = {abs, all, any, bool, dict, divmod, enumerate, float, int, isinstance, len, list, map, max, min, pow, print}
+HARMLESS |= {range, repr, reversed, round, set, sorted, str, sum, tuple, zip}
+MISSING = object()
+
+
+class Read(NamedTuple):
+    """A name that stood for this value: in a dict, or, without a dict, in the variable of an enclosing function."""
+
+    holder: dict | CellType
+    name: str
+    value: Any
+
+    def now(self) -> Any:
+        """What it stands for now."""
+        if isinstance(self.holder, dict):
+            return self.holder.get(self.name, MISSING)
+        return getattr(self.holder, "cell_contents", MISSING)
+
+
+class Outside:
+    """What a function reads. reads: what names stood for that it may reach. whole: whether that is all, so that it does
+    the same as long as they stand for the same; else it also reads what may change by itself, an object or a list."""
+
+    def __init__(self, function: Any) -> None:
+        self.reads: list[Read] = []
+        self.whole = True
+        self._seen: set[Any] = set()
+        if isinstance(function, FunctionType):
+            self._function(function)
+        else:
+            self.whole = False
+
+    def same(self) -> bool:
+        """Whether the function is known to do what it did."""
+        return self.whole and all([read.now() is read.value for read in self.reads])
+
+    def changed(self) -> list[Read]:
+        """The reads that are of other values by now."""
+        return [read for read in self.reads if read.now() is not read.value]
+
+    def _function(self, function: FunctionType) -> None:
+        if id(function) in self._seen:
+            return
+        self._seen.add(id(function))
+        code, ours = function.__code__, _library(function) == PACKAGE
+        names, attributes = set[str](), set[str]()
+        for instruction in _instructions(code):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                names.add(instruction.argval)
+            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                attributes.add(instruction.argval)
+            elif instruction.opname in ("IMPORT_NAME", "STORE_GLOBAL"):
+                self.whole = False
+        for name in () if ours else sorted(names):  # this package's own stand for what they did
+            if name in function.__globals__:
+                self._read(function.__globals__, name, attributes)
+            elif getattr(builtins, name, None) not in HARMLESS:
+                self.whole = False
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            if not ours:
+                self._read(cell, name, attributes)
+            else:
+                self._value(Read(cell, name, None).now(), attributes)
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self._value(value, attributes)
+
+    def _read(self, holder: dict | CellType, name: str, attributes: set[str]) -> None:
+        read = Read(holder, name, None)
+        value = read.now()
+        self.reads.append(read._replace(value=value))
+        self._value(value, attributes)
+
+    def _value(self, value: Any, attributes: set[str]) -> None:
+        """What may be reached by a value, of which these attributes may be read."""
+        from .cell import Cell  # which needs this module
+
+        if isinstance(value, PLAIN):
+            return
+        if isinstance(value, Cell):
+            self._value(value.function, attributes)
+        elif isinstance(value, tuple):
+            for item in value:
+                self._value(item, attributes)
+        elif isinstance(value, ModuleType):
+            seen = id(value), frozenset(attributes)
+            if seen not in self._seen:
+                self._seen.add(seen)
+                for name in sorted(attributes & vars(value).keys()):
+                    self._read(vars(value), name, attributes)
+        elif isinstance(value, FunctionType):
+            if _library(value) not in LIBRARIES:
+                self._function(value)
+        elif isinstance(value, BuiltinFunctionType):
+            self.whole &= isinstance(value.__self__, ModuleType | type | None)
+        elif isinstance(value, type):
+            self.whole &= value.__module__.partition(".")[0] in LIBRARIES
+        elif not isinstance(value, np.ufunc):
+            self.whole = False
+
+
+def _library(function: FunctionType) -> str:
+    """Where the names are that a function reads: not what a decorator says."""
+    return str(function.__globals__.get("__name__")).partition(".")[0]
+
+
+def _instructions(code: CodeType) -> Iterator[dis.Instruction]:
+    """Those of nested functions too."""
+    yield from dis.get_instructions(code)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _instructions(constant)
