@@ -148,8 +148,9 @@ class Cell:
         """The new states as expression graphs: over leaves ("x", gate), ("s", state), ("p", parameter),
         ("scalar", ...), ("input", ...), ("step_input", ...), and nodes "product"."""
         if self._traced is None:
-            self._traced, self.outside = self._trace(), Outside(self.function)
-        self.unchanged()
+            self.outside, self._traced = Outside(self.function), self._trace()
+        else:
+            self.unchanged()
         return self._traced
 
     def unchanged(self) -> Cell:
@@ -158,14 +159,15 @@ class Cell:
         if self.outside is None or self.outside.same():
             return self
         if self._trace() != self._traced:
-            read = next(iter(self.outside.changed()), None)
-            what = f"{read.name} was {read.value!r}" if read else "its function computed another thing"
-            now = f"is {read.now()!r} now" if read else "reads what has changed since: an object, a list or the like"
+            changed = self.outside.changed()
+            name = changed[0].name if changed else self.outside.loose[0]
+            what = f"{name} was {changed[0].value!r}" if changed else f"what it reads of {name} was another"
             raise RuntimeError(
-                f"cell {self.name}: {what} when its kernels were derived, and {now}. Declare the cell anew, or make "
-                f"{read.name if read else 'that'} one of its scalars or inputs."
+                f"cell {self.name}: {what} when its kernels were derived"
+                + (f", and is {changed[0].now()!r} now" if changed else "")
+                + f". Declare the cell anew, or make {name} one of its scalars or inputs."
             )
-        if self.outside.whole:
+        if not self.outside.loose:
             self.outside = Outside(self.function)
         return self
 
@@ -252,6 +254,14 @@ def _lookup(module: str, qualname: str) -> Any:
     return found
 
 
+def _first_value(word: str) -> tuple[str, float]:
+    name, _, value = word.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise ValueError(f"cell: a first value is written name=number, without spaces, got {word!r}") from None
+
+
 def cell(
     gates: str,
     states: str = "h",
@@ -286,7 +296,7 @@ def cell(
         if not isinstance(names, str):
             got = f'{names!r}. Write @cell(gates="...")' if callable(names) else repr(names)
             raise TypeError(f"cell: {what} must be a str of names separated by spaces, got {got}")
-    initial = {n: float(v) for n, equals, v in (w.partition("=") for w in f"{parameters} {scalars}".split()) if equals}
+    initial = dict(_first_value(word) for word in f"{parameters} {scalars}".split() if "=" in word)
     parameters, scalars = (re.sub(r"=\S*", "", names) for names in (parameters, scalars))
     extra = {"parameters": parameters, "scalars": scalars, "inputs": inputs, "step_inputs": step_inputs}
     lists = {what: names.split() for what, names in {"gates": gates, "states": states, **extra}.items()}

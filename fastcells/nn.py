@@ -558,7 +558,7 @@ class Recurrent(OverTime):
         return super()._run(input, call, layer, return_cell_states)
 
     def _steady(self) -> bool:
-        return super()._steady() and self._as_held() and (self.cell.outside is None or self.cell.outside.whole)
+        return super()._steady() and self._as_held() and not (self.cell.outside and self.cell.outside.loose)
 
     def _as_held(self) -> bool:
         return self.cell.recurrent_weight is None and self._shapes[0][0][1] is not None

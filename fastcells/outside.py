@@ -23,7 +23,7 @@ class Read(NamedTuple):
 
     holder: dict | CellType
     name: str
-    value: Any
+    value: Any = None
 
     def now(self) -> Any:
         """What it stands for now."""
@@ -33,21 +33,18 @@ class Read(NamedTuple):
 
 
 class Outside:
-    """What a function reads. reads: what names stood for that it may reach. whole: whether that is all, so that it does
-    the same as long as they stand for the same; else it also reads what may change by itself, an object or a list."""
+    """What a function reads. reads: what names stood for that it may reach. loose: names of what may change by itself,
+    an object or a list; without any, the function does the same as long as the other names stand for the same."""
 
     def __init__(self, function: Any) -> None:
         self.reads: list[Read] = []
-        self.whole = True
+        self.loose: list[str] = []
         self._seen: set[Any] = set()
-        if isinstance(function, FunctionType):
-            self._function(function)
-        else:
-            self.whole = False
+        self._value("the function", function, set())
 
     def same(self) -> bool:
         """Whether the function is known to do what it did."""
-        return self.whole and all([read.now() is read.value for read in self.reads])
+        return not self.loose and all([read.now() is read.value for read in self.reads])
 
     def changed(self) -> list[Read]:
         """The reads that are of other values by now."""
@@ -65,52 +62,56 @@ class Outside:
             elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
                 attributes.add(instruction.argval)
             elif instruction.opname in ("IMPORT_NAME", "STORE_GLOBAL"):
-                self.whole = False
+                self.loose.append(instruction.argval)
         for name in () if ours else sorted(names):  # this package's own stand for what they did
             if name in function.__globals__:
                 self._read(function.__globals__, name, attributes)
             elif getattr(builtins, name, None) not in HARMLESS:
-                self.whole = False
+                self.loose.append(name)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             if not ours:
                 self._read(cell, name, attributes)
             else:
-                self._value(Read(cell, name, None).now(), attributes)
+                self._value(name, Read(cell, name).now(), attributes)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            self._value(value, attributes)
+            self._value(f"a default of {function.__name__}", value, attributes)
 
     def _read(self, holder: dict | CellType, name: str, attributes: set[str]) -> None:
-        read = Read(holder, name, None)
-        value = read.now()
-        self.reads.append(read._replace(value=value))
-        self._value(value, attributes)
+        value = Read(holder, name).now()
+        self.reads.append(Read(holder, name, value))
+        self._value(name, value, attributes)
 
-    def _value(self, value: Any, attributes: set[str]) -> None:
-        """What may be reached by a value, of which these attributes may be read."""
+    def _value(self, name: str, value: Any, attributes: set[str]) -> None:
+        """What may be reached by the value of a name, of which these attributes may be read."""
         from .cell import Cell  # which needs this module
 
         if isinstance(value, PLAIN):
             return
         if isinstance(value, Cell):
-            self._value(value.function, attributes)
+            self._value(name, value.function, attributes)
         elif isinstance(value, tuple):
             for item in value:
-                self._value(item, attributes)
+                self._value(name, item, attributes)
         elif isinstance(value, ModuleType):
             seen = id(value), frozenset(attributes)
             if seen not in self._seen:
                 self._seen.add(seen)
-                for name in sorted(attributes & vars(value).keys()):
-                    self._read(vars(value), name, attributes)
+                for attribute in sorted(attributes & vars(value).keys()):
+                    self._read(vars(value), attribute, attributes)
         elif isinstance(value, FunctionType):
             if _library(value) not in LIBRARIES:
                 self._function(value)
-        elif isinstance(value, BuiltinFunctionType):
-            self.whole &= isinstance(value.__self__, ModuleType | type | None)
-        elif isinstance(value, type):
-            self.whole &= value.__module__.partition(".")[0] in LIBRARIES
-        elif not isinstance(value, np.ufunc):
-            self.whole = False
+        elif not _is_fixed(value):
+            self.loose.append(name)
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether a function or class that is not written in Python, or a library's, does what it always did."""
+    if isinstance(value, BuiltinFunctionType):
+        return isinstance(value.__self__, ModuleType | type | None)
+    if isinstance(value, type):
+        return value.__module__.partition(".")[0] in LIBRARIES
+    return isinstance(value, np.ufunc)
 
 
 def _library(function: FunctionType) -> str:

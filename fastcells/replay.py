@@ -59,13 +59,15 @@ class Replay:
         taken = again.Taken(hx, module._parameters, names, tensors)
         made = [None] if training else stack.made(module)
         finish = Training(module, input, call, stack.forwards) if training else None
-        self.forward = _then([again.method(SAME, taken, m) for m in made], finish)
+        outside = call.cell.outside
+        same = SAME._replace(entries=SAME.entries + ([r[:2] for r in outside.reads] if outside else []))
+        self.forward = _then([again.method(same, taken, m) for m in made], finish)
         plain = MODULE.__call__ is CALL and "forward" not in own and "_compiled_call_impl" not in own
         if type(module).forward in _beginning and plain:
-            entries = [*SAME.entries, *_looked_up(type(module), "forward"), (own, "forward")]
+            entries = [*same.entries, *_looked_up(type(module), "forward"), (own, "forward")]
             entries += [*_looked_up(MODULE, "__call__"), *_looked_up(MODULE, "_call_impl")]
             hooks = [own[name] for name in HOOKS] + [vars(module_of_torch)[f"_global{name}"] for name in HOOKS]
-            straight = SAME._replace(entries=entries, empty=hooks)
+            straight = same._replace(entries=entries, empty=hooks)
             self.straight = _then([again.method(straight, taken, m) for m in made], finish)
 
 

@@ -15,12 +15,14 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from types import CellType
 from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 import torch
 from torch import Tensor
 
+from ..outside import MISSING, Read
 from . import store, team
 from .geometry import LINE, SCRIPT
 from .script import KEY, Memory, Script, arena, driver
@@ -34,7 +36,8 @@ RECORD = (
     "none",
     "true",
     "given",  # how many tensors a method takes that takes nothing else; 0: it takes what a module does
-    "entries",  # from here to there triples: a dict, a key, and what the entry has to be, or 0 for none
+    "entries",  # from here to there triples: a dict, a key, and what the entry has to be, or 0 for none; or a
+    # function's variable, 0, and its content
     "entries_end",
     "empty",  # dicts that have to be
     "empty_end",
@@ -81,6 +84,7 @@ PYTHON = (  # of its functions, those that the method uses
     "PyObject_CallNoArgs",
     "PyObject_Vectorcall",
     "PyLong_AsSsize_t",
+    "PyCell_Get",
     "PyDict_GetItemWithError",
     "PyDict_Size",
     "PyTuple_GetItem",
@@ -115,7 +119,7 @@ DTYPES = {torch.float32: "aoti_torch_dtype_float32", torch.float64: "aoti_torch_
 class Same(NamedTuple):
     """What has to be as it is now for a call to be like another one."""
 
-    entries: list[tuple[dict, str]]
+    entries: list[tuple[dict | CellType, str]]  # names in dicts, and of functions' variables
     empty: list[dict]  # that are, and stay
 
 
@@ -205,12 +209,14 @@ class Record:
     def of_module(self, same: Same, taken: Taken) -> int:
         """Take what a module does; how many tensors these are."""
         entries = list[int]()
-        for names, key in same.entries:
-            entries += [self._object(names), self._object(key), self._object(names[key]) if key in names else 0]
+        for holder, name in same.entries:
+            value = Read(holder, name).now()
+            key = self._object(sys.intern(name)) if isinstance(holder, dict) else 0
+            entries += [self._object(holder), key, 0 if value is MISSING else self._object(value)]
         self._range("entries", entries)
         self._list("empty", same.empty)
         self._set("parameters", self._object(taken.parameters))
-        self._list("names", taken.names)
+        self._list("names", map(sys.intern, taken.names))
         self._set("kind", self._object(type(taken.hx)))
         self._set("states", len(taken.hx) if type(taken.hx) is tuple else -isinstance(taken.hx, Tensor))
         self._like(taken.tensors)
@@ -249,7 +255,6 @@ class Record:
         return self.owned[-1].buffer_info()[0]
 
     def _object(self, value: Any) -> int:
-        value = sys.intern(value) if type(value) is str else value
         self.owned.append(value)
         return id(value)
 
