@@ -3,6 +3,7 @@
 import inspect
 import math
 import pickle
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -307,6 +308,38 @@ def not_a_condition(x, u, s):
     return torch.where(x.a, u.a, s.h)
 
 
+def in_place(x, u, s):
+    return torch.relu_(x.a + u.a)
+
+
+def in_place_by_option(x, u, s):
+    return torch.nn.functional.relu(x.a + u.a, inplace=True)
+
+
+def over_a_dimension(x, u, s):
+    return torch.max(x.a + u.a, 0)
+
+
+def both_of_numbers(x, u, s):
+    return torch.where((x.a > 0.0) & u.a, x.a, u.a)
+
+
+def a_power_of_a_negative_number(x, u, s):
+    return x.a + (-2.0) ** u.a
+
+
+def an_infinite_power(x, u, s):
+    return x.a + u.a**math.inf
+
+
+def by_zero(x, u, s):
+    return x.a + u.a + 1.0 / (s.h - s.h)
+
+
+def without_end(x, u, s):
+    return without_end(x, u, s)
+
+
 @pytest.mark.parametrize(
     ("function", "states", "error", "words"),
     [
@@ -331,6 +364,14 @@ def not_a_condition(x, u, s):
         (an_element, "h", TypeError, "cannot be iterated over, unpacked or indexed"),
         (unknown_gate, "h", AttributeError, "there is no 'b', only a"),
         (unknown_state, "h", AttributeError, "there is no 'c', only h"),
+        (in_place, "h", TypeError, r"relu_: .* cannot change in place. Write v = torch.relu\(v\)"),
+        (in_place_by_option, "h", TypeError, r"cannot change in place. Write v = torch.relu\(v\)"),
+        (over_a_dimension, "h", TypeError, r"without dimensions. Write maximum\(a, b\)"),
+        (both_of_numbers, "h", TypeError, "&: conditions are comparisons, such as a < b, got product"),
+        (a_power_of_a_negative_number, "h", TypeError, "must be one of a positive number, got -2.0"),
+        (an_infinite_power, "h", TypeError, "whole exponents and 0.5, got inf"),
+        (by_zero, "h", ZeroDivisionError, "division by zero"),
+        (without_end, "h", RecursionError, "recursion"),
     ],
     ids=lambda v: getattr(v, "__name__", ""),
 )
@@ -344,6 +385,53 @@ def test_what_a_cell_may_not_do_is_said_with_the_line(function, states, error, w
     assert line == f"  {__file__}:{first + 1}: {text[1].strip()}"
     with pytest.raises(error, match=words):  # so does a layer of it, when it is made
         nn.Recurrent(c, 2, 3)
+
+
+def of_parts(x, u, s):
+    h = s.h
+    h *= 0.5  # of its own name: the state stays what it was
+    count = (x.a > 0.0) + (u.a > 0.0)
+    return tanh(x.a + u.a) * torch.where(s.h > 0.0, 0.1, 0.3) + h * count * 0.1 + u.a * (x.a < 0.0)
+
+
+def test_torchs_form_is_what_the_engine_computes():
+    """Also of what torch has otherwise: sums of conditions, numbers chosen by one, assignments with an operator."""
+    torch.manual_seed(0)
+    layer = nn.Recurrent(cell(gates="a")(of_parts), 2, 3, dtype=torch.float64)
+    x, h = torch.randn(4, 3, 2, dtype=torch.float64), torch.randn(1, 3, 3, dtype=torch.float64)
+    given = h.clone()
+    ours, theirs = layer(x, h), layer._forward_in_torch(x, h)
+    assert h.equal(given)
+    for a, b in zip(ours, theirs, strict=True):
+        assert b.dtype is torch.float64
+        torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
+
+
+def test_a_long_chain_of_operations():
+    """Longer than calls may be nested."""
+
+    def deep(x, u, s):
+        v = x.a + u.a
+        for _ in range(400):
+            v = 0.9 * v + 0.1 * x.a
+        return v
+
+    build(cell(gates="a")(deep), False)
+
+
+@pytest.mark.parametrize(
+    ("declare", "words"),
+    [
+        (lambda: cell(of_parts), r'gates must be a str .*, got <function of_parts.*>. Write @cell\(gates="..."\)'),
+        (lambda: cell(gates=["a", "b"]), r"gates must be a str of names separated by spaces, got \['a', 'b'\]"),
+        (lambda: cell(gates="a", inputs=None), "inputs must be a str of names separated by spaces, got None"),
+        (lambda: cell(gates="a")(cells.lstm), "what is declared must be a function, got <cell lstm"),
+        (lambda: cell(gates="a")(partial(of_parts)), "what is declared must be a function, got functools.partial"),
+    ],
+)
+def test_what_is_declared_is_checked(declare, words):
+    with pytest.raises(TypeError, match=f"^cell: {words}"):
+        declare()
 
 
 def nothing(x, u, s):
@@ -441,6 +529,7 @@ def test_only_a_projection_that_keeps_the_size_fits_a_cell_that_uses_its_hidden_
         ({"parameters": "a a"}, "parameters must be different"),
         ({"parameters": "a", "inputs": "a"}, "names of the fourth argument must be different"),
         ({"scalars": "1"}, "scalars must be different identifiers"),
+        ({"scalars": "a = 1"}, "a first value is written name=number, without spaces, got '='"),
     ],
 )
 def test_names_of_a_cells_own_tensors_are_checked(names, words):

@@ -34,6 +34,7 @@ UNARY = {
     "elu": (F.elu, F.elu),
     "selu": (F.selu, F.selu),
     "hard_sigmoid": (F.hardsigmoid, lambda v: F.relu6(v + 3) / 6),  # torch's own takes 1 / 6 in float32
+    "hardtanh": (F.hardtanh, F.hardtanh),
     "clip": (lambda v: torch.clamp(v, -1.0, 0.5),) * 2,
     "clamp_min": (lambda v: torch.clamp(v, min=0.0),) * 2,
     "cube": (lambda v: v**3,) * 2,

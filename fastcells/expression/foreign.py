@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from .functions import FUNCTIONS, clip, hard_sigmoid, less_equal, maximum, minimum, where
-from .graph import OPERATIONS, Node, Value, alike, apply, as_node, bare
+from .graph import OPERATIONS, Operators, apply, as_node
 
 
 def _clamp(v, low=None, high=None, *, min=None, max=None):  # with torch's and NumPy's names
@@ -20,7 +20,7 @@ def _hardtanh(v, min_val=-1.0, max_val=1.0):  # without a gradient at its bounds
 
 
 def _of_two(function, input, other=None):  # with one value, or a number, it is over a dimension
-    if not isinstance(other, Node):
+    if not isinstance(other, Operators):
         raise TypeError(f"a cell's values are numbers per unit, without dimensions. Write {function.__name__}(a, b).")
     return function(input, other)
 
@@ -84,26 +84,16 @@ def call(library: str, function: Callable, inputs: Sequence, options: dict) -> A
     """A function of NumPy or torch on values of which some belong to a cell."""
     written = getattr(function, "__name__", str(function))
     name = written.strip("_")
-    values, options = list(map(bare, inputs)), dict(options)
+    ours, options = _named(name), dict(options)
     in_place = options.pop("inplace", False) or (library == "torch" and written == f"{name}_")
-    options = {key: bare(v) for key, v in options.items()}
-    given = [*inputs, *options.values()]
-    if not any(map(_is_node, [*values, *options.values()])) and any(isinstance(v, Value) for v in given):
-        return alike(function(*values, **options), given)
-    ours = _named(name)
-    if ours is None or not any(map(_is_node, [*values, *options.values()])):
+    if ours is None:
         allowed = ", ".join(FUNCTIONS)
         raise TypeError(f"a cell cannot use {library}'s {name}; it may use operators and {allowed}.{hint(name)}")
     if in_place:
         raise TypeError(f"{written}: a cell's values cannot change in place. Write v = {library}.{name}(v) instead.")
-    for k, v in enumerate(values):
-        if not isinstance(v, Node | str | None):
-            values[k] = as_node(name, v).value  # a plain number, so that no operator comes back here
+    # Plain numbers, so that no operator comes back here.
+    values = [v if isinstance(v, Operators | str | None) else as_node(name, v).value for v in inputs]
     return ours(*values, **options)
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, Node)
 
 
 def hint(name: str) -> str:

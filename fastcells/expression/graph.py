@@ -231,12 +231,6 @@ def bare(value: Any) -> Any:
     return value.__fastcells_value__ if isinstance(value, Value) else value
 
 
-def alike(result: Any, given: Iterable[Any]) -> Any:
-    """A result as what was given: a Value, if there is one among it."""
-    first = next((v for v in given if isinstance(v, Value)), None)
-    return result if first is None else Value(result, first._like)
-
-
 def leaf(*name: str | int) -> Node:
     """A named input of the graph."""
     return Node("leaf", value=name)
@@ -293,11 +287,13 @@ def apply(name: str, *given: Any) -> Any:
             return constant(float(operation.numpy(*numbers)))
         folded = operation.fold(*nodes)
         return Node(name, nodes) if folded is None else folded
-    like = next((a for a in [*args, *(v._like for v in given if isinstance(v, Value))] if _is_number(a)), None)
+    values = [v for v in given if isinstance(v, Value)]
+    like = next((a for a in [*args, *(v._like for v in values)] if _is_number(a)), None)
     if like is not None:
         args = tuple(a if name == "where" and not k else _formatted(a, like) for k, a in enumerate(args))
     by_torch = any(isinstance(a, torch.Tensor) for a in args)
-    return alike((operation.torch if by_torch else operation.numpy)(*args), given)
+    result = (operation.torch if by_torch else operation.numpy)(*args)
+    return Value(result, values[0]._like) if values else result
 
 
 def _is_number(value: Any) -> bool:
