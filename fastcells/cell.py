@@ -292,9 +292,9 @@ def cell(
     identifiers, or repeated.
     """
     given = {"gates": gates, "states": states, "parameters": parameters, "scalars": scalars}
-    for what, names in (given | {"inputs": inputs, "step_inputs": step_inputs}).items():
-        if not isinstance(names, str):
-            got = f'{names!r}. Write @cell(gates="...")' if callable(names) else repr(names)
+    for what, text in (given | {"inputs": inputs, "step_inputs": step_inputs}).items():
+        if not isinstance(text, str):
+            got = f'{text!r}. Write @cell(gates="...")' if callable(text) else repr(text)
             raise TypeError(f"cell: {what} must be a str of names separated by spaces, got {got}")
     initial = dict(_first_value(word) for word in f"{parameters} {scalars}".split() if "=" in word)
     parameters, scalars = (re.sub(r"=\S*", "", names) for names in (parameters, scalars))
