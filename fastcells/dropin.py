@@ -313,6 +313,10 @@ class DropIn(torch.nn.Module):
         """Whether the cell uses the parameters as the module holds them, nothing made from them."""
         return True
 
+    def _used(self, parameters: Parameters) -> Parameters:
+        """The parameters of a direction as the cell uses them."""
+        return parameters
+
     def _cell(self) -> Cell:
         raise NotImplementedError
 

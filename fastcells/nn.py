@@ -558,13 +558,13 @@ class Recurrent(OverTime):
         return super()._run(input, call, layer, return_cell_states)
 
     def _steady(self) -> bool:
-        return super()._steady() and self._as_held() and not (self.cell.outside and self.cell.outside.loose)
+        recurrent, outside = self._shapes[0][0][1] is not None, self.cell.outside
+        return super()._steady() and self._as_held() and recurrent and not (outside and outside.loose)
 
     def _as_held(self) -> bool:
-        return self.cell.recurrent_weight is None and self._shapes[0][0][1] is not None
+        return self.cell.recurrent_weight is None
 
     def _used(self, parameters: Parameters) -> Parameters:
-        """The parameters of a direction as the cell uses them."""
         w_ih, w_hh, b_ih, b_hh, *rest = parameters
         if w_hh is None:  # the cell has no recurrent product, and the layer no weights and bias of it
             return w_ih, w_hh, b_ih, None if b_ih is None else torch.zeros_like(b_ih), *rest

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from array import array
+from collections.abc import Sequence
+from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .cpu import again
 from .cpu import layer as cpu
 from .cpu.engine import DTYPES
-from .cpu.geometry import SCRIPT
-from .cpu.script import Memory, driver
+from .cpu.script import Memory, Script, arena, driver
 from .dropin import NotTaken
 from .functional import flat
+from .replay import BRIEF
 
 if TYPE_CHECKING:
     from .nn import OverTime
@@ -26,14 +29,14 @@ class Stream:
     `stream(x)` with x, [N, I], a NumPy array or a Tensor of the layer's format, gives the step's output, [N, H], in
     kind; its memory is used again by the next step. `state` is the state after the last step, shaped as the layer's
     initial states; assigning it, or `reset()`, begins anew. No gradients flow, nothing is dropped. Weights are the
-    layer's own, read at every step where they are: changes in place are seen, tensors put in their place are not; after
-    `share_memory()` of the layer make another stream.
+    layer's own, read at every step where they are then: changes in place are seen, also after `share_memory()`; tensors
+    put in their place are not. There is one step at a time, and no copies.
     """
 
     @torch.inference_mode(False)  # its buffers are written to in any mode
     def __init__(self, layer: OverTime, batch_size: int = 1) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size}")
         if layer.bidirectional:
             raise ValueError("bidirectional must be False for a stream: its second direction begins at the end")
         weight = layer.weight_ih_l0
@@ -46,24 +49,30 @@ class Stream:
             call = layer._read(x, None)
         except NotTaken as reason:
             raise ValueError(f"the layer cannot be streamed: the engine does not take {reason}") from None
-        if not layer._as_held():
-            raise ValueError(f"cell {call.cell.name} cannot be streamed: its weights are made anew at every call")
+        held = set(map(id, layer._parameters.values()))
+        weights = [t for directions in call.parameters for t in flat(directions) if t is not None]
+        if not layer._as_held() or any(id(t) not in held or cpu.usable(t) is not t for t in weights):
+            raise ValueError(
+                f"{type(layer).__name__} of cell {call.cell.name} cannot be streamed: not all of its weights are used "
+                "as they are held, and what is made of the others at every call would be stale at the second step"
+            )
         self._sizes = batch_size, layer.input_size
         self._input, self._dtype = x[0], weight.dtype
         self._states: list[list[Tensor]] = []
-        self._kept: list[Any] = []
-        self._frames: list[int] = []
+        self._tensors: list[Tensor] = []
+        scripts: list[tuple[Script, list[again.Operand | None], Memory | None]] = []
         for (parameters,) in call.parameters:
-            y = self._add(call.cell, x, parameters)
-            x = y
+            x = self._add(scripts, call.cell, x, layer._used(parameters))
         self._output = x[0]
-        self._input_at = self._input.data_ptr()
         self._output_at = self._output.data_ptr()
         self._output_end = self._output_at + self._output.nbytes
         self._input_numpy, self._output_numpy = self._input.numpy(), self._output.numpy()
-        self._run = driver().call
+        brief = batch_size * sum([t.numel() for t in weights]) < BRIEF
+        made = again.Made(scripts, [], (None,), weight.dtype, brief)
+        self._step = again.function(len(self._tensors), None, made) or partial(_step, scripts)
+        del self._tensors[0]  # which each step brings
 
-    def _add(self, cell: Any, x: Tensor, parameters: Any) -> Tensor:
+    def _add(self, scripts: list, cell: Any, x: Tensor, parameters: Any) -> Tensor:
         """One more layer of the stack, which reads x; its output."""
         hidden = parameters[0].shape[0] // len(cell.gates)
         width = hidden if parameters[4] is None else parameters[4].shape[0]
@@ -74,22 +83,18 @@ class Stream:
             forward, tensors = cpu.prepared(cell, x, tuple(states), [parameters], cpu.Sequences(x, None))
         finally:
             torch.set_num_threads(threads)
-        # What is made from the state or the weights once, before the first step, would be stale at the second.
+        # What is made from the state once, before the first step, would be stale at the second.
         if not forward.whole or len(tensors) != 1 + len(states) + len(flat([parameters])):
             raise ValueError(f"cell {cell.name} cannot be streamed: its states need more than a kernel")
         y = x.new_empty(forward.y)
         series = [x.new_empty(forward.series) for _ in range(forward.many)]
+        number = count(len(self._tensors))
         # Final states are written over the initial ones, which by then have been read.
+        taken = [*tensors, y, *states, *series]
+        operands = [None if t is None else again.Operand(next(number)) for t in taken]
+        scripts.append((forward.script, operands, forward.script.memory()))
         # Detached, since a parameter lets go of its memory when its data are replaced.
-        operands = [None if t is None else t.detach() for t in (*tensors, y, *states, *series)]
-        memory = Memory(forward.script.size)
-        addresses = [0 if t is None else t.data_ptr() for t in operands]
-        kept = forward.script.memory()
-        frame = array("q", forward.script.frame(addresses, memory.address, kept))
-        if not self._frames:
-            self._first, self._x_at = frame, len(SCRIPT)
-        self._kept += [operands, memory, kept, frame, forward]
-        self._frames.append(frame.buffer_info()[0])
+        self._tensors += [t.detach() for t in taken if t is not None]
         self._states.append(states)
         return y
 
@@ -99,22 +104,24 @@ class Stream:
             if x.shape != self._sizes or x.dtype != self._input_numpy.dtype:
                 self._refuse(x.shape, x.dtype)
             self._input_numpy[...] = x
+            given = self._input
             output: Any = self._output_numpy
-            address = self._input_at
         elif isinstance(x, Tensor):
             if x.shape != self._sizes or x.dtype is not self._dtype or not x.is_cpu:
                 self._refuse(tuple(x.shape), f"{x.dtype} on {x.device}")
-            x = x.contiguous() if not x.is_neg() else x.resolve_neg()
-            address, output = x.data_ptr(), self._output
-            if self._output_at <= address < self._output_end:  # the last step's, which this one overwrites
-                self._input.copy_(x)
-                address = self._input_at
+            given, output = x.resolve_neg().contiguous(), self._output
+            address = given.data_ptr()
+            # The last step's output, which this one overwrites; or zeros that have no memory.
+            if self._output_at <= address < self._output_end or not address:
+                given = self._input.copy_(x)
         else:
             raise TypeError(f"x must be a Tensor or a NumPy array, got {type(x).__name__}")
-        self._first[self._x_at] = address
-        for frame in self._frames:
-            self._run(frame, 0, 1)
+        if not self._step(given, *self._tensors):
+            raise RuntimeError("a stream takes one step at a time, and another thread's is under way")
         return output
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a stream cannot be copied or pickled: make another one of the layer, and assign its state")
 
     def _refuse(self, shape: Any, kind: Any) -> None:
         raise ValueError(f"x must be of shape {self._sizes} and {self._dtype} on the CPU, got shape {shape}, {kind}")
@@ -135,7 +142,7 @@ class Stream:
         with torch.no_grad():
             for j, state in enumerate(given):
                 for k, layer in enumerate(self._states):
-                    layer[j].copy_(state[k : k + 1])
+                    layer[j].copy_(torch.as_tensor(state)[k : k + 1])
 
     def reset(self, which: Any = None) -> None:
         """Back to states of zero: of all sequences, or of those where `which` is true, bool [N].
@@ -148,3 +155,12 @@ class Stream:
         for layer in self._states:
             for state in layer:
                 state[:, rows] = 0
+
+
+def _step(scripts: Sequence[tuple[Script, list[again.Operand | None], Memory | None]], *tensors: Tensor) -> bool:
+    """What a compiled method does in one, where there is none."""
+    addresses = [t.data_ptr() for t in tensors]
+    for script, operands, kept in scripts:
+        given = [0 if operand is None else addresses[operand.tensor] for operand in operands]
+        driver().call(script.frame(given, arena.take(script.size), kept), 0, 1)
+    return True

@@ -14,6 +14,7 @@ import torch.utils._python_dispatch
 
 import fastcells
 from fastcells import cell, cells, variants
+from fastcells.cpu import again
 from fastcells.expression import tanh
 
 KINDS = ["LSTM", "GRU", "RNN"]
@@ -302,6 +303,25 @@ def test_a_stream_sees_weights_that_change_in_place():
         torch.testing.assert_close(stream(x), ours(x[None])[0][0], rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_stream_sees_weights_that_move_to_shared_memory(compiled, monkeypatch):
+    """What they were in before is let go of, and others write there."""
+    if not compiled:
+        monkeypatch.setattr(again, "interface", lambda: None)
+    layer, x = fastcells.nn.LSTM(64, 64), torch.randn(3, 64)
+    stream = layer.stream(3)
+    stream(x)
+    places = [p.data_ptr() for p in layer.parameters()]
+    layer.share_memory()
+    assert not {*places} & {p.data_ptr() for p in layer.parameters()}
+    with torch.no_grad():
+        layer.weight_ih_l0.mul_(0.5)
+        others = [torch.full((256, 64), torch.nan) for _ in range(50)]
+        stream.reset()
+        torch.testing.assert_close(stream(x), layer(x[None])[0][0], rtol=0, atol=1e-6)
+    del others
+
+
 def test_a_stream_goes_on_with_weights_whose_place_others_take():
     """Which are its own then: nobody else may get their memory."""
     layer, x = fastcells.nn.LSTM(64, 64), torch.randn(3, 64)
@@ -332,17 +352,53 @@ def test_a_stream_made_in_inference_mode_is_used_outside():
     first = stream(x).clone()
     stream.reset()
     assert torch.equal(stream(x), first)
-    stream.state = torch.zeros(1, 2, 7)
+    stream.state = torch.zeros(1, 2, 7).numpy()
     assert torch.equal(stream(torch._neg_view(-x)), first)
 
 
-def test_a_stream_of_any_cell_and_with_a_projection():
-    for layer in (fastcells.nn.Recurrent(cells.gru_reset_before, 5, 7), fastcells.nn.LSTM(5, 7, proj_size=3)):
-        xs = torch.randn(4, 1, 5)
-        stream = layer.stream()
-        y = torch.stack([stream(x).clone() for x in xs])
-        with torch.no_grad():
-            torch.testing.assert_close(y, layer(xs)[0], rtol=0, atol=1e-6)
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda x: x.t().contiguous().t(),
+        lambda x: torch._neg_view(-x),
+        lambda x: torch._neg_view(-x.t().contiguous()).t(),
+        torch.nn.Parameter,
+        lambda x: x.numpy()[::-1].copy()[::-1],
+    ],
+    ids=["across", "negated", "negated across", "a parameter", "backwards"],
+)
+def test_a_stream_takes_a_step_however_it_is_laid_out(odd):
+    layer, x = fastcells.nn.GRU(5, 7), torch.randn(2, 5)
+    assert torch.equal(torch.as_tensor(layer.stream(2)(odd(x))), layer.stream(2)(x))
+
+
+def test_a_stream_takes_zeros_that_have_no_memory():
+    layer = fastcells.nn.GRU(5, 7)
+    assert torch.equal(layer.stream(2)(torch._efficientzerotensor(2, 5)), layer.stream(2)(torch.zeros(2, 5)))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fastcells.nn.Recurrent(cells.gru_reset_before, 5, 7),
+        lambda: fastcells.nn.Recurrent(cells.indrnn, 5, 7, num_layers=2),
+        lambda: fastcells.nn.Recurrent(cells.indrnn, 5, 7, bias=False),
+        lambda: fastcells.nn.LSTM(5, 7, proj_size=3),
+        lambda: fastcells.nn.GRU(5, 7, num_layers=2, batch_first=True),
+    ],
+    ids=["gru_reset_before", "no recurrent weights", "nor biases", "projection", "batch_first"],
+)
+def test_a_stream_of_any_layer(make, compiled, monkeypatch):
+    """By the compiled method, and where there is none."""
+    if not compiled:
+        monkeypatch.setattr(again, "interface", lambda: None)
+    layer, xs = make(), torch.randn(4, 3, 5)
+    stream = layer.stream(3)
+    y = torch.stack([stream(x).clone() for x in xs])
+    with torch.no_grad():
+        wanted = layer(xs.transpose(0, 1))[0].transpose(0, 1) if layer.batch_first else layer(xs)[0]
+        torch.testing.assert_close(y, wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -374,8 +430,9 @@ def test_a_stream_drops_nothing():
 
 def test_wrong_use_of_a_stream():
     layer = fastcells.nn.LSTM(5, 7)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        layer.stream(0)
+    for size in (0, 1.5, "2"):
+        with pytest.raises(ValueError, match=f"batch_size must be a whole number of at least 1, got {size}"):
+            layer.stream(size)
     with pytest.raises(ValueError, match="bidirectional must be False"):
         fastcells.nn.GRU(5, 7, bidirectional=True).stream()
     with pytest.raises(ValueError, match="cannot be streamed: the engine does not take device meta"):
@@ -390,6 +447,9 @@ def test_wrong_use_of_a_stream():
         stream([0.0] * 5)
     with pytest.raises(ValueError, match="state must be of shapes"):
         stream.state = torch.zeros(1, 1, 7)
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a stream cannot be copied or pickled"):
+            copied(stream)
     with pytest.raises(ValueError, match=r"which must be bool of shape \(1,\), got torch.int64 of \(2,\)"):
         stream.reset([0, 1])
 
@@ -399,11 +459,28 @@ def halved(x, u, s):
     return tanh(x.h + u.h(0.5 * s.h))
 
 
-@pytest.mark.parametrize("given", [halved, variants.antisymmetric_rnn(), cells.indrnn], ids=lambda c: c.name)
-def test_what_is_made_from_states_or_weights_is_not_streamed(given):
+def across(layer):
+    layer.weight_ih_l0.data = torch.randn(5, 28).t()
+    return layer
+
+
+NOT_STREAMED = {
+    "vectors of products": (lambda: fastcells.nn.Recurrent(halved, 5, 7), "its states need more than a kernel"),
+    "weights by a function": (lambda: fastcells.nn.Recurrent(variants.antisymmetric_rnn(), 5, 7), "as they are held"),
+    "parametrized weights": (
+        lambda: torch.nn.utils.parametrizations.weight_norm(fastcells.nn.LSTM(5, 7), "weight_hh_l0"),
+        "as they are held",
+    ),
+    "rows that are apart": (lambda: across(fastcells.nn.LSTM(5, 7)), "as they are held"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_STREAMED)
+def test_what_is_made_from_states_or_weights_is_not_streamed(name):
     """It would be made once, and stale at the second step."""
-    with pytest.raises(ValueError, match="cannot be streamed"):
-        fastcells.nn.Recurrent(given, 5, 7).stream()
+    make, reason = NOT_STREAMED[name]
+    with pytest.raises(ValueError, match=f"cannot be streamed: .*{reason}"):
+        make().stream()
 
 
 class Modes(torch.utils._python_dispatch.TorchDispatchMode):
