@@ -144,6 +144,10 @@ class DropIn(torch.nn.Module):
                 raise type(error)(f"{type(self).__name__}: {mistake}") from error
             raise
 
+    def _in_torch_form(self) -> bool:
+        """Whether what the engine does not take runs as a loop over the cell's torch form, unknown to torch.nn."""
+        return False
+
     def _forward_in_torch(self, input: Any, hx: Any) -> Any:
         """The call as torch runs it."""
         return super().forward(input, hx)

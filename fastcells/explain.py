@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.modules import rnn as original
 
+from .cell import Cell
 from .cpu.layer import Sequences, planned, suited
-from .dropin import DropIn
-from .functional import flat
-from .nn import OverTime, Recurrent
+from .dropin import Call, DropIn, Mistake, NotTaken
+from .functional import Parameters, observer, witness
+from .nn import OverTime
 
 
 @dataclass(frozen=True)
@@ -29,44 +35,110 @@ class Explanation:
 def explain(module: torch.nn.Module, input: Any, hx: Any = None, **options: Any) -> Explanation:
     """Which path `module(input, hx, **options)` would take now, and why; no layer is run.
 
-    module: a layer or cell of `fastcells.nn` (or of torch.nn, which always takes torch's). Raises TypeError for others.
-    options: lengths, reset, reset_to of a layer.
+    module: a layer or cell of `fastcells.nn` (or of torch.nn, which always takes torch's). options: those of a layer's
+    forward: lengths, reset, and so on. Raises TypeError for other modules and options, and what the call raises for
+    options that are wrong.
     """
     name = repr(module)
     if isinstance(module, (original.RNNBase, original.RNNCellBase)) and not isinstance(module, DropIn):
         return Explanation(name, "torch", ("a torch.nn module: fastcells.convert would change that",))
     if not isinstance(module, DropIn):
         raise TypeError(f"explain: module must be a recurrent layer or cell, got {type(module).__name__}")
-    within = module._within(input, hx, **options) if isinstance(module, OverTime) and options else None
-    if isinstance(module, OverTime) and options and within is None:
-        input, hx, _ = module._ragged(input, hx, **options)
-    reason = module._route(input, hx)
-    if reason is not None:
-        form = (
-            "the cell as a loop of torch operations" if isinstance(module, Recurrent) else "torch's own implementation"
-        )
-        return Explanation(name, "torch", (f"{form}: {reason}",))
-    call = module._read(input, hx) if within is None else within[0]
-    batch = call.batch
-    layout = "packed" if batch.batch_sizes is not None else "padded"
-    sequences = Sequences(batch.x, batch.batch_sizes)
-    vector = suited(call.cell, call.parameters[0][0]).forward.vector
+    known = signature(OverTime.forward if isinstance(module, OverTime) else DropIn.forward).parameters
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"explain: options must be arguments of {type(module).__name__}'s calls, got {unknown[0]}")
+    with torch.random.fork_rng(devices=[]):  # masks are drawn as in a call
+        return Explanation(name, *_explained(module, input, hx, options))
+
+
+def _explained(module: DropIn, input: Any, hx: Any, options: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """Route and reasons."""
+    within, third = None, bool(options.get("return_cell_states"))
+    if isinstance(module, OverTime):
+        input, hx, within, _ = module._resolved(input, hx, **options)
+    form = "the cell as a loop of torch operations"
+    try:
+        call, *runner = within or (module._read(input, hx),)
+    except NotTaken as reason:
+        if not (third or module._in_torch_form()):
+            form = "torch's own implementation"
+        wrong = isinstance(reason, Mistake)
+        return "torch", (f"{form}, if the call is no mistake: {reason}" if wrong else f"{form}: {reason}",)
+    with nullcontext() if call.dtype is None else torch.autocast("cpu", enabled=False):  # as it runs then
+        observed = observer()
+    if observed is not None:
+        way = ("torch", form) if third else ("engine", "the registered operation fastcells::layer")
+        return way[0], (f"{way[1]}: {observed}",)
+    run: Any = partial(module._run, return_cell_states=True) if third else module._run
+    layers = _layers(partial(run, input, call, *runner))
+    return "engine", tuple(_reasons(call, layers, bool(runner)))
+
+
+class Layer(NamedTuple):
+    """A layer that a call runs. graph: whether a gradient is wanted."""
+
+    cell: Cell
+    x: Tensor
+    parameters: list[Parameters]
+    counts: Tensor | None
+    recompute: bool
+    graph: bool
+
+    @property
+    def sequences(self) -> Sequences:
+        return Sequences(self.x, self.counts)
+
+    def kept(self) -> str:
+        if not self.graph:
+            return "no gradient is wanted: nothing is kept"
+        if self.recompute:
+            return "a gradient is wanted, with recompute: the arguments alone are kept, and forward is run once more"
+        return "a gradient is wanted: the activated gates and the states of every step are kept for it"
+
+
+def _layers(run: Callable) -> list[Layer]:
+    """The layers that a call runs, which it does not run."""
+    found: list[Layer] = []
+
+    def told(cell, x, parameters, counts, return_cell_states, recompute, graph) -> tuple[Any, ...]:
+        layer = Layer(cell, x, parameters, counts, recompute, graph)
+        found.append(layer)
+        w_ih, w_hr, directions = parameters[0][0], parameters[0][4], len(parameters)
+        hidden = len(w_ih) // len(cell.gates)
+        out, others = hidden if w_hr is None else len(w_hr), len(cell.states) - 1
+        y = x.new_empty(*x.shape[:-1], directions * out).requires_grad_(graph)
+        finals = tuple(x.new_empty(directions, layer.sequences.rows, n) for n in [out] + [hidden] * others)
+        if not return_cell_states:
+            return y, finals
+        return y, finals, (x.new_empty(*x.shape[:-1], directions * hidden),) * others
+
+    witness.told = told
+    try:
+        run()
+    finally:
+        witness.told = None
+    return found
+
+
+def _reasons(call: Call, layers: list[Layer], within: bool) -> list[str]:
+    first, *_ = layers
+    sequences = first.sequences
+    layout = "packed" if sequences.packed else "padded"
+    tokens = sequences.total if first.counts is None else int(first.counts.sum())
+    vector = suited(first.cell, first.parameters[0]).forward.vector
     reasons = [
-        f"kernels of cell {call.cell.name}, {batch.x.dtype}, vectors of {vector} bytes; "
-        f"{layout} input, {sequences.steps} steps, {sequences.rows} sequences, {sequences.total} tokens"
+        f"kernels of cell {first.cell.name}, {first.x.dtype}, vectors of {vector} bytes; "
+        f"{layout} input, {sequences.steps} steps, {sequences.rows} sequences, {tokens} tokens"
     ]
-    if within is not None:
-        reasons.append(f"lengths and resets inside the time loop, by cell {within[1].cell(call.cell).name}: no packing")
+    if call.dtype is not None:
+        reasons.append(f"results are rounded to {call.dtype}, once")
+    if within:
+        reasons.append("lengths and resets inside the time loop: no packing")
     previous: tuple[str, ...] = ()
-    for k, directions in enumerate(call.parameters):
-        plan = planned(call.cell, directions[0], sequences, len(directions))
+    for k, layer in enumerate(layers):
+        plan = planned(layer.cell, layer.parameters[0], layer.sequences, len(layer.parameters))
         if plan.reasons != previous:
             reasons += [f"layer {k}: {r}" for r in plan.reasons]
         previous = plan.reasons
-    weights = [t for directions in call.parameters for t in flat(directions) if t is not None]
-    tensors = [batch.x, *(call.states or ()), *weights]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        reasons.append("a gradient is wanted: the activated gates and the states of every step are kept for it")
-    else:
-        reasons.append("no gradient is wanted: nothing is kept")
-    return Explanation(name, "engine", tuple(reasons))
+    kept = [layer.kept() for layer in layers]
+    return reasons + (kept[:1] if len({*kept}) == 1 else [f"layer {k}: {text}" for k, text in enumerate(kept)])

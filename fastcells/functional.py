@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -182,6 +183,15 @@ def unchecked_layer(
     return _run(cell, x, states, parameters, batch_sizes, inputs, return_cell_states, recompute)
 
 
+class Witness(threading.local):
+    """Who is told of a thread's layers in place of running them, if anyone. Gives what they would."""
+
+    told: Callable[..., tuple[Any, ...]] | None = None
+
+
+witness = Witness()
+
+
 def _run(
     cell: Cell,
     x: Tensor,
@@ -193,7 +203,10 @@ def _run(
     recompute: bool,
 ) -> tuple[Any, ...]:
     tensors = [x, *(states or ()), *inputs, *flat(parameters)]
-    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
+    graph = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+    if witness.told is not None:
+        return witness.told(cell, x, parameters, batch_sizes, return_cell_states, recompute, graph)
+    if graph:
         call = Invocation(cell, batch_sizes, len(parameters), states is not None, return_cell_states, recompute)
         y, *more = call(tensors)
         count = len(cell.states)

@@ -94,7 +94,7 @@ class OverTime(regularise.Dropping, DropIn):
         reverse with bidirectional layers, and for return_cell_states of a cell that has but a hidden state; under
         torch.export NotExported, a RuntimeError, for what it cannot take in: reset, reverse, a PackedSequence.
         """
-        ragged = lengths is not None or reset is not None or reset_to is not None or reverse
+        ragged = _says_anything(lengths, reset, reset_to, reverse)
         if type(input) is Tensor and not ragged and not return_cell_states:
             return super().forward(input, hx)
         # How many steps and stretches there are is in the data.
@@ -113,19 +113,27 @@ class OverTime(regularise.Dropping, DropIn):
         if between:
             call = partial(OverTime.forward, self, **options, return_cell_states=return_cell_states)
             return _between_graphs(call, input, hx)
-        plain = self._with_cell_states if return_cell_states else super().forward
-        if not ragged:
-            return plain(input, hx)
-        if not return_cell_states and (within := self._within(input, hx, **options)) is not None:
+        input, hx, within, finish = self._resolved(input, hx, **options, return_cell_states=return_cell_states)
+        if within is not None:
             return self._run(input, *within)
+        return finish(self._with_cell_states(input, hx) if return_cell_states else super().forward(input, hx))
+
+    def _resolved(
+        self, input: Any, hx: Any, *, return_cell_states: bool = False, **options: Any
+    ) -> tuple[Any, Any, tuple | None, Callable]:
+        """What a call with these options comes to: input and states of one without, what `_within` says, and what makes
+        of the results those of the call."""
+        if return_cell_states and len((cell := self._cell()).states) == 1:
+            raise ValueError(f"return_cell_states must be False: cell {cell.name} has but its hidden state, the output")
+        if not _says_anything(**options):
+            return input, hx, None, _same
+        if not return_cell_states and (within := self._within(input, hx, **options)) is not None:
+            return input, hx, within, _same
         input, hx, finish = self._ragged(input, hx, **options)
-        return finish(plain(input, hx))
+        return input, hx, None, finish
 
     def _with_cell_states(self, input: Any, hx: Any) -> Any:
         """`DropIn.forward` with the last layer's other states as a third result."""
-        cell = self._cell()
-        if len(cell.states) == 1:
-            raise ValueError(f"return_cell_states must be False: cell {cell.name} has but its hidden state, the output")
         try:
             return self._run(input, self._read(input, hx), return_cell_states=True)
         except NotTaken:
@@ -207,7 +215,7 @@ class OverTime(regularise.Dropping, DropIn):
         ragged = Ragged(steps, size, lengths, reset, batch_first=batch_first, reverse=reverse, device=batch.x.device)
         entered = ragged.enter(states, reset_to, directions)
         if ragged.whole:
-            return input, _as_given(entered, batched), lambda result: result
+            return input, _as_given(entered, batched), _same
         packed = PackedSequence(ragged.pack(input if batched else batch.x), ragged.batch_sizes)
 
         def finish(result: Any) -> Any:
@@ -270,6 +278,15 @@ class OverTime(regularise.Dropping, DropIn):
         layer = partial(unchecked_layer, recompute=True) if self.recompute else unchecked_layer
         return call, Marked(resets, ends, steps, to, directions, self.hidden_size, x.dtype, layer)
 
+    def _in_torch_form(self) -> bool:
+        return self.training and self._random()  # which torch.nn's layers have no notion of
+
+    def _forward_in_torch(self, input: Any, hx: Any) -> Any:
+        if self._in_torch_form():
+            return self._run(input, self._parts(input, hx)[0], unrolled.layer)
+        run = super()._forward_in_torch
+        return _between_graphs(run, input, hx) if torch.compiler.is_dynamo_compiling() else run(input, hx)
+
     def _ahead(self, call: Call) -> bool:
         """Whether input projections are made of all that there is, past the ends of sequences, too."""
         directions = call.parameters[0]
@@ -313,6 +330,17 @@ class OverTime(regularise.Dropping, DropIn):
         return y.transpose(0, 1) if self.batch_first else y, states
 
 
+def _says_anything(
+    lengths: Lengths | None = None, reset: Tensor | None = None, reset_to: Any = None, reverse: bool = False
+) -> bool:
+    """Whether these options of a call do."""
+    return lengths is not None or reset is not None or reset_to is not None or reverse
+
+
+def _same(result: Any) -> Any:
+    return result
+
+
 def _with_batch(reset: Any, batched: bool) -> Any:
     """A reset as [T, 1] where input has no batch, and it has the shape that goes with that."""
     return reset.unsqueeze(1) if isinstance(reset, Tensor) and not batched and reset.dim() == 1 else reset
@@ -352,12 +380,6 @@ class LayerModule(OverTime, original.RNNBase):
         if recurrent_dropout or zoneout or weight_dropout:
             self._regularise(recurrent_dropout, zoneout, weight_dropout)
         self.recompute = bool(recompute)
-
-    def _forward_in_torch(self, input: Any, hx: Any) -> Any:
-        if self.training and self._random():  # which torch.nn's layers have no notion of
-            return self._run(input, self._parts(input, hx)[0], unrolled.layer)
-        run = super()._forward_in_torch
-        return _between_graphs(run, input, hx) if torch.compiler.is_dynamo_compiling() else run(input, hx)
 
 
 @torch._disable_dynamo
@@ -572,8 +594,8 @@ class Recurrent(OverTime):
             w_hh = self.cell.recurrent_weight(w_hh)
         return w_ih, w_hh, b_ih, b_hh, *rest
 
-    def _forward_in_torch(self, input: Any, hx: Any) -> Any:
-        return self._run(input, self._parts(input, hx)[0], unrolled.layer)
+    def _in_torch_form(self) -> bool:
+        return True
 
 
 DROP_IN: dict[type, type] = {kind.__bases__[1]: kind for kind in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)}

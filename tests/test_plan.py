@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastcells
+from fastcells.cpu import layer
 from fastcells.plan import ROW_BLOCK, Shape, plan
 
 
@@ -96,13 +97,93 @@ def test_explain_names_the_engine_and_its_schedule():
     [
         (lambda: (fastcells.nn.GRU(4, 5).to("meta"), torch.randn(3, 2, 4, device="meta")), "meta"),
         (lambda: (torch.nn.GRU(4, 5), torch.randn(3, 2, 4)), "convert"),
-        (lambda: (fastcells.nn.GRU(4, 5), torch.randn(3, 2, 7)), "input_size = 4"),
+        (
+            lambda: (fastcells.nn.GRU(4, 5), torch.randn(3, 2, 7)),
+            "if the call is no mistake: input must have input_size",
+        ),
+        (
+            lambda: (fastcells.nn.GRU(4, 5, zoneout=0.1), torch.randn(3, 0, 4)),
+            "as a loop of torch operations: batch size 0",
+        ),
     ],
 )
 def test_explain_says_why_torchs_own_is_taken(make, reason):
     told = fastcells.explain(*make())
     assert told.route == "torch"
     assert reason in str(told)
+
+
+LENGTHS = [5, 1, 3]
+CALLS = {
+    "plain": ({}, {}),
+    "recompute": ({"recompute": True}, {}),
+    "bfloat16": ({"dtype": torch.bfloat16}, {}),
+    "zoneout": ({"zoneout": 0.1}, {}),
+    "recurrent_dropout": ({"recurrent_dropout": 0.1, "num_layers": 2, "dropout": 0.1}, {}),
+    "weight_dropout": ({"weight_dropout": 0.1}, {}),
+    "projection": ({"proj_size": 4, "num_layers": 2}, {}),
+    "lengths": ({"bidirectional": True}, {"lengths": LENGTHS}),
+    "lengths and masks": ({"zoneout": 0.1}, {"lengths": LENGTHS}),
+    "reset": ({"recompute": True}, {"reset": torch.eye(5, 3) > 0, "reset_to": 0}),
+    "reverse": ({}, {"reverse": True}),
+    "cell states": ({}, {"return_cell_states": True}),
+    "cell states of some steps": ({"zoneout": 0.1, "num_layers": 2}, {"return_cell_states": True, "lengths": LENGTHS}),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", CALLS)
+def test_explain_tells_of_what_runs(name, grad, monkeypatch):
+    """Set beside a call: the cell, format and steps of its kernels, and the memory that its results hold on to."""
+    made, options = CALLS[name]
+    module, x = fastcells.nn.LSTM(8, 6, **made), torch.randn(5, 3, 8).to(made.get("dtype"))
+    prepared, ran, saved = layer.prepared, [], []
+
+    def noted(cell, x, states, parameters, sequences, *rest):
+        ran.append(f"kernels of cell {cell.name}, {x.dtype}, vectors of")
+        steps = f"{sequences.steps} steps, {sequences.rows} sequences"
+        ran.append(f"{'packed' if sequences.packed else 'padded'} input, {steps}")
+        return prepared(cell, x, states, parameters, sequences, *rest)
+
+    with torch.set_grad_enabled(grad):
+        generator = torch.get_rng_state()
+        told = fastcells.explain(module, x, **options)
+        assert torch.equal(torch.get_rng_state(), generator)
+        monkeypatch.setattr(layer, "prepared", noted)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            module(x, **options)
+    assert told.route == "engine"
+    assert ran
+    assert all(line in told.reasons[0] for line in ran)
+    kept = "nothing" if not saved else "arguments alone" if made.get("recompute") else "gates and the states"
+    assert kept in told.reasons[-1]
+    assert ("rounded to torch.bfloat16" in str(told)) == (name == "bfloat16")
+
+
+def test_explain_tells_of_each_layer_whether_a_gradient_is_wanted():
+    module = fastcells.nn.GRU(4, 5, num_layers=2)
+    for name, weight in module.named_parameters():
+        weight.requires_grad_("l1" in name)
+    told = fastcells.explain(module, torch.randn(3, 2, 4)).reasons
+    assert told[-2] == "layer 0: no gradient is wanted: nothing is kept"
+    assert told[-1].startswith("layer 1: a gradient is wanted")
+
+
+def test_explain_tells_what_looks_on():
+    module, x = fastcells.nn.LSTM(4, 5, dtype=torch.float64), torch.randn(3, 2, 4, dtype=torch.float64)
+    with torch.autocast("cpu"):
+        assert fastcells.explain(module, x).reasons == ("the registered operation fastcells::layer: autocast is on",)
+        assert "rounded to torch.bfloat16" in str(fastcells.explain(module.float(), x.float()))
+
+
+def test_explain_raises_what_the_call_does():
+    x = torch.randn(3, 2, 4)
+    with pytest.raises(ValueError, match="return_cell_states must be False"):
+        fastcells.explain(fastcells.nn.GRU(4, 5), x, return_cell_states=True)
+    with pytest.raises(ValueError, match="lengths must be between 0 and 3"):
+        fastcells.explain(fastcells.nn.GRU(4, 5), x, lengths=[3, 4])
+    with pytest.raises(TypeError, match="options must be arguments of GRUCell's calls, got lengths"):
+        fastcells.explain(fastcells.nn.GRUCell(4, 5), x[0], lengths=[3, 3])
 
 
 def test_explain_wants_a_recurrent_module():
