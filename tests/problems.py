@@ -2,7 +2,8 @@
 
 import torch
 
-from fastcells import cell, cells, functional, unrolled
+from fastcells import cell, cells, functional, plan, unrolled
+from fastcells.cpu import layer
 from fastcells.expression import (
     exp,
     hard_sigmoid,
@@ -17,6 +18,7 @@ from fastcells.expression import (
     tanh,
     where,
 )
+from fastcells.roof import using_threads
 
 BUILT_IN = [cells.lstm, cells.gru, cells.gru_reset_before, cells.rnn_tanh, cells.rnn_relu]
 
@@ -152,6 +154,21 @@ def everything(function, arguments, leaves, seed=1):
     generator = torch.Generator().manual_seed(seed)
     cotangents = [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs]
     return outputs, torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True, materialize_grads=True)
+
+
+def same_bits(arguments, leaves, threads=(1, 2, 3, 5)):
+    """Whether outputs and gradients are the same on any of these numbers of threads."""
+    found = []
+    try:
+        for n in threads:
+            with using_threads(n):
+                plan.plan.cache_clear()
+                outputs, gradients = everything(functional.layer, arguments, leaves)
+            found.append([*outputs, *gradients])
+    finally:
+        plan.plan.cache_clear()
+        layer.forget()
+    return all(all(map(torch.equal, found[0], other)) for other in found[1:])
 
 
 def agree(arguments, leaves, names, tolerance=1e-11):

@@ -4,13 +4,12 @@ import threading
 
 import pytest
 import torch
-from problems import BUILT_IN, everything, normed, peephole, problem
+from problems import BUILT_IN, everything, normed, peephole, problem, same_bits
 
 import fastcells
 from fastcells import cells, functional, plan
 from fastcells.cpu import layer, team
 from fastcells.cpu.host import host
-from fastcells.roof import using_threads
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
@@ -21,24 +20,10 @@ def test_bitwise_the_same_run_to_run_and_on_any_number_of_threads(c, rows, split
     """Gradients of 16 rows' weights are taken a stretch at a time. split: what threads share in any case."""
     options = {"lengths": [20 - k for k in range(rows)]} if packed else {}
     arguments, leaves, _ = problem(c, 20, rows, 40, 120, dtype=torch.float32, directions=1 if split else 2, **options)
-    threads = torch.get_num_threads()
     monkeypatch.setattr(team, "processors", lambda: 5)  # whatever there are
     if split:
         monkeypatch.setattr(plan, "share", lambda rows, flops, most, **_: plan.Share(most, split))
-    results = []
-    try:
-        for n in (1, 2, 5, 3, 2, 1):
-            torch.set_num_threads(n)
-            plan.plan.cache_clear()
-            outputs, grads = everything(functional.layer, arguments, leaves)
-            results.append([*outputs, *grads])
-    finally:
-        torch.set_num_threads(threads)
-        plan.plan.cache_clear()
-        layer.forget()
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(a, b)
+    assert same_bits(arguments, leaves, threads=(1, 2, 5, 3, 2, 1))
 
 
 @pytest.mark.parametrize(("dtype", "hidden"), [(torch.float64, 75), (torch.float32, 64)], ids=str)
@@ -48,12 +33,7 @@ def test_gradients_of_initial_states_of_packed_sequences(dtype, hidden, monkeypa
         cells.gru, 9, 7, 40, hidden, dtype=dtype, directions=2, lengths=[9, 9, 8, 6, 5, 3, 1]
     )
     monkeypatch.setattr(team, "processors", lambda: 5)  # whatever there are
-    results = []
-    for n in (1, 2, 3, 5):
-        with using_threads(n):
-            results.append(everything(functional.layer, arguments, leaves)[1])
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
+    assert same_bits(arguments, leaves)
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["", "reset"])
