@@ -5,6 +5,7 @@ Neither library is needed for arrays; `from_keras` also takes a layer of Keras 2
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,16 +39,24 @@ def from_keras(layer: Any, weights: Sequence[Any] | None = None) -> torch.nn.Mod
     weights, the arrays of its `get_weights()`: kernel [I, G * H], recurrent kernel [H, G * H] and, with use_bias, bias
     [G * H] ([2, G * H] for a GRU with reset_after), those of the backward layer after those of the forward one.
 
-    Returns a layer of `fastcells.nn`: LSTM, GRU or RNN where torch.nn has the cell, else Recurrent; batch_first, in the
-    format of the weights. It always gives (output [N, T, D * H], final states), whatever return_sequences and
-    return_state say. A `recurrent_dropout` is taken over, which makes it a Recurrent.
+    Returns a layer of `fastcells.nn`: LSTM, GRU or RNN where torch.nn has the cell, else Recurrent; batch_first, unless
+    time_major, in the format of the weights. It always gives (output [N, T, D * H], final states), whatever
+    return_sequences and return_state say, and begins from the states that it is given, whatever stateful says. A
+    `recurrent_dropout` is taken over, which makes it a Recurrent.
 
-    Raises ValueError for other layers and for options that no module here has, with the option's name. A `dropout` of
-    the inputs is left out, with a warning.
+    Raises ValueError for other layers, for arrays that do not fit, and for options that no module here has, with the
+    option's name; TypeError for what is no layer at all. A `dropout` of the inputs is left out, with a warning.
     """
+    if not isinstance(layer, Mapping):
+        if not hasattr(layer, "get_config"):
+            raise TypeError(f"layer must be a Keras layer, or a dict of class_name and config, got {layer!r}")
+        weights = layer.get_weights() if weights is None else weights
+        layer = {"class_name": type(layer).__name__, "config": layer.get_config()}
+    if not {"class_name", "config"} <= layer.keys():
+        raise ValueError(f"layer must have class_name and config, got {', '.join(map(str, layer))}")
     if weights is None:
-        layer, weights = {"class_name": type(layer).__name__, "config": layer.get_config()}, layer.get_weights()
-    arrays = [np.asarray(w) for w in weights]
+        raise TypeError("weights must be the arrays of get_weights() where layer is a dict, got None")
+    arrays = list(weights)
     kind, config = layer["class_name"], layer["config"]
     directions = 1
     if kind == "Bidirectional":
@@ -82,20 +91,18 @@ def from_keras(layer: Any, weights: Sequence[Any] | None = None) -> torch.nn.Mod
     state: dict[str, Any] = {}
     for d, suffix in enumerate(("_l0", "_l0_reverse")[:directions]):
         kernel, recurrent, *own = arrays[d * count // directions : (d + 1) * count // directions]
-        state[f"weight_ih{suffix}"] = _ordered(kernel.T, cell, order)
-        state[f"weight_hh{suffix}"] = _ordered(recurrent.T, cell, order)
+        rows = len(order) * hidden
+        state[f"weight_ih{suffix}"] = _ordered(_array("kernel", kernel, None, rows).T, cell, order)
+        state[f"weight_hh{suffix}"] = _ordered(_array("recurrent kernel", recurrent, hidden, rows).T, cell, order)
         if own:
-            rank = 2 if kind == "GRU" and reset_after else 1
-            if own[0].ndim != rank:
-                raise ValueError(
-                    f"bias must have {rank} dimension(s) with reset_after={reset_after}, got {own[0].ndim}"
-                )
-            both = own[0] if own[0].ndim == 2 else np.stack([own[0], np.zeros_like(own[0])])
+            name, several = ("bias", False) if kind != "GRU" else (f"bias with {reset_after=}", reset_after)
+            both = _array(name, own[0], *([2, rows] if several else [rows]))
+            both = both if both.ndim == 2 else np.stack([both, np.zeros_like(both)])
             state[f"bias_ih{suffix}"], state[f"bias_hh{suffix}"] = (_ordered(b, cell, order) for b in both)
-    options = {"batch_first": True, "bidirectional": directions == 2}
+    options = {"batch_first": not config.get("time_major"), "bidirectional": directions == 2}
     if config.get("recurrent_dropout"):
         options["recurrent_dropout"] = config["recurrent_dropout"]
-    return _module(cell, arrays[0].shape[0], hidden, state, bias, **options)
+    return _module(cell, hidden, state, bias, **options)
 
 
 def _activation(config: dict, option: str, default: str) -> str:
@@ -115,33 +122,38 @@ def _same_backward(config: dict, other: dict | None) -> None:
 
 
 def from_onnx(model: Any) -> dict[str, torch.nn.Module]:
-    """The modules of all LSTM, GRU and RNN nodes of an ONNX model, by the node's name (or that of its first output).
+    """The modules of all LSTM, GRU and RNN nodes of an ONNX model's graph, by the node's name (or that of its first
+    output, also where another node has the name). Initial states are for the caller to give, also constant ones.
 
-    model: an `onnx.ModelProto`, or the path of one. Needs the package onnx. Raises as `from_onnx_arrays`, and
-    ValueError for a node whose weights are computed by the model.
+    model: an `onnx.ModelProto`, or the path of one. Needs the package onnx. Raises as `from_onnx_arrays`, TypeError for
+    what is no model, and ValueError for a node whose weights are computed by the model.
     """
     import onnx
 
-    if not isinstance(model, onnx.ModelProto):
+    if isinstance(model, (str, os.PathLike)):
         model = onnx.load(model)
+    if not isinstance(model, onnx.ModelProto):
+        raise TypeError(f"model must be an onnx.ModelProto or the path of one, got {type(model).__name__}")
     known = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type == "Constant":
-            (value,) = (a.t for a in node.attribute if a.name == "value")
-            known[node.output[0]] = onnx.numpy_helper.to_array(value)
+        for attribute in node.attribute if node.op_type == "Constant" else ():
+            if attribute.name == "value":  # of a tensor
+                known[node.output[0]] = onnx.numpy_helper.to_array(attribute.t)
     found = {}
     for node in model.graph.node:
         if node.op_type not in ONNX_ORDER:
             continue
-        name = node.name or next(o for o in node.output if o)
+        first = next((o for o in node.output if o), "")
+        name = node.name if node.name and node.name not in found else first
         inputs = dict(
             zip(("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P"), node.input, strict=False)
         )
         arrays = {}
         for key in ("W", "R", "B", "P"):
-            if inputs.get(key):
-                if inputs[key] not in known:
-                    raise ValueError(f"node {name}: {key} must be an initializer of the model, got {inputs[key]!r}")
+            if inputs.get(key) or key in "WR":
+                if inputs.get(key) not in known:
+                    given = inputs.get(key)
+                    raise ValueError(f"node {name}: {key} must be an initializer of the model, got {given!r}")
                 arrays[key] = known[inputs[key]]
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         found[name] = from_onnx_arrays(node.op_type, **arrays, **attributes)
@@ -170,20 +182,15 @@ def from_onnx_arrays(op_type: str, W: Any, R: Any, B: Any = None, P: Any = None,
     functions = _onnx_activations(op_type, 2 if direction == "bidirectional" else 1, text)
     limit = text.pop("clip", None) or None
     layout, hidden = text.pop("layout", 0), text.pop("hidden_size", None)
-    w, r = np.asarray(W), np.asarray(R)
     count = 2 if direction == "bidirectional" else 1
     order = ONNX_ORDER[op_type]
-    units = r.shape[-1]
+    units = _array("R", R, count, None, None).shape[-1]
     if hidden not in (None, units):
         raise ValueError(f"hidden_size must be that of R, {units}, got {hidden}")
-    for name, array, shape in (
-        ("W", w, (count, len(order) * units, w.shape[-1])),
-        ("R", r, (count, len(order) * units, units)),
-        ("B", B, (count, 2 * len(order) * units)),
-        ("P", P, (count, 3 * units)),
-    ):
-        if array is not None and np.shape(array) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {np.shape(array)}")
+    rows = len(order) * units
+    w, r = _array("W", W, count, rows, None), _array("R", R, count, rows, units)
+    b = None if B is None else _array("B", B, count, 2 * rows)
+    p = None if P is None else _array("P", P, count, 3 * units)
     if op_type == "LSTM":
         opening, squash, out = functions
         coupled = bool(text.pop("input_forget", 0))
@@ -201,35 +208,47 @@ def from_onnx_arrays(op_type: str, W: Any, R: Any, B: Any = None, P: Any = None,
     for d, suffix in enumerate(("_l0", "_l0_reverse")[:count]):
         state[f"weight_ih{suffix}"] = _ordered(w[d], cell, order)
         state[f"weight_hh{suffix}"] = _ordered(r[d], cell, order)
-        if B is not None:
-            for name, b in zip(("bias_ih", "bias_hh"), np.split(np.asarray(B)[d], 2), strict=True):
-                state[name + suffix] = _ordered(b, cell, order)
-        if P is not None:
-            for gate, weights in zip("iof", np.split(np.asarray(P)[d], 3), strict=True):
+        if b is not None:
+            for name, one in zip(("bias_ih", "bias_hh"), np.split(b[d], 2), strict=True):
+                state[name + suffix] = _ordered(one, cell, order)
+        if p is not None:
+            for gate, weights in zip("iof", np.split(p[d], 3), strict=True):
                 if f"peephole_{gate}" in cell.parameters:
                     state[f"peephole_{gate}{suffix}"] = torch.from_numpy(weights.copy())
-    return _module(cell, w.shape[-1], units, state, B is not None, batch_first=bool(layout), bidirectional=count == 2)
+    return _module(cell, units, state, B is not None, batch_first=bool(layout), bidirectional=count == 2)
 
 
 def _onnx_activations(op_type: str, directions: int, attributes: dict[str, Any]) -> list[Activation]:
     """The activations of a node, which names them for each direction, and gives constants to those that take some."""
     names = attributes.pop("activations", None) or ONNX_ACTIVATIONS[op_type] * directions
     names = [n.decode() if isinstance(n, bytes) else n for n in names]
-    constants = [list(attributes.pop(f"activation_{k}", None) or []) for k in ("alpha", "beta")]
+    given = [attributes.pop(f"activation_{k}", None) for k in ("alpha", "beta")]
+    constants = [[] if numbers is None else list(numbers) for numbers in given]
     each = len(ONNX_ACTIVATIONS[op_type])
     if len(names) != each * directions:
         raise ValueError(f"activations must be {each} names for each of {directions} direction(s), got {names}")
     known = {k.lower(): v for k, v in ONNX.items()}
     found = []
     for name in names:
-        if name.lower() not in known:
+        if not isinstance(name, str) or name.lower() not in known:
             raise ValueError(f"activations must be of {', '.join(ONNX)}, got {name!r}")
         function, defaults = known[name.lower()]
-        given = [values.pop(0) if values else default for values, default in zip(constants, defaults, strict=False)]
-        found.append(Activation(function, tuple(given)))
+        own = [values.pop(0) if values else default for values, default in zip(constants, defaults, strict=False)]
+        found.append(Activation(function, tuple(own)))
     if found[:each] * directions != found:
         raise ValueError(f"activations must be the same for both directions, got {names}")
     return found[:each]
+
+
+def _array(name: str, value: Any, *shape: int | None) -> np.ndarray:
+    """A value of floating point as an array of that shape; None: any size. Raises ValueError for others."""
+    array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+    if array.ndim != len(shape) or any(n not in (None, size) for n, size in zip(shape, array.shape, strict=True)):
+        sizes = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} must have shape ({sizes}{',' * (len(shape) == 1)}), got {array.shape}")
+    if array.dtype.kind != "f":
+        raise ValueError(f"{name} must be numbers of floating point, got {array.dtype}")
+    return array
 
 
 def _ordered(rows: np.ndarray, cell: Cell, order: str) -> Tensor:
@@ -238,10 +257,8 @@ def _ordered(rows: np.ndarray, cell: Cell, order: str) -> Tensor:
     return torch.from_numpy(np.concatenate([blocks[g] for g in cell.gates]))
 
 
-def _module(
-    cell: Cell, inputs: int, hidden: int, state: Mapping[str, Tensor], bias: bool, **options: Any
-) -> torch.nn.Module:
-    dtype = state["weight_ih_l0"].dtype
+def _module(cell: Cell, hidden: int, state: Mapping[str, Tensor], bias: bool, **options: Any) -> torch.nn.Module:
+    inputs, dtype = state["weight_ih_l0"].shape[1], state["weight_ih_l0"].dtype
     make: Any = nn.Recurrent
     extra: dict[str, Any] = {"cell": cell}
     if cell in TORCHS and "recurrent_dropout" not in options:

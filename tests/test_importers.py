@@ -144,11 +144,17 @@ def test_a_whole_onnx_model(tmp_path):
     ]
     kinds = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in ("X", "h", "Y", "last")]
     graph = onnx.helper.make_graph(nodes, "model", kinds[:2], kinds[2:], initializer=constants)
+    graph.node.append(onnx.helper.make_node("Constant", [], ["numbers"], value_floats=[1.0]))
     onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
     (found,) = importers.from_onnx(str(tmp_path / "model.onnx")).items()
     assert found[0] == "Y"
     _, last = found[1](torch.from_numpy(arrays["X"]), torch.from_numpy(arrays["initial_h"]))
     torch.testing.assert_close(last.detach(), torch.from_numpy(arrays["Y_h"]), rtol=2e-5, atol=2e-6)
+    graph.node.extend([onnx.NodeProto.FromString(graph.node[1].SerializeToString()) for _ in range(2)])
+    for name, node in zip(("one", "two", "more"), [graph.node[1], *graph.node[3:]], strict=True):
+        node.name, node.output[0] = "alike", name
+    assert [*importers.from_onnx(onnx.helper.make_model(graph))] == ["alike", "two", "more"]
+    graph.node[1].name, graph.node[1].output[0] = "", "Y"
     del graph.initializer[:]
     with pytest.raises(ValueError, match="node Y: W must be an initializer"):
         importers.from_onnx(onnx.helper.make_model(graph))
@@ -183,6 +189,11 @@ WRONG = {
         "got 'Cosh'",
     ),
     "onnx activations": (lambda: importers.from_onnx_arrays(**onnx_arrays(activations=["Tanh"])), "must be 3 names"),
+    "units": (lambda: importers.from_keras(*keras_spec(units=7)), r"kernel must have shape \(any, 28\)"),
+    "serialized layer": (lambda: importers.from_keras({"class_name": "LSTM"}, []), "got class_name"),
+    "whole numbers": (lambda: importers.from_onnx_arrays(**onnx_arrays(W=np.ones((1, 16, 3), int))), "got int64"),
+    "onnx dimensions": (lambda: importers.from_onnx_arrays(**onnx_arrays(R=3)), r"\(1, any, any\), got \(\)"),
+    "names of activations": (lambda: importers.from_onnx_arrays(**onnx_arrays(activations=[1, 2, 3])), "got 1"),
     "attribute": (lambda: importers.from_onnx_arrays(**onnx_arrays(linear_before_reset=1)), "got linear_before_reset"),
 }  # fmt: skip
 
@@ -192,6 +203,40 @@ def test_what_cannot_be_taken_is_said(what):
     function, words = WRONG[what]
     with pytest.raises(ValueError, match=words):
         function()
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda: importers.from_keras("LSTM"), "layer must be a Keras layer, or a dict .* got 'LSTM'"),
+        (lambda: importers.from_keras(keras_spec()[0]), "weights must be the arrays of get_weights"),
+        (lambda: importers.from_onnx(b"a model"), "model must be an onnx.ModelProto or the path of one, got bytes"),
+    ],
+)
+def test_what_is_no_layer_is_said(function, words):
+    pytest.importorskip("onnx")
+    with pytest.raises(TypeError, match=words):
+        function()
+
+
+def test_weights_may_be_tensors():
+    layer, weights = keras_spec()
+    ours = importers.from_keras(layer, [torch.from_numpy(w).requires_grad_() for w in weights])
+    assert torch.equal(ours.weight_hh_l0, importers.from_keras(layer, weights).weight_hh_l0)
+
+
+def test_activations_may_have_constants_in_an_array():
+    given = [
+        importers.from_onnx_arrays(
+            **onnx_arrays(activations=["HardSigmoid", "Tanh", "Tanh"], activation_alpha=values, activation_beta=values)
+        )
+        for values in (np.array([0.3, 0.4]), [0.3, 0.4])
+    ]
+    assert given[0].cell is given[1].cell
+
+
+def test_time_comes_first_where_keras_says_so():
+    assert not importers.from_keras(*keras_spec(time_major=True)).batch_first
 
 
 def test_a_dropout_of_inputs_is_left_out_with_a_warning():
@@ -235,5 +280,5 @@ def test_keras_layers_that_none_here_is_like(config, message):
 
 def test_a_bias_of_another_kind_of_gru_is_refused():
     arrays = [np.ones(s, np.float32) for s in ((4, 9), (3, 9), (9,))]
-    with pytest.raises(ValueError, match="bias must have 2 dimension"):
+    with pytest.raises(ValueError, match=r"bias with reset_after=True must have shape \(2, 9\), got \(9,\)"):
         importers.from_keras({"class_name": "GRU", "config": {"units": 3, "reset_after": True}}, arrays)
