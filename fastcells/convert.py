@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.modules import rnn as original  # the classes themselves: torch.nn.LSTM may be one of ours by now
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import subclass
@@ -103,7 +104,9 @@ def _obstacle(module: torch.nn.Module, kind: type, classes: Mapping[type, type])
     if isinstance(module, Recurrent):
         return f"already {_described(kind)}" if classes is DROP_IN else "torch.nn has no layer of any cell"
     if not isinstance(module, tuple(DROP_IN)):
-        return None
+        known = ", ".join(kind.__name__ for kind in DROP_IN)
+        recurrent = isinstance(module, (original.RNNBase, original.RNNCellBase))
+        return f"{_described(kind)} is none of torch.nn's {known}, nor a subclass" if recurrent else None
     if classes is BACK and isinstance(module, OverTime) and module._random():
         return "torch.nn has no recurrent_dropout, zoneout or weight_dropout"
     ours = issubclass(kind, DropIn)

@@ -63,6 +63,10 @@ class OwnWeights(torch.nn.LSTM):
         return super().forward(x)
 
 
+class OwnKind(torch.nn.RNNCellBase):
+    pass
+
+
 class OwnCheck(torch.nn.LSTM):
     def check_forward_args(self, *_):
         pass
@@ -233,6 +237,15 @@ def test_subclasses_that_are_left(kind, reason):
     report = revert(model)
     assert list(report.swapped) == ["plain"]
     assert list(report.left) == ["own"]
+
+
+def test_recurrent_modules_of_other_kinds_are_left():
+    model = torch.nn.Sequential(torch.nn.RNNBase("LSTM", 3, 4), OwnKind(3, 4, True, 1))
+    for switch in (convert, revert):
+        report = switch(model)
+        assert not report.swapped
+        assert report.left["0"].startswith("torch.nn.modules.rnn.RNNBase is none of torch.nn's RNN, LSTM, GRU")
+        assert report.left["1"].startswith("test_convert.OwnKind is none of")
 
 
 def test_replaced_forward_is_left():
