@@ -47,9 +47,11 @@ def export(model: torch.nn.Module, args: tuple = (), f: Any = None, **options: A
     as dynamic_shapes, input_names, opset_version. Returns the `torch.onnx.ONNXProgram`. Layers called with `lengths`
     keep them as an input; a padded input of any number of steps and sequences needs dynamic_shapes, as ever.
 
-    Raises ModuleNotFoundError without the packages onnx and onnxscript, and torch's own errors; `nn.NotExported`, a
-    RuntimeError, for a layer called with a PackedSequence, reset or reverse.
+    Raises ModuleNotFoundError without the packages onnx and onnxscript, ValueError for dynamo=False, and torch's own
+    errors; `nn.NotExported`, a RuntimeError, for a layer called with a PackedSequence, reset or reverse.
     """
+    if not options.pop("dynamo", True):
+        raise ValueError("dynamo must be True: torch's older exporter has no notion of the layers' operation")
     table = {**translation_table(), **(options.pop("custom_translation_table", None) or {})}
     try:
         return torch.onnx.export(model, args, f, custom_translation_table=table, dynamo=True, **options)

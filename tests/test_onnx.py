@@ -135,6 +135,14 @@ def test_a_cell_with_inputs_of_its_own():
     check(run(*args), (y, *finals))
 
 
+def test_which_exporter_may_be_said():
+    layer, x = nn.GRU(4, 6), torch.randn(5, 3, 4)
+    run, _ = export(layer, x, dynamo=True)
+    check(run(x), layer(x))
+    with pytest.raises(ValueError, match="dynamo must be True"):
+        fastcells.onnx.export(layer, (x,), dynamo=False)
+
+
 @pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
 def test_single_steps(kind):
     torch.manual_seed(0)
