@@ -113,7 +113,7 @@ class Stream:
             address = given.data_ptr()
             # The last step's output, which this one overwrites; or zeros that have no memory.
             if self._output_at <= address < self._output_end or not address:
-                given = self._input.copy_(x)
+                given = self._input.copy_(x.detach())
         else:
             raise TypeError(f"x must be a Tensor or a NumPy array, got {type(x).__name__}")
         if not self._step(given, *self._tensors):

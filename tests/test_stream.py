@@ -447,6 +447,9 @@ def test_wrong_use_of_a_stream():
         stream([0.0] * 5)
     with pytest.raises(ValueError, match="state must be of shapes"):
         stream.state = torch.zeros(1, 1, 7)
+    stream._step = lambda *_: None  # as where it is under way
+    with pytest.raises(RuntimeError, match="a stream takes one step at a time"):
+        stream(torch.randn(1, 5))
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="a stream cannot be copied or pickled"):
             copied(stream)
