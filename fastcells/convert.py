@@ -60,6 +60,11 @@ def revert(model: torch.nn.Module) -> Conversion:
     return _switch(model, BACK)
 
 
+def left(module: torch.nn.Module) -> str | None:
+    """Why `convert` would leave a recurrent module as it is, or None where it would not."""
+    return _obstacle(module, _kind(module), DROP_IN)
+
+
 def _switch(model: torch.nn.Module, classes: Mapping[type, type]) -> Conversion:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.modules import rnn as original
 
 from .cell import Cell
+from .convert import left
 from .cpu.layer import Sequences, planned, suited
 from .dropin import Call, DropIn, Mistake, NotTaken
 from .functional import Parameters, observer, witness
@@ -41,7 +42,11 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None, **options: Any)
     """
     name = repr(module)
     if isinstance(module, (original.RNNBase, original.RNNCellBase)) and not isinstance(module, DropIn):
-        return Explanation(name, "torch", ("a torch.nn module: fastcells.convert would change that",))
+        reason = left(module)
+        change = (
+            "fastcells.convert would change that" if reason is None else f"fastcells.convert leaves it, as {reason}"
+        )
+        return Explanation(name, "torch", (f"a torch.nn module: {change}",))
     if not isinstance(module, DropIn):
         raise TypeError(f"explain: module must be a recurrent layer or cell, got {type(module).__name__}")
     known = signature(OverTime.forward if isinstance(module, OverTime) else DropIn.forward).parameters
