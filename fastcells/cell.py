@@ -289,13 +289,15 @@ def cell(
     Numbers and functions that it reads from outside are part of it: to change them, declare it anew.
 
     Raises TypeError for lists of names that are not text, and for what is no function; ValueError for names that are no
-    identifiers, or repeated.
+    identifiers, or repeated, and a `name` that is not text of one line.
     """
     given = {"gates": gates, "states": states, "parameters": parameters, "scalars": scalars}
     for what, text in (given | {"inputs": inputs, "step_inputs": step_inputs}).items():
         if not isinstance(text, str):
             got = f'{text!r}. Write @cell(gates="...")' if callable(text) else repr(text)
             raise TypeError(f"cell: {what} must be a str of names separated by spaces, got {got}")
+    if name is not None and not (isinstance(name, str) and name.isprintable()):
+        raise ValueError(f"cell: name must be printable text of one line, got {name!r}")
     initial = dict(_first_value(word) for word in f"{parameters} {scalars}".split() if "=" in word)
     parameters, scalars = (re.sub(r"=\S*", "", names) for names in (parameters, scalars))
     extra = {"parameters": parameters, "scalars": scalars, "inputs": inputs, "step_inputs": step_inputs}

@@ -535,3 +535,9 @@ def test_only_a_projection_that_keeps_the_size_fits_a_cell_that_uses_its_hidden_
 def test_names_of_a_cells_own_tensors_are_checked(names, words):
     with pytest.raises(ValueError, match=words):
         cell(gates="a", **names)
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "null\0", "\ud800", 5])
+def test_a_name_is_text_of_one_line(name):
+    with pytest.raises(ValueError, match="name must be printable text of one line, got "):
+        cell(gates="a", name=name)

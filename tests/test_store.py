@@ -156,6 +156,15 @@ def test_digest_covers_source_machine_and_versions():
     assert {"tile.py", "loops.py", "simd.py", "geometry.py"} <= sources
 
 
+@pytest.mark.parametrize("name", ["../outside", "a/b", "<lambda>", "long" * 100, "a b", "ü"])
+def test_a_kernel_of_any_name_is_kept_in_the_folder(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("FASTCELLS_CACHE", str(tmp_path / "cache"))
+    assert store._kept(name, "0" * 64, ".o", lambda: b"made")[0] == b"made"
+    assert store._kept(name, "0" * 64, ".o", lambda: pytest.fail("made once more")) == (b"made", 0)
+    assert [*tmp_path.iterdir()] == [tmp_path / "cache"]
+    assert len(store.stored()) == 1
+
+
 def test_import_does_not_bring_numba():
     probe = "import sys, fastcells, fastcells.nn; print('numba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120)

@@ -84,11 +84,13 @@ def _digest(*description: str) -> str:
 
 
 def _obtain(name: str, digest: str, make: Callable[[], Callable]) -> Kernel:
-    return _load(name, *_kept(f"{name}-{digest[:32]}.o", lambda: compile_object(make())))
+    return _load(name, *_kept(name, digest, ".o", lambda: compile_object(make())))
 
 
-def _kept(file: str, make: Callable[[], bytes]) -> tuple[bytes, float]:
+def _kept(name: str, digest: str, suffix: str, make: Callable[[], bytes]) -> tuple[bytes, float]:
     """What a file in the cache holds, or else what is made now, and kept there; and the seconds that making it took."""
+    plain = re.sub(r"[^A-Za-z0-9_]", "_", name)[:100]  # names are anything that can be printed
+    file = f"{plain}-{digest[:32]}{suffix}"
     for folder in folders():
         if (found := _read(folder / file)) is not None:
             return found, 0.0
@@ -183,7 +185,7 @@ def _lowered(function: Callable, symbol: str, calls: str = "") -> Any:
 def _bitcode(function: Callable) -> bytes:
     """Of what kernels of many programs have in common."""
     name = function.__name__
-    code, _ = _kept(f"{name}-{_digest(name)[:32]}.bc", lambda: _lower(function).as_bitcode())
+    code, _ = _kept(name, _digest(name), ".bc", lambda: _lower(function).as_bitcode())
     return code
 
 
