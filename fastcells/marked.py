@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cell import Cell, Names, Recurrent, cell
+from .cell import Cell, Names, Recurrent
 from .expression import less, where
 from .functional import Parameters, unchecked_layer
 from .ragged import left
@@ -25,20 +25,12 @@ GO_ON, RETURN, PAST_END = 1.0, 0.0, -1.0
 
 @lru_cache(maxsize=256)
 def marked(base: Cell, zero: bool, padded: bool) -> Cell:
-    """The cell that begins a step from its states `from_h` and so on, and leaves there what the next one begins from:
-    as the `mark` says, what the base's step led to, or what is given as `first_h` and so on (zero: zeros), or, past a
+    """The cell that begins a step from its states `_from_h` and so on, and leaves there what the next one begins from:
+    as the `_mark` says, what the base's step led to, or what is given as `_first_h` and so on (zero: zeros), or, past a
     sequence's end (padded), what was there. The hidden state is the base's, and zero past the end."""
-    entering, first = ([f"{kind}_{name}" for name in base.states] for kind in ("from", "first"))
+    # No name that a declared cell may give to anything begins so.
+    entering, first = ([f"_{kind}_{name}" for name in base.states] for kind in ("from", "first"))
 
-    @cell(
-        " ".join(base.gates),
-        " ".join([base.states[0], *entering]),
-        f"{base.name}_marked",
-        parameters=" ".join(base.parameters),
-        scalars=" ".join(base.scalars),
-        inputs=" ".join([*base.inputs, *([] if zero else first)]),
-        step_inputs=" ".join([*base.step_inputs, "mark"]),
-    )
     def step(x: Any, u: Any, s: Any, p: Any) -> tuple:
         before = [getattr(s, name) for name in entering]
         u = Names(**{g: Recurrent(product, before[0]) for g, product in vars(u).items()})
@@ -46,12 +38,14 @@ def marked(base: Cell, zero: bool, padded: bool) -> Cell:
         new = base(x, u, s, *([p] if base.own or base.fed else []))
         new = new if isinstance(new, (tuple, list)) else (new,)
         to = [0.0 if zero else getattr(p, name) for name in first]
-        goes_on, there = less((GO_ON + RETURN) / 2, p.mark), less((RETURN + PAST_END) / 2, p.mark)
+        goes_on, there = less((GO_ON + RETURN) / 2, p._mark), less((RETURN + PAST_END) / 2, p._mark)
         if padded:
             to = [where(there, t, old) for t, old in zip(to, before, strict=True)]
         return where(there, new[0], 0.0) if padded else new[0], *map(where, [goes_on] * len(to), new, to)
 
-    return step
+    states, inputs = (base.states[0], *entering), (*base.inputs, *([] if zero else first))
+    own = base.parameters, base.scalars
+    return Cell(step, f"{base.name}_marked", base.gates, states, *own, inputs, (*base.step_inputs, "_mark"))
 
 
 class Marked:

@@ -549,6 +549,10 @@ class Recurrent(OverTime):
         self._shapes = weight_shapes(len(cell.gates), *sizes, bias, num_layers, 1 + bool(bidirectional), recurrent, own)
         for directions in self._shapes:
             for name, shape in (item for items in directions for item in items if item):
+                if name in self._parameters:
+                    raise ValueError(
+                        f"cell {cell.name}: no parameter of its own may be named as the layer's, got {name}"
+                    )
                 self.register_parameter(name, torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
 

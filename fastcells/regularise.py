@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
 
-from .cell import Cell, Names, Recurrent, cell, registered
+from .cell import Cell, Names, Recurrent, registered
 from .dynamo import constant
 from .expression import less, where
 from .functional import Parameters, unchecked_layer
@@ -78,8 +78,7 @@ class Dropping(Base):
             sizes = len(parameters), call.batch.size, self.hidden_size
             return layer(cell, x, states, parameters, batch_sizes, masks(x, sizes, *rates), **options)
 
-        mask = "recurrent_mask" if self.recurrent_dropout else ""
-        call = call._replace(cell=masked(call.cell.key, mask, zoned))
+        call = call._replace(cell=masked(call.cell.key, bool(self.recurrent_dropout), zoned))
         return super()._run(input, call, regularised, return_cell_states)
 
     def _thinned(self, parameters: Parameters) -> Parameters:
@@ -95,34 +94,27 @@ def _rate(name: str, rate: Any) -> float:
 
 
 @constant
-def masked(key: str, mask: str, zoned: tuple[str, ...]) -> Cell:
-    """The cell of that key, whose products take in an input named `mask` times their vector (Gal & Ghahramani 2016), if
-    there is one, and whose states named in zoned stay as they were where `zoneout_<state>` is 1 (Krueger et al. 2017).
+def masked(key: str, dropped: bool, zoned: tuple[str, ...]) -> Cell:
+    """The cell of that key, whose products, if dropped, take in an input `_mask` times their vector (Gal & Ghahramani
+    2016), and whose states named in zoned stay as they were where `_zoneout_<state>` is 1 (Krueger et al. 2017).
     """
-    return _masked(registered(key), mask, zoned)
+    return _masked(registered(key), dropped, zoned)
 
 
 @lru_cache(maxsize=256)
-def _masked(base: Cell, mask: str, zoned: tuple[str, ...]) -> Cell:
-
-    @cell(
-        " ".join(base.gates),
-        " ".join(base.states),
-        f"{base.name}_masked",
-        parameters=" ".join(base.parameters),
-        scalars=" ".join(base.scalars),
-        inputs=mask,
-        step_inputs=" ".join(f"zoneout_{state}" for state in zoned),
-    )
+def _masked(base: Cell, dropped: bool, zoned: tuple[str, ...]) -> Cell:
     def step(x: Any, u: Any, s: Any, p: Any) -> tuple:
-        if mask:
-            hidden, kept = getattr(s, base.states[0]), getattr(p, mask)
-            u = Names(**{g: Recurrent(partial(_dropped, product, kept), hidden) for g, product in vars(u).items()})
+        if dropped:
+            hidden = getattr(s, base.states[0])
+            u = Names(**{g: Recurrent(partial(_dropped, product, p._mask), hidden) for g, product in vars(u).items()})
         new = base(x, u, s, *([p] if base.own else []))
         new = new if isinstance(new, (tuple, list)) else (new,)
         return tuple(_zoned(p, n, getattr(s, n), v) if n in zoned else v for n, v in zip(base.states, new, strict=True))
 
-    return step
+    # No name that a declared cell may give to anything begins so.
+    inputs, step_inputs = ("_mask",) if dropped else (), [f"_zoneout_{state}" for state in zoned]
+    own = base.parameters, base.scalars
+    return Cell(step, f"{base.name}_masked", base.gates, base.states, *own, inputs, step_inputs)
 
 
 def _dropped(product: Any, mask: Any, vector: Any) -> Any:
@@ -130,7 +122,7 @@ def _dropped(product: Any, mask: Any, vector: Any) -> Any:
 
 
 def _zoned(p: Any, name: str, old: Any, new: Any) -> Any:
-    return where(less(0.5, getattr(p, f"zoneout_{name}")), old, new)
+    return where(less(0.5, getattr(p, f"_zoneout_{name}")), old, new)
 
 
 def masks(like: Tensor, sizes: tuple[int, int, int], dropout: float, zoneout: tuple[float, ...]) -> list[Tensor]:

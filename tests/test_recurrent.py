@@ -489,6 +489,38 @@ def test_wrong_options_and_calls_name_what_is_wrong(what):
 # Cells of one's own
 
 
+def scaled(names):
+    """A cell with parameters of these names."""
+
+    @cell(gates="a", parameters=" ".join(names))
+    def step(x, u, s, p):
+        h = tanh(x.a + u.a)
+        for name in names:
+            h = h * getattr(p, name)
+        return h
+
+    return step
+
+
+@pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"])
+def test_an_own_parameter_with_the_name_of_the_layers_is_refused(name):
+    with pytest.raises(ValueError, match=f"may be named as the layer's, got {name}_l0"):
+        make(scaled([name]), proj_size=2)
+
+
+def test_any_other_name_is_free_for_an_own_parameter():
+    """Also those of what lengths, resets, zoneout and dropout feed to the cell."""
+    names = ["mark", "first_h", "from_h", "mask", "recurrent_mask", "zoneout_h"]
+    x, hx = data(make(scaled("abcdef")))
+    reset = torch.arange(T)[:, None] == torch.tensor([2, 0, 4])
+    calls = [{}, {"lengths": [5, 2, 3]}, {"reset": reset, "reset_to": 0}, {"reset": reset, "lengths": [5, 2, 3]}]
+    found = []
+    for layer in (make(scaled(own), recurrent_dropout=0.3, zoneout=0.3) for own in ("abcdef", names)):
+        torch.manual_seed(1)
+        found.append([layer(x, hx, **call) for call in calls] + [layer.eval()(x, hx, **call) for call in calls])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 @cell(gates="f z")
 def own(x, u, s):
     f = sigmoid(x.f + u.f)
