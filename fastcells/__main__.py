@@ -115,7 +115,7 @@ def run_profile(arguments: argparse.Namespace) -> None:
         inputs = arguments.input or arguments.hidden
         try:
             module = make(inputs, arguments.hidden, dtype=dtype, **options)
-        except (ValueError, TypeError) as error:  # a projection that the cell cannot have, a cell that is wrong
+        except (ValueError, TypeError) as error:  # such as a projection that the cell cannot have
             arguments.fail(str(error).partition("\n")[0])
         x: Any = torch.randn(steps, arguments.batch, inputs, dtype=dtype)
         lengths = torch.randint(max(1, steps // 4), steps + 1, (arguments.batch,))
@@ -132,8 +132,7 @@ def run_profile(arguments: argparse.Namespace) -> None:
         print(json.dumps({"machine": machine(), "cache": cache(), **found.to_dict()}, indent=2))
         return
     print(found)
-    stored = cache()
-    print(f"  cache: {stored['kernels']} kernels in {stored['folder']}")
+    print(f"  cache: {cache_line()}")
     if arguments.plot is not None:
         print(f"plot: {arguments.plot}")
 
@@ -239,12 +238,23 @@ def processor() -> str:
 def cache() -> dict[str, Any]:
     """State of the kernel cache."""
     files = store.stored()
-    folder = files[0].parent if files else store.folders()[0]
+    try:
+        folder, refused = store.place(), None
+    except OSError as error:
+        folder, refused = store.folders()[0], str(error)
     return {
-        "folder": str(folder),
+        "folder": str(next((f.parent for f in files), folder)),
         "kernels": len([f for f in files if f.suffix == ".o"]),
-        "bytes": sum(f.stat().st_size for f in files),
+        "bytes": sum(files.values()),
+        "refused": refused,  # why no more is kept
     }
+
+
+def cache_line() -> str:
+    """The same in words."""
+    state = cache()
+    line = f"{state['folder']}: {state['kernels']} kernels, {quantity(state['bytes'], 1024)}B"
+    return line if state["refused"] is None else f"{line}; nothing more is kept ({state['refused']})"
 
 
 def run_info(arguments: argparse.Namespace) -> None:
@@ -272,8 +282,7 @@ def run_info(arguments: argparse.Namespace) -> None:
         ("multiply-adds", ", ".join(f"{quantity(v)}FLOP/s {k}" for k, v in facts["peak_flops"].items())),
         ("bandwidth", ", ".join(f"{quantity(v)}B/s {k}" for k, v in facts["bandwidth"].items())),
         ("threads", f"{threads}, of {facts['team_library'] or 'no OpenMP library: kernels run on the calling thread'}"),
-        ("cache", f"{facts['cache']['folder']}: {facts['cache']['kernels']} kernels, "
-         f"{quantity(facts['cache']['bytes'], 1024)}B"),
+        ("cache", cache_line()),
         ("versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())),
     ]  # fmt: skip
     print("\n".join(table(rows)))
@@ -356,7 +365,17 @@ def run_warmup(arguments: argparse.Namespace) -> None:
     wants = warmup.wanted(arguments.cells, dtypes, arguments.projection, arguments.hidden)
     for name, seconds in warmup.run(wants):
         print(f"{name:36} {compiled(seconds)}", flush=True)
+        if seconds:
+            check_kept()
     print(f"kept in {cache()['folder']}")
+
+
+def check_kept() -> None:
+    """Ends the program where nothing that is compiled is kept."""
+    try:
+        store.place()
+    except OSError as error:
+        sys.exit(f"no kernel is kept: {error}")
 
 
 def add_clear(commands: Any) -> None:
@@ -366,13 +385,12 @@ def add_clear(commands: Any) -> None:
 
 
 def run_clear(arguments: argparse.Namespace) -> None:
-    size = cache()["bytes"]
     try:
         gone = store.clear()
     except OSError as error:
         sys.exit(f"cannot delete {error.filename}: {error.strerror}")
     where = ", ".join(sorted({str(f.parent) for f in gone})) or str(store.folders()[0])
-    print(f"deleted {len(gone)} files of kernels, {size / 1024:.0f} KiB, in {where}")
+    print(f"deleted {len(gone)} files of kernels, {sum(gone.values()) / 1024:.0f} KiB, in {where}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

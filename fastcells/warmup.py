@@ -16,28 +16,41 @@ from .cell import Cell
 from .cpu import again, engine, script, store, team
 from .cpu import layer as cpu
 from .cpu.host import host
+from .derivation import build
 
 CELLS = {name: cell for name, cell in vars(cells).items() if isinstance(cell, Cell)}
 
 
 def find_cell(name: str, names: Sequence[str] = tuple(CELLS)) -> Cell:
     """A built-in cell by name, or another one by MODULE:NAME. names: to choose from, for the message. Raises ValueError
-    where there is none."""
+    where there is none, or one that is wrong."""
     if name in CELLS:
         return CELLS[name]
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ValueError(f"invalid choice: {name!r} (choose from {', '.join(names)}, or give MODULE:NAME)")
+    if module.startswith("."):
+        raise ValueError(f"{name!r} must have the whole name of a module, as in package.module:NAME")
     sys.path.insert(0, "")  # as python -c: modules of the current folder
     try:
         found = getattr(importlib.import_module(module), attribute, None)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"cannot import {module!r}: {error}") from error
+    except Exception as error:  # whatever somebody's module does
+        raise ValueError(f"cannot import {module!r}: {_in_a_line(error)}") from error
     finally:
         sys.path.remove("")
+    if found is None:
+        raise ValueError(f"{name!r} must name a Cell, but there is no {attribute!r} in {module}")
     if not isinstance(found, Cell):
         raise ValueError(f"{name!r} must name a Cell, got {type(found).__name__}")
+    try:
+        build(found, False)
+    except Exception as error:  # whatever somebody's function does
+        raise ValueError(_in_a_line(error)) from error
     return found
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class Wanted(NamedTuple):
@@ -106,4 +119,7 @@ def run(wants: Sequence[Wanted]) -> Iterator[tuple[str, float]]:
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with ProcessPoolExecutor(min(processors, len(wants)), context) as pool:
         futures = [pool.submit(obtain, want) for want in wants]
-        yield from (future.result() for future in as_completed(futures))
+        try:
+            yield from (future.result() for future in as_completed(futures))
+        finally:  # whoever has enough does not wait for the rest
+            pool.shutdown(cancel_futures=True)

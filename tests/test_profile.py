@@ -342,6 +342,9 @@ def test_text(quick, capsys):
         ("profile lstm --hidden 4 --proj-size 5", "proj_size"),
         ("profile no_such_module:mine", "no_such_module"),
         ("profile fastcells.cells:sigmoid", "Cell"),
+        ("profile fastcells.cells:nothing", "no 'nothing' in fastcells.cells"),
+        ("profile .cells:lstm", "the whole name of a module"),
+        ("warmup .cells:lstm", "the whole name of a module"),
         ("profile lstm --hidden 1000000 --batch 1000000", "memory"),
         ("warmup lstm transformer", "CELL"),
         ("warmup no_such_module:mine", "no_such_module"),
@@ -357,6 +360,37 @@ def test_bad_arguments_get_one_line_and_status_2(capsys, line, named):
     assert (stop.value.code, out) == (2, "")
     assert err.count("\n") == 1
     assert named in err
+
+
+OWN = """
+from fastcells import cell
+
+@cell(gates="a")
+def branching(x, u, s):
+    return x.a if x.a > 0 else u.a
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (OWN, r"cell branching: .*/own\.py:6: return x\.a if"),
+        ("1 / 0", "import 'own': ZeroDivisionError"),
+        ("(", r"\(own\.py, line 1\)"),
+    ],
+    ids=["branching", "failing", "no Python"],
+)
+@pytest.mark.parametrize("command", ["profile", "warmup"])
+def test_a_module_or_cell_that_is_wrong_gets_one_line(command, text, named, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        main([command, "own:branching"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert err.count("\n") == 1
+    assert re.search(named, err)
 
 
 def test_a_plot_without_matplotlib(capsys, monkeypatch):
@@ -429,14 +463,41 @@ def test_the_life_of_a_cache(tmp_path, monkeypatch, capsys, quick):
     assert capsys.readouterr().out.startswith("deleted 0 files")
 
 
+UNFIT = {
+    "of others": lambda path: (path.mkdir(), path.chmod(0o775)),
+    "a file": lambda path: path.touch(),
+    "in a file": lambda path: path.parent.joinpath("cache").symlink_to("/dev/null/cache"),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_a_cache_that_keeps_nothing_is_said_to(what, quick, tmp_path, monkeypatch, capsys):
+    cache = tmp_path / "cache"
+    UNFIT[what](cache)
+    monkeypatch.setenv("FASTCELLS_CACHE", str(cache))
+    monkeypatch.setattr(warmup, "run", lambda wants: iter([("driver", 0.1)]))
+    with pytest.raises(SystemExit, match=rf"^no kernel is kept: {cache}: [^:]+$"):
+        main(["warmup", "lstm"])
+    capsys.readouterr()
+    main(["info"])
+    assert re.search(rf"{cache}: 0 kernels, 0 B; nothing more is kept \({cache}: [^:]+\)\n", capsys.readouterr().out)
+
+
+def test_kernels_that_are_there_need_no_folder_to_write_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FASTCELLS_CACHE", "/dev/null/cache")
+    monkeypatch.setattr(warmup, "run", lambda wants: iter([("driver", 0)]))
+    main(["warmup", "lstm"])
+    assert "stored" in capsys.readouterr().out
+
+
 def test_clearing_leaves_folders_that_others_may_write_to(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTCELLS_CACHE", str(tmp_path))
     file = tmp_path / f"kernel-{'0' * 32}.o"
     file.write_bytes(b"")
     tmp_path.chmod(0o777)
-    assert store.clear() == []
+    assert store.clear() == {}
     tmp_path.chmod(0o700)
-    assert store.clear() == [file]
+    assert [*store.clear()] == [file]
 
 
 def test_what_is_profiled_computes_the_same_afterwards():

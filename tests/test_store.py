@@ -1,6 +1,7 @@
 """Kernels between processes: the store of object code, and everything that may be wrong with its folder."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -92,7 +93,9 @@ def test_a_home_that_cannot_be_written_to(tmp_path):
     assert finish(start("3", **home))[0] == "3 True True"
     assert finish(start("3", **home))[0] == "3 False False"
     nowhere = {**home, "TMPDIR": "/proc", "FASTCELLS_CACHE": "/proc/fastcells"}
-    assert finish(start("3", **nowhere))[0] == "3 True True"
+    out, err = finish(start("3", **nowhere))
+    assert out == "3 True True"
+    assert re.fullmatch(r"fastcells: compiling kernels, which are not kept \(/proc/fastcells: .+\)", err)
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
@@ -102,18 +105,34 @@ def test_a_full_disk(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store.os, "replace", full)
-    assert not store._write(tmp_path / "kernel.o", b"code")
+    monkeypatch.setenv("FASTCELLS_CACHE", str(tmp_path))
+    with pytest.raises(OSError, match="No space left"):
+        store._write(tmp_path / "kernel.o", b"code")
+    assert store._kept("kernel", "0" * 64, ".o", lambda: b"code")[0] == b"code"
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="folders have no owner on this system")
 def test_code_is_not_loaded_from_a_folder_that_others_may_write_to(tmp_path):
     path = tmp_path / "kernel.o"
-    assert store._write(path, b"code")
+    store._write(path, b"code")
     assert store._read(path) == b"code"
     tmp_path.chmod(0o777)
     assert store._read(path) is None
-    assert not store._write(path, b"code")
+    with pytest.raises(PermissionError, match="others own it or may write to it"):
+        store._write(path, b"code")
+
+
+def test_files_that_are_not_there_any_more(tmp_path, monkeypatch):
+    """A link to nowhere is deleted as other files are; what another process deletes meanwhile is none."""
+    monkeypatch.setenv("FASTCELLS_CACHE", str(tmp_path))
+    link = tmp_path / f"kernel-{'0' * 32}.o"
+    link.symlink_to("/nowhere")
+    assert [*store.stored()] == [link]
+    assert [*store.clear()] == [link]
+    assert [*tmp_path.iterdir()] == []
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter([link]))
+    assert store.stored() == store.clear() == {}
 
 
 WIDE = {

@@ -11,6 +11,7 @@ FASTCELLS_QUIET=1, no line on stderr while compiling.
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import importlib.metadata
 import os
@@ -20,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -98,7 +100,8 @@ def _kept(name: str, digest: str, suffix: str, make: Callable[[], bytes]) -> tup
     _announce()
     made = make()
     for folder in folders():
-        if _write(folder / file, made):
+        with suppress(OSError):
+            _write(folder / file, made)
             break
     return made, time.perf_counter() - began
 
@@ -106,7 +109,11 @@ def _kept(name: str, digest: str, suffix: str, make: Callable[[], bytes]) -> tup
 @lru_cache  # one line a process
 def _announce() -> None:
     if os.environ.get("FASTCELLS_QUIET", "") in ("", "0") and sys.stderr is not None:
-        print(f"fastcells: compiling kernels, once (kept in {folders()[0]})", file=sys.stderr, flush=True)
+        try:
+            kept = f"once (kept in {place()})"
+        except OSError as error:
+            kept = f"which are not kept ({error})"
+        print(f"fastcells: compiling kernels, {kept}", file=sys.stderr, flush=True)
 
 
 # ---- compiling ----
@@ -243,14 +250,35 @@ def folders() -> list[Path]:
     return [Path(base) / "fastcells", Path(tempfile.gettempdir()) / f"fastcells-{user}"]
 
 
-def stored() -> list[Path]:
-    """The files in all folders, of this version and of others."""
-    trusted = [folder for folder in folders() if folder.is_dir() and _trusted(folder)]
-    return [file for folder in trusted for file in sorted(folder.iterdir()) if FILE.fullmatch(file.name)]
+def place() -> Path:
+    """The folder that new object code is stored in. Raises OSError where there is none: what is wrong with each."""
+    wrong = []
+    for folder in folders():
+        probe = folder / ".probe"
+        try:
+            _write(probe, b"")
+            probe.unlink(missing_ok=True)
+            return folder
+        except OSError as error:
+            wrong.append(f"{folder}: {error.strerror}")
+    raise OSError("; ".join(wrong))
 
 
-def clear() -> list[Path]:
-    """Delete all that is stored; the files that are gone. Those in use stay in memory. Raises OSError as `unlink`."""
+def stored() -> dict[Path, int]:
+    """The files in all folders, of this version and of others, and their bytes."""
+    found = {}
+    for folder in folders():
+        with suppress(OSError):
+            files = sorted(folder.iterdir()) if _trusted(folder) else []
+            for file in files:
+                if FILE.fullmatch(file.name):
+                    with suppress(FileNotFoundError):  # another process may delete it meanwhile
+                        found[file] = file.lstat().st_size
+    return found
+
+
+def clear() -> dict[Path, int]:
+    """Delete all that is stored; what is gone. Those in use stay in memory. Raises OSError as `unlink`."""
     gone = stored()
     for file in gone:
         file.unlink(missing_ok=True)
@@ -277,20 +305,16 @@ def _read(path: Path) -> bytes | None:
     return code if hashlib.sha256(code).digest() == check else None
 
 
-def _write(path: Path, code: bytes) -> bool:
-    """Store an object so that no other process ever sees half of it. False where it cannot be stored."""
+def _write(path: Path, code: bytes) -> None:
+    """Store an object so that no other process ever sees half of it. Raises OSError where it cannot be stored."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not _trusted(path.parent):
+        raise PermissionError(errno.EPERM, "others own it or may write to it (chmod go-w)")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not _trusted(path.parent):
-            return False
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as f:
-                f.write(hashlib.sha256(code).digest() + code)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError:
-        return False
-    return True
+        with os.fdopen(handle, "wb") as f:
+            f.write(hashlib.sha256(code).digest() + code)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
