@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial, partialmethod
 from itertools import pairwise
 
@@ -242,7 +243,7 @@ def test_windows_know_nothing_of_the_validation_part(name):
     np.testing.assert_allclose(
         windows.in_unit(windows.inputs[3, :, 0]), given.values[3 : 3 + given.window], rtol=1e-5, atol=1e-4
     )
-    later = series.Series(given.name, given.values.copy(), given.times, "", "", "", given.window)
+    later = replace(given, values=given.values.copy())
     later.values[windows.split :] *= 10
     assert torch.equal(series.Windows(later).inputs[: windows.training], training)
 
@@ -454,6 +455,29 @@ def test_all_writes_one_table(quick, tmp_path, monkeypatch, capsys):
     assert all((tmp_path / f"{name}.png").exists() for name in few)
 
 
+@pytest.mark.parametrize("name", ["forecast", "compare"])
+@pytest.mark.parametrize(("data", "named"), [("co2", "CO2"), ("sine", "sine"), ("sunspots", "sunspots")])
+def test_table_names_the_series(name, data, named, tmp_path):
+    table = tmp_path / "new" / "table.md"
+    given = {"data": data, "plot": tmp_path / "a.png", "table": table, "epochs": 1, "layer": "torch"}
+    main(["tasks", name, *(word for option, value in given.items() for word in (f"--{option}", str(value)))])
+    assert named in table.read_text().splitlines()[-1].split("|")[2]
+
+
+def test_a_table_is_not_written_into_what_is_no_text(tmp_path, capsys):
+    path = tmp_path / "table.md"
+    path.write_bytes(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        main(["tasks", "sum", "--plot", str(tmp_path / "a.png"), "--table", str(path)])
+    assert "is no text in UTF-8" in capsys.readouterr().err
+    assert path.read_bytes() == b"\x89PNG"
+
+
+def test_a_layer_named_twice_trains_once(quick, tmp_path, capsys):
+    main(["tasks", "sum", "--epochs", "1", *["--layer", "torch"] * 2, "--plot", str(tmp_path / "a.png")])
+    assert "speed-up" not in capsys.readouterr().out
+
+
 def test_table_goes_between_its_marks(tmp_path):
     path = tmp_path / "README.md"
     other = "".join(show.marks("other"))
@@ -491,6 +515,10 @@ def test_without_a_name_the_tasks_are_listed(capsys):
         (["tasks", "sentiment", "--data", "sine"], "--data"),
         (["tasks", "forecast", "--data", "cosine"], "cosine"),
         (["tasks", "all", "--data", "sine"], "--data"),
+        (["tasks", "states", "--text", " "], "--text"),
+        (["tasks", "sum", "--table", "/dev/null/table.md"], "--table"),
+        (["tasks", "sum", "--table", "."], "--table"),
+        (["tasks", "integrations", "--table", "/dev/null/table.md"], "--table"),
     ],
     ids=" ".join,
 )

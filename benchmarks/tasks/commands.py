@@ -104,14 +104,16 @@ def run(arguments: argparse.Namespace) -> int | None:
         name: folder / f"{name}.png" if folder else arguments.plot or Path(f"results/{name}.png") for name in names
     }
     for path in files.values():
-        _check_plot(arguments, path)
+        check_plot(arguments, path)
+    check_table(arguments)
     options = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
     if everything and options:
         arguments.fail(f"argument --{next(iter(options))}: not for all tasks")
+    if not everything or arguments.cell is not None:
+        for name in names:
+            _check_options(arguments, name, options)
     began, rows, missing = perf_counter(), [], 0
     for name in names:
-        if not everything or arguments.cell is not None:
-            _check_options(arguments, name, options)
         try:
             rows.append(run_one(console, name, arguments, options, files[name]))
         except ModuleNotFoundError as error:
@@ -135,9 +137,14 @@ def run_one(
     """Train one task or study with every layer, and show what came of it."""
     from benchmarks.tasks import lab, plots, show
 
-    lesson = tasks.load(name)(seed=arguments.seed, cell=arguments.cell, **options)
+    try:
+        lesson = tasks.load(name)(seed=arguments.seed, cell=arguments.cell, **options)
+    except ValueError as error:  # an option that is no choice of a few
+        arguments.fail(f"argument --{error}")
     parts = lesson.tasks if isinstance(lesson, lab.Study) else {"": lesson}
-    layers = arguments.layer or (ALL_LAYERS if arguments.name == "all" and lesson.with_reference else lesson.layers)
+    layers = list(dict.fromkeys(arguments.layer or ())) or (
+        ALL_LAYERS if arguments.name == "all" and lesson.with_reference else lesson.layers
+    )
     first = next(iter(parts.values()))
     epochs = arguments.epochs or first.epochs
     threads = "1 thread" if arguments.threads == 1 else f"{arguments.threads} threads"
@@ -178,17 +185,32 @@ def run_one(
     return show.Row(name, lesson.data_name, parts[headline], runs[headline], seconds)
 
 
-def _check_plot(arguments: argparse.Namespace, path: Path) -> None:
+def check_plot(arguments: argparse.Namespace, path: Path) -> None:
     """Refuse a file that cannot be written now, rather than after the training."""
     from benchmarks.tasks import plots
 
     if path.suffix[1:].lower() not in plots.formats():
         arguments.fail(f"argument --plot: cannot write {str(path)!r}; endings: {', '.join(sorted(plots.formats()))}")
+    _check_writable(arguments, "plot", path)
+
+
+def check_table(arguments: argparse.Namespace) -> None:
+    """The same for the table's file, which may have text around it."""
+    if arguments.table is None:
+        return
+    _check_writable(arguments, "table", arguments.table)
+    try:
+        arguments.table.read_text(encoding="utf-8")
+    except ValueError:
+        arguments.fail(f"argument --table: {str(arguments.table)!r} is no text in UTF-8")
+
+
+def _check_writable(arguments: argparse.Namespace, option: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
     except OSError as error:
-        arguments.fail(f"argument --plot: cannot write {str(path)!r}: {error.strerror}")
+        arguments.fail(f"argument --{option}: cannot write {str(path)!r}: {error.strerror}")
 
 
 def _check_options(arguments: argparse.Namespace, name: str, options: dict[str, str]) -> None:

@@ -23,7 +23,6 @@ def formula(cell: str, inputs: int, hidden: int) -> int:
 
 class Compare(lab.Study):
     options: ClassVar = {"data": series.NAMES}
-    data_name = Forecast.data_name
 
     tasks: dict[str, Forecast]  # type: ignore[assignment]
 
@@ -31,6 +30,7 @@ class Compare(lab.Study):
         cells = [cell] if cell else list(GATES)
         self.tasks = {name.upper(): Forecast(seed, name, data, layers=1) for name in cells}
         self.headline = list(self.tasks)[-1]
+        self.data_name = self.tasks[self.headline].data_name
 
     def plot(self, figure: Figure, runs: Mapping[str, Sequence[lab.Run]]) -> None:
         (losses, errors), (bars, sizes) = figure.subplots(2, 2)

@@ -53,12 +53,12 @@ class Forecast(lab.Task):
     lower_is_better = True
     cells = (*CELLS, RELU_LSTM)
     options: ClassVar = {"data": series.NAMES}
-    data_name = "sunspots (statsmodels), yearly"
 
     def __init__(self, seed: int = 0, cell: str | None = None, data: str = "sunspots", layers: int = 2) -> None:
         super().__init__(seed, cell)
         self.layers_stacked = layers
         self.series = series.load(data, seed)
+        self.data_name = self.series.source
         self.windows = windows = series.Windows(self.series)
         _, steps = self.persistence(1)
         self.baselines = {"persistence": float(np.abs(steps[0]).mean())}

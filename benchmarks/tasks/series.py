@@ -18,6 +18,7 @@ class Series:
     """Values in their own unit at equal steps of time."""
 
     name: str
+    source: str  # in a few words, for a table
     values: NDArray[np.float64]  # [T]
     times: NDArray[np.float64]  # [T]
     step: str  # what one step of time is
@@ -31,19 +32,20 @@ def load(name: str, seed: int = 0) -> Series:
     if name == "sine":
         times = np.arange(600.0)
         noise = np.random.default_rng(seed).normal(scale=0.1, size=len(times))
-        return Series("noisy sine", np.sin(2 * np.pi * times / 25) + noise, times, "step", "1", "2 periods", 50)
+        return Series(
+            "noisy sine", "a noisy sine", np.sin(2 * np.pi * times / 25) + noise, times, "step", "1", "2 periods", 50
+        )
     from statsmodels.datasets import co2, sunspots
 
     if name == "sunspots":
         table = sunspots.load_pandas().data
         values, years = table["SUNACTIVITY"].to_numpy(float), table["YEAR"].to_numpy(float)
-        return Series("sunspots, yearly, 1700 to 2008", values, years, "year", "sunspot number", "about 2 cycles", 24)
+        name, source = "sunspots, yearly, 1700 to 2008", "sunspots (statsmodels), yearly"
+        return Series(name, source, values, years, "year", "sunspot number", "about 2 cycles", 24)
     table = co2.load_pandas().data["co2"].resample("MS").mean().interpolate()
     months = table.index.year + (table.index.month - 0.5) / 12
-    values = table.to_numpy(float)
-    return Series(
-        "CO2 at Mauna Loa, monthly, 1958 to 2001", values, months.to_numpy(float), "month", "ppm", "2 years", 24
-    )
+    name, source = "CO2 at Mauna Loa, monthly, 1958 to 2001", "CO2 (statsmodels), monthly"
+    return Series(name, source, table.to_numpy(float), months.to_numpy(float), "month", "ppm", "2 years", 24)
 
 
 class Windows:

@@ -31,12 +31,14 @@ GATES = {
 
 
 class States(Sentiment):
-    """``text``: what is read at the end."""
+    """``text``: what is read at the end. Raises ValueError where that is nothing."""
 
     epochs = 8
     options: ClassVar = {"text": ()}
 
     def __init__(self, seed: int = 0, cell: str | None = None, text: str = TEXT, limit: int = 4000) -> None:
+        if not tokens(text):
+            raise ValueError(f"text must have a word to read, got {text!r}")
         super().__init__(seed, cell, pooling="last", limit=limit)
         self.text = text
 

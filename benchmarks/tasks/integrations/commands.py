@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks import extras
 from benchmarks.tasks import integrations
+from benchmarks.tasks.commands import check_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +26,7 @@ def run(arguments: argparse.Namespace) -> int | None:
     for option in ("layer", "cell", "plot", "data", "pooling", "text"):
         if getattr(arguments, option) is not None:
             arguments.fail(f"argument --{option}: {arguments.name} has no such option")
+    check_table(arguments)
 
     import torch
     from rich.console import Console
