@@ -154,6 +154,16 @@ class Case:
         forward = 2.0 * steps * mode.directions * self.kind.gates * self.H * width
         return forward * {"forward": 1, "training": 3, "backward": 2}[mode.call]
 
+    def bytes(self, providers: int) -> int:
+        """About what its arrays take: inputs, weights, and gates and states of all steps, of every provider and once in
+        float64, to check against; as much again for gradients."""
+        mode, kind = self.how, self.kind
+        layers = mode.layers * mode.directions
+        weights = layers * kind.gates * self.H * (self.I + self.H)
+        steps = self.N * self.T * (self.I + layers * self.H * (kind.gates + len(kind.states)))
+        numbers = (weights + steps) * (1 if mode.call == "forward" else 2)
+        return numbers * (8 + providers * self.item_bytes)
+
     @property
     def effort(self) -> float:
         """About how much of a suite's time the case needs: a part for compiling, and one that grows with the work."""

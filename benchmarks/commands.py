@@ -137,6 +137,19 @@ def at_threads(cases: list[Case], arguments: argparse.Namespace) -> list[Case]:
     return list(dict.fromkeys(replace(case, threads=arguments.threads) for case in cases))
 
 
+def check_memory(cases: list[Case], providers: int, arguments: argparse.Namespace) -> None:
+    """Ends the program where the arrays of a case are larger than the machine's memory."""
+    from fastcells import roof
+    from fastcells.profile.words import quantity
+
+    there_is = roof.memory()
+    largest = max(cases, key=lambda case: case.bytes(providers))
+    needed = largest.bytes(providers)
+    if there_is is not None and needed > there_is:
+        of, most = quantity(needed, 1024), quantity(there_is, 1024)
+        arguments.fail(f"argument --shape: {largest} needs about {of}B of memory, and there is {most}B")
+
+
 def minutes(cases: list[Case], suite: str) -> float:
     """What some cases may take of a suite's time, and a few seconds to begin."""
     whole = SUITES[suite]
@@ -189,6 +202,7 @@ def run_run(arguments: argparse.Namespace) -> int | None:
         if unknown:
             arguments.fail(f"argument --provider: expected one of {', '.join(known)}, got {unknown[0]!r}")
         names = [name for name in known if name == providers.OURS or name in arguments.provider]
+    check_memory(cases, len(names or providers.load()), arguments)
     out = arguments.out or Path("results") / f"{suite}.jsonl"
     limit = minutes(cases, suite) if arguments.minutes is None else arguments.minutes
     measured, stopped = execute(cases, names, suite, limit, out, arguments)

@@ -105,7 +105,7 @@ def run_profile(arguments: argparse.Namespace) -> None:
     name, make, _ = arguments.cell
     options = layer_options(arguments)
     steps = 1 if name in STEPS else arguments.steps or 100
-    needed, there_is = memory_needed(arguments, steps), memory()
+    needed, there_is = memory_needed(arguments, steps), roof.memory()
     if there_is is not None and needed > there_is:
         of, most = quantity(needed, 1024), quantity(there_is, 1024)
         arguments.fail(f"these sizes need about {of}B of memory, and there is {most}B")
@@ -173,14 +173,6 @@ def memory_needed(arguments: argparse.Namespace, steps: int) -> int:
         inputs = directions * hidden
     numbers = weights * (3 if arguments.train else 2) + steps * arguments.batch * values
     return numbers * DTYPE[arguments.dtype].itemsize
-
-
-def memory() -> int | None:
-    """Bytes of the machine's memory, None where the system does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def check_plot(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from array import array
 from collections.abc import Callable, Iterator
@@ -18,6 +19,14 @@ from .cpu.geometry import LINE
 from .cpu.host import host
 
 UNROLLED = 8  # of the loops of the kernels in `cpu.peaks`
+
+
+def memory() -> int | None:
+    """Bytes of the machine's memory, None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def peak_flops(dtype: torch.dtype, threads: int) -> float:

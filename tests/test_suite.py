@@ -494,6 +494,8 @@ def test_figures_renew_the_readme(tmp_path, name):
         "run --provider nobody",
         "run --shape 9,9,9",
         "run --shape 9,9,9,0",
+        "run --shape 99999999999,1,1,1",
+        "run --shape 1,1,1,99999999 --mode inference --provider torch.nn",
         "run --mode memory --shape 1,1,64,64 --quick --dtype float64 --cell tree",
         "run --cell tree",
         "run --geomean 1.0",
