@@ -509,6 +509,7 @@ def test_without_a_name_the_tasks_are_listed(capsys):
         (["tasks", "sentiment", "--epochs", "many"], "--epochs"),
         (["tasks", "sentiment", "--seed", "-1"], "--seed"),
         (["tasks", "sentiment", "--threads", "0"], "--threads"),
+        (["tasks", "sentiment", "--threads", "100000"], "--threads"),
         (["tasks", "sentiment", "--colour"], "--colour"),
         (["tasks", "sentiment", "--plot", "curve.tsv"], "--plot"),
         (["tasks", "sentiment", "--plot", "/dev/null/curve.png"], "--plot"),

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import extras, tasks
+from benchmarks.machine import cores
 from benchmarks.tasks import integrations
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N", help=seeded)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="default: results/NAME.png; for all: a folder")
     # One by default: a team of threads waits for its slowest, and on a busy machine that makes any time possible.
-    parser.add_argument("--threads", type=whole(1, 1024), default=1, metavar="N", help="of either layer; default: 1")
+    parser.add_argument("--threads", type=whole(1, 1 << 20), default=1, metavar="N", help="of either layer; default: 1")
     table = "write the Markdown table of results to it, or between its marks where it has them"
     parser.add_argument("--table", type=Path, metavar="FILE", help=table)
     for name, what in OPTIONS.items():
@@ -85,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int | None:
         for name, what in (tasks.TASKS | integrations.LIBRARIES).items():
             print(f"{name:20} {what}")
         return None
+    if arguments.threads > len(cores()):  # which would wait for each other
+        arguments.fail(f"argument --threads: expected at most the {len(cores())} cores here, got {arguments.threads}")
     if arguments.name in (*integrations.LIBRARIES, integrations.ALL):
         from benchmarks.tasks.integrations import commands
 
