@@ -121,7 +121,7 @@ def chosen(arguments: argparse.Namespace, suite: str) -> list[Case]:
             cases = [case for case in cases if getattr(case, name) in values]
     if not cases:
         arguments.fail(f"no case of the suite {suite} has this cell, mode, dtype and shape")
-    return at_threads(cases, arguments)
+    return at_threads(list(dict.fromkeys(cases)), arguments)
 
 
 def at_threads(cases: list[Case], arguments: argparse.Namespace) -> list[Case]:
@@ -241,18 +241,25 @@ def read(arguments: argparse.Namespace, path: Path) -> Any:
     from benchmarks import results
 
     try:
-        return results.read(path)
+        found = results.read(path)
     except OSError as error:
         arguments.fail(f"cannot read {str(path)!r}: {error.strerror}")
     except ValueError as error:
         arguments.fail(str(error))
+    if not found.rows:
+        arguments.fail(f"there is no measurement in {str(path)!r}")
+    return found
 
 
 def run_compare(arguments: argparse.Namespace) -> None:
     from benchmarks import results, show
 
     reference = None if arguments.absolute else arguments.reference
-    moves = results.compare(read(arguments, arguments.before), read(arguments, arguments.after), reference)
+    files = read(arguments, arguments.before), read(arguments, arguments.after)
+    for path, found in zip((arguments.before, arguments.after), files, strict=True):
+        if reference not in (None, *(row.provider for row in found.rows)):
+            arguments.fail(f"argument --reference: there is no {reference} in {str(path)!r}; --absolute needs none")
+    moves = results.compare(*files, reference)
     if not moves:
         arguments.fail("the two files have no measurement in common")
     show.moves(moves, reference, everything=arguments.all)

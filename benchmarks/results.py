@@ -76,7 +76,7 @@ class Results(NamedTuple):
     machines: dict[int, dict[str, Any]]
     rows: list[Row]
 
-    def add(self, text: str) -> Row | None:
+    def add(self, text: str | bytes) -> Row | None:
         """Take in one line of a file."""
         values = json.loads(text)
         kind = values.pop("kind")
@@ -98,7 +98,7 @@ class Results(NamedTuple):
 def read(path: Path) -> Results:
     """Raises ValueError naming the file and the line that is no result, and OSError."""
     results = Results({}, [])
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
             results.add(text)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

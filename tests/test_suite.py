@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("rich", reason="the suite needs pip install .[bench]")
 pytest.importorskip("matplotlib", reason="the suite needs pip install .[bench]")
 
-from benchmarks import figures, machine, memory, providers, report, results, runner, show, worker
+from benchmarks import commands, figures, machine, memory, providers, report, results, runner, show, worker
 from benchmarks.__main__ import main
 from benchmarks.cases import CELLS, FIGURES, MODES, PLAIN, SHAPES, SUITES, Case, left_out
 from benchmarks.problem import Problem
@@ -528,6 +528,34 @@ def test_compare_and_report_from_the_command_line(tmp_path, capsys):
     assert "1 of 1 measurements moved" in capsys.readouterr().out
     main(["report", str(a), "--out", str(tmp_path / "folder")])
     assert str(tmp_path / "folder" / "report.md") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("content", "named"), [(b"", "no measurement"), (b"\xff\n", "line 1: not a result")])
+def test_what_has_no_results_is_not_reported(content, named, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit):
+        main(["report", str(path)])
+    assert re.search(f"{named}.*{path}|{path}.*{named}", capsys.readouterr().err)
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_compare_needs_the_reference_in_both_files(tmp_path, capsys):
+    path = str(save(tmp_path / "a.jsonl", measured(*two(2.0))))
+    with pytest.raises(SystemExit):
+        main(["compare", path, path, "--reference", "nobody"])
+    assert f"there is no nobody in {path!r}" in capsys.readouterr().err
+    main(["compare", path, path, "--reference", "nobody", "--absolute"])
+
+
+def test_a_case_that_is_asked_for_twice_is_measured_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr(commands, "execute", lambda cases, *_: seen.extend(cases) or (None, True))
+    with pytest.raises(SystemExit):
+        main(
+            ["run", "--shape", "2,1,1,1", "--shape", "2,1,1,1", "--cell", "rnn", "--cell", "rnn", "--mode", "inference"]
+        )
+    assert len(seen) == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is a signal on POSIX")
