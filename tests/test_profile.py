@@ -393,6 +393,14 @@ def test_a_module_or_cell_that_is_wrong_gets_one_line(command, text, named, tmp_
     assert re.search(named, err)
 
 
+def test_a_reader_that_has_enough_gets_no_traceback(tmp_path):
+    command, env = [sys.executable, "-m", "fastcells", "clear-cache"], os.environ | {"FASTCELLS_CACHE": str(tmp_path)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 def test_a_plot_without_matplotlib(capsys, monkeypatch):
     for name in [n for n in sys.modules if n.partition(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
