@@ -83,10 +83,6 @@ class Marked:
         if to is not None:
             self._to = zip(*(state.split(directions) for state in to), strict=True)
 
-    def cell(self, base: Cell) -> Cell:
-        """What runs in place of a cell."""
-        return marked(base, self._to is None, self.padded)
-
     def __call__(
         self,
         base: Cell,
@@ -97,7 +93,7 @@ class Marked:
         inputs: Sequence[Tensor] = (),
     ) -> tuple[Any, ...]:
         """As `unchecked_layer`."""
-        cell, to = self.cell(base), None if self._to is None else next(self._to)
+        cell, to = marked(base, self._to is None, self.padded), None if self._to is None else next(self._to)
         if states is None and to is not None:
             states = tuple(map(torch.zeros_like, to))
         if states is not None:
@@ -132,10 +128,6 @@ class Ending:
         self._order = None
         if (order[1:] < order[:-1]).any():
             self._order = torch.from_numpy(order), torch.from_numpy(np.argsort(order))
-
-    def cell(self, base: Cell) -> Cell:
-        """What runs in place of a cell: itself."""
-        return base
 
     def __call__(
         self,
@@ -174,10 +166,6 @@ class Overrun:
     def fits(cell: Cell, directions: int) -> bool:
         """Whether a call may go this way."""
         return len(cell.states) == 1 and directions == 1
-
-    def cell(self, base: Cell) -> Cell:
-        """What runs in place of a cell: itself."""
-        return base
 
     def __call__(self, base: Cell, x: Tensor, states: States | None, *rest: Any) -> tuple[Any, ...]:
         """As `unchecked_layer`."""

@@ -56,6 +56,8 @@ class Stream:
                 f"{type(layer).__name__} of cell {call.cell.name} cannot be streamed: not all of its weights are used "
                 "as they are held, and what is made of the others at every call would be stale at the second step"
             )
+        outside = call.cell.outside
+        self._watched = call.cell if outside and (outside.reads or outside.loose) else None
         self._sizes = batch_size, layer.input_size
         self._input, self._dtype = x[0], weight.dtype
         self._states: list[list[Tensor]] = []
@@ -100,6 +102,8 @@ class Stream:
 
     def __call__(self, x: Any) -> Any:
         """The output of one more step."""
+        if self._watched is not None:
+            self._watched.unchanged()
         if type(x) is np.ndarray:
             if x.shape != self._sizes or x.dtype != self._input_numpy.dtype:
                 self._refuse(x.shape, x.dtype)

@@ -128,6 +128,7 @@ def _one_thread():
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_cell_that_computes_another_thing_by_now_is_an_error(made, holder, name, other, named, grad):
     layer, x, before = nn.Recurrent(made, 2, 3), torch.randn(4, 2, 2), holder[name]
+    stream = layer.stream(2)
     with torch.set_grad_enabled(grad):
         expected = [layer(x) for _ in range(3)][-1]
         try:
@@ -136,6 +137,8 @@ def test_a_cell_that_computes_another_thing_by_now_is_an_error(made, holder, nam
                 layer(x)
             with pytest.raises(RuntimeError, match=named):
                 functional.layer(made, x, None, [(*layer.parameters(), None)])
+            with pytest.raises(RuntimeError, match=named):
+                stream(x[0])
         finally:
             holder[name] = before
         assert same(layer(x), expected)
