@@ -80,7 +80,7 @@ def _explained(module: DropIn, input: Any, hx: Any, options: dict[str, Any]) -> 
 
 
 class Layer(NamedTuple):
-    """A layer that a call runs. graph: whether a gradient is wanted."""
+    """A layer that a call runs. graph: whether a gradient is wanted; keeps: and the gates and states kept."""
 
     cell: Cell
     x: Tensor
@@ -88,6 +88,7 @@ class Layer(NamedTuple):
     counts: Tensor | None
     recompute: bool
     graph: bool
+    keeps: bool
 
     @property
     def sequences(self) -> Sequences:
@@ -106,7 +107,8 @@ def _layers(run: Callable) -> list[Layer]:
     found: list[Layer] = []
 
     def told(cell, x, parameters, counts, return_cell_states, recompute, graph) -> tuple[Any, ...]:
-        layer = Layer(cell, x, parameters, counts, recompute, graph)
+        keeps = return_cell_states or (graph and not recompute)
+        layer = Layer(cell, x, parameters, counts, recompute, graph, keeps)
         found.append(layer)
         w_ih, w_hr, directions = parameters[0][0], parameters[0][4], len(parameters)
         hidden = len(w_ih) // len(cell.gates)
@@ -141,7 +143,7 @@ def _reasons(call: Call, layers: list[Layer], within: bool) -> list[str]:
         reasons.append("lengths and resets inside the time loop: no packing")
     previous: tuple[str, ...] = ()
     for k, layer in enumerate(layers):
-        plan = planned(layer.cell, layer.parameters[0], layer.sequences, len(layer.parameters))
+        plan = planned(layer.cell, layer.parameters[0], layer.sequences, len(layer.parameters), layer.keeps)
         if plan.reasons != previous:
             reasons += [f"layer {k}: {r}" for r in plan.reasons]
         previous = plan.reasons

@@ -145,7 +145,7 @@ def _layer_backward(
     _check_like("cotangents", cotangents, [y, *finals], optional=True)
     _check_like("kept", kept, [y, *call.kept(feed)])
     sequences = cpu.Sequences(x, batch_sizes)
-    plan = cpu.planned(call.cell, call.parameters[0], sequences, directions)
+    plan = cpu.planned(call.cell, call.parameters[0], sequences, directions, training=True)
     saved = cpu.Saved(kept[1 : 1 + directions], kept[1 + directions :], plan)
     found = cpu.backward(
         call.cell,

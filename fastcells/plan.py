@@ -13,8 +13,8 @@ BESIDE_STEPS = 32  # from which on most input projections of one sequence can be
 FAR_BYTES = 1 << 23  # of all weights, which a process's share of a third-level cache still holds
 FUSED_ROWS = 12  # of a step, from which on reading the input's weights at each costs less than to store its products
 STORED_DEPTH = 10  # of a product, that takes as long as to store its result and to load it again
-STEP_ROWS = 32  # of a single step, up to which packing the weights does not pay
-FEW_ROWS = 8  # of several steps together, up to which it does not either
+DOT_BYTES = 150  # of weights: to compare so many with those that were packed takes as long as a dot product does beyond
+# its part of a tile; where all lie in a second-level cache, three times as many; to pack them for training, 2 / 5
 ROW_BLOCK = 96  # rows that go through all time steps together
 THREAD_FLOPS = 400_000  # of a call, below which waking a team costs more than it brings
 WAIT_FLOPS = 9_000  # that a barrier costs for each thread that meets there
@@ -31,7 +31,7 @@ UNITS_A_ROW = 8  # in a backward pass, from which on reading all gates' gradient
 class Shape(NamedTuple):
     """One layer, by one of its directions. steps: T; rows: N at the fullest step; total: rows of all steps; gates:
     blocks of weight rows; depth: of the recurrent product (H, or the projected size); item: bytes of a number; threads:
-    at most, of all directions; apart: the cell needs its input projections before the time loop; rides: kernels can
+    at most, of all directions; training: weights are new at each call, and backward products follow; apart: the cell needs its input projections before the time loop; rides: kernels can
     make them beside the recurrence of a single sequence; lanes: units to whose multiples tiles fill up each gate."""
 
     steps: int
@@ -44,6 +44,7 @@ class Shape(NamedTuple):
     item: int
     threads: int
     directions: int = 1
+    training: bool = False
     apart: bool = False
     rides: bool = False
     lanes: int = 1
@@ -86,7 +87,7 @@ def plan(shape: Shape) -> Plan:
     flops = step_flops * shape.total // max(shape.rows, 1)
     recurrent_bytes = shape.gates * shape.hidden * shape.depth * shape.item
     weight_bytes = recurrent_bytes + shape.gates * shape.hidden * shape.inputs * shape.item
-    in_place = not shape.apart and shape.total <= (STEP_ROWS if shape.steps == 1 else FEW_ROWS)
+    in_place = not shape.apart and reads_in_place(shape, weight_bytes, weight_bytes - recurrent_bytes)
     if shape.apart:
         project_ahead, why = True, "the cell takes sums of it over the units"
     elif shape.steps == 1:
@@ -143,9 +144,23 @@ def plan(shape: Shape) -> Plan:
     if back != forward:
         reasons.append(f"backward, {back.threads} share the {back.split}: there are more gradients to exchange")
     if in_place:
-        reasons.append(f"weights read as they are: {shape.total} row(s) of all steps do not pay for packing them")
+        reasons.append(f"weights read as they are: {shape.total} row(s) of all steps do not pay for packed ones")
     row_block = shape.rows if shape.rows <= ROW_BLOCK else -(-shape.rows // -(-shape.rows // ROW_BLOCK))
     return Plan(forward, back, side_by_side, project_ahead, beside, in_place, row_block, tuple(reasons))
+
+
+def reads_in_place(shape: Shape, weight_bytes: int, input_bytes: int) -> bool:
+    """Whether dot products with the weights as they are take less time than tiles of packed ones, with what it takes to
+    see that these are still the same, or to pack them. Those of the input are read anew at each step, where packed ones
+    are at once for all."""
+    if shape.total == 1:
+        return True
+    if shape.rows > 1 and shape.steps > 1 and weight_bytes > 2 * FAR_BYTES and not shape.training:
+        return False
+    dots = shape.total * shape.gates * shape.hidden * DOT_BYTES
+    again = (shape.steps - 1) * input_bytes * 3 // 5
+    near = weight_bytes <= AHEAD_BYTES // 4
+    return dots + again < weight_bytes * (5 if shape.training else 2) // (6 if near else 2)
 
 
 def fills(shape: Shape) -> int:

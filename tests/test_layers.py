@@ -16,7 +16,6 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence, unpack_seque
 
 import fastcells.functional
 import fastcells.nn
-from fastcells.plan import STEP_ROWS
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -92,7 +91,7 @@ def test_long_sequence(case):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("leading", [(), (1,), (7,), (STEP_ROWS,), (STEP_ROWS + 5,)])
+@pytest.mark.parametrize("leading", [(), (1,), (2,), (3,), (7,), (40,)])
 @pytest.mark.parametrize(("kind", "options"), CELL_KINDS)
 def test_cell(kind, options, leading, bias, dtype):
     """Weights are read as they are for a few rows, packed for more."""

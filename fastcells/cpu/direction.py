@@ -379,7 +379,9 @@ class Direction:
         return self.depth if size == "P" else self.hidden
 
 
-def planned(cell: Cell, weights: Sequence[Any], sequences: Sequences, directions: int = 1) -> Plan:
+def planned(
+    cell: Cell, weights: Sequence[Any], sequences: Sequences, directions: int = 1, training: bool = False
+) -> Plan:
     """The schedule that a direction with these weights (weight_ih, weight_hh) takes now."""
     w_ih, w_hh = weights[:2]
     gates = len(cell.gates)
@@ -397,6 +399,7 @@ def planned(cell: Cell, weights: Sequence[Any], sequences: Sequences, directions
             r.item,
             team.size(),
             directions,
+            training,
             r.programs.ahead,
             sequences.counts is None and r.forward.rides,
             r.forward.grain,

@@ -204,7 +204,7 @@ class Runner:
         for k, (parts, before, unit) in enumerate(zip(products, self.before, units, strict=True)):
             whole = sum([p.depth for p in parts])
             piece = whole if dot else depth_part(whole, row_block)
-            if parts and not dot and (whole > piece or (row_block > 1 and not self.direct[k])):
+            if parts and (whole > piece or (row_block > 1 and not self.direct[k])):
                 sums = max(sums, self._sums(k, row_block))
             sizes.append((unit, -(-whole // piece) if whole else 1))
             skip = sum([p.depth for p, b in zip(parts, before, strict=True) if b]) if skip_first else 0

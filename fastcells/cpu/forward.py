@@ -50,7 +50,7 @@ class Forward(Call):
     ) -> None:
         super().__init__(r.dtype)
         self.r, self.sequences, self.training = r, sequences, training
-        self.plan = schedule = planned(r.cell, parameters[0], sequences, len(parameters))
+        self.plan = schedule = planned(r.cell, parameters[0], sequences, len(parameters), training)
         operands, many = self.operands, sequences.most if sequences.packed else None
         x_, given = operands.given(x, many), [operands.given(s) for s in states or ()]
         fed = [operands.given(t) for t in inputs]

@@ -45,7 +45,7 @@ STAGE_WORDS = (
     "skip",  # depth that is not multiplied at a sequence's first processed step
     "depth",
     "part",  # of it that is multiplied at a time
-    "dot",  # 1: products read weight matrices as they are, rows along the depth; one row of the batch at a time
+    "dot",  # 1: products read weight matrices as they are, rows along the depth
 )
 BUFFER_WORDS = (
     "address",
@@ -154,10 +154,17 @@ class Shape:
         """The widest tile for several rows."""
         return self.widths[1]
 
+    @property
+    def dot_rows(self) -> int:
+        """At most so many in a tile of dot products, whose vectors stay in registers, too."""
+        return min(DOT_ROWS, (self.registers - 1) // (DOT_UNITS + 1))
+
 
 HALF_ROWS = 3  # from which on half a vector takes less time than a whole one; fewer wait for the weights
 WIDEST = 4  # vectors of units in a tile for several rows,
 REST_WIDTH = 2  # and at most in one for the rest
+DOT_ROWS = 4  # in a tile of dot products: enough for each number of the weights to be multiplied while others are read
+DOT_UNITS = 4  # whose dot products with several rows are made at a time
 LATENCY_CHAINS = 8  # independent sums that hide the latency of a fused multiply-add: 4 cycles x 2 units
 
 
@@ -188,12 +195,13 @@ MAX_ROWS = 9  # variants are numbered ((stage * MAX_WIDTHS) + width) * MAX_ROWS 
 DOT = 7  # this a single row whose products are dot products with the rows of a weight matrix as it is,
 FAR = 8  # and this a full tile that asks for its weights ahead
 MAX_WIDTHS = 8
+DOTS = 6  # in place of a width: several rows' dot products; one more where not all lanes exist, and it matters
 
 
 class Variant(NamedTuple):
     """A tile of a stage: rows x vectors of units. kind: "rows" or "far", of a block; "rest", of what follows blocks;
-    "half", of no more than half a vector, numbered as a width after all others; "single" or "dot". partial: whether
-    lanes of the last vector may not exist, and it matters."""
+    "half", of no more than half a vector, numbered as a width after all others; "single" or "dot", of one row; "dots",
+    of several. partial: whether lanes of the last vector may not exist, and it matters."""
 
     number: int
     rows: int
@@ -245,6 +253,8 @@ def variants(stage: Stage, shape: Shape, index: int) -> list[Variant]:
     found.append(Variant(number(1, FAR), shape.rows, block, "far"))
     if any(not s.weights.transposed for s in stage.segments):
         found += [Variant(number(w, DOT), 1, 1, "dot", n == 0) for w, n in enumerate(shape.widths) if n <= 1]
+        for odd in (False, True) if direct else (False,):
+            found += [Variant(number(DOTS + odd, r), r, 1, "dots", odd) for r in range(1, shape.dot_rows + 1)]
     return found
 
 

@@ -22,6 +22,7 @@ from .geometry import (
     BESIDE_ROWS,
     BESIDE_WIDTHS,
     DOT,
+    DOTS,
     EPILOGUES,
     FAR,
     HALF_ROWS,
@@ -75,6 +76,7 @@ TABLES = (
     "multiplies",  # 1: there are products
     "finishes",  # so many parts of an epilogue follow them
     "max_rows",
+    "dot_rows",
     "widths",
     "partial_width",
     "whole_rest",  # see geometry.rest_of_block
@@ -296,7 +298,7 @@ def _table(name: str) -> Any:
 TABLE = "fastcells_{}"
 (
     stages, lanes, looks_ahead, stage_word, by_row, multiplies, finishes,
-    max_rows, widths, partial_width, whole_rest, half, row_sums, vector_sums, vector_bytes,
+    max_rows, dot_rows, widths, partial_width, whole_rest, half, row_sums, vector_sums, vector_bytes,
     takes_along,
 ) = map(_table, TABLES)  # fmt: skip
 
@@ -315,6 +317,7 @@ def make_recurrence(program: Program, dtype: str, registers: int, vector_lanes: 
         [bool(s.segments) for s in program.stages],
         [len(epilogue_parts(s)) for s in program.stages],
         [s.rows for s in shapes],
+        [s.dot_rows for s in shapes],
         [w for s in shapes for w in (*s.widths, *[0] * (MAX_WIDTHS - len(s.widths)))],
         [len(s.widths) - 1 for s in shapes],
         [rest_of_block(s, shape) for s, shape in zip(program.stages, shapes, strict=True)],
@@ -436,7 +439,8 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
     start = peek(frame, words + SKIP_AT) if is_first else 0
     depth, part = peek(frame, words + DEPTH_AT), peek(frame, words + PART_AT)
     dot = peek(frame, words + DOT_AT) == 1
-    by_rows = not (single or dot)
+    by_rows, dots = not (single or dot), dot and not single
+    most = max_rows(stage) if by_rows else dot_rows(stage) if dots else 0
     far = by_rows and peek(frame, FAR_AT) == 1
     alone = peek(frame, words + UNITS_AT) - full * lanes(0) <= half(stage)  # the last vector, whatever rows there are
     narrow = alone and row_end - row >= HALF_ROWS
@@ -460,14 +464,16 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
                 vectors = widths(stage * MAX_WIDTHS + width)
                 if rest and width == 1:
                     width = whole_rest(stage)
-            variant = (stage * MAX_WIDTHS + width) * MAX_ROWS + (DOT if dot else 0)
+            if dots:
+                width = DOTS + (1 if left <= 0 and finishes(stage) == 0 else 0)
+            variant = (stage * MAX_WIDTHS + width) * MAX_ROWS + (DOT if dot and single else 0)
             sums = scratch + (at - begin_unit) * vector_sums(stage)
             begin = start
             while True:
                 end = least(begin + part, depth)
                 takes = takes_along(0) == 1 and stage == 0 and single and not dot and width < BESIDE_WIDTHS
                 item = note(
-                    item, TILES, variant, max_rows(stage) if by_rows else 0, row, row_end, at, is_first, is_last, sums,
+                    item, TILES, variant, most, row, row_end, at, is_first, is_last, sums,
                     row_sums(stage), begin, end, begin == start, end >= depth,
                     far and width == 1, takes and begin == start,
                 )  # fmt: skip
@@ -475,7 +481,7 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
                     break
                 begin = end
             at += vectors
-        for late in range(finishes(stage) if by_rows or multiplies(stage) == 0 else 0):
+        for late in range(finishes(stage) if by_rows or dots or multiplies(stage) == 0 else 0):
             at = begin_unit
             while at < stop:
                 left = least(full, stop) - at

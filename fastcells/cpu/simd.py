@@ -149,9 +149,9 @@ class Vector:
         all_lanes = self.shuffle(one, one, [0] * self.lanes)
         return self.b.icmp_signed("<", ir.Constant(lanes, list(range(self.lanes))), all_lanes)
 
-    def sums(self, vectors: list):
-        """The sum of each of `lanes` vectors, as one vector."""
-        distance = 1
+    def sums(self, vectors: list, distance: int = 1):
+        """The sum of each of `lanes` vectors, as one vector. Of fewer, which follow each other: their part of that, of
+        which `lanes` / `distance` parts give the whole, if each is of `distance` vectors."""
         while len(vectors) > 1:  # halves of two vectors fold into one, whose lanes alternate between them
             low = [k if not k & distance else k - distance + self.lanes for k in range(self.lanes)]
             high = [k + distance if not k & distance else k + self.lanes for k in range(self.lanes)]

@@ -17,6 +17,7 @@ from .emitter import CONTEXT, Emitter, counted, joined, switch
 from .geometry import (
     BESIDE_WIDTHS,
     BUFFER_WORDS,
+    DOT_UNITS,
     LATENCY_CHAINS,
     LINE,
     SEGMENT_WORDS,
@@ -81,7 +82,7 @@ class Tile(Emitter):
 
     def emit(self) -> None:
         b = self.b
-        self.last_unit = b.sub(self.existing(), i64(1)) if self.partial else None
+        self.last_unit = b.sub(self.existing(), i64(1)) if self.partial or self.kind == "dots" else None
         self.columns = [(m, w, a) for m in range(self.rows) for w in range(self.width) for a in sorted(self.summed)]
         for place in [*(s.rows for s in self.stage.segments), *(self.reached if self.direct else [])]:
             self.row_addresses(place)  # before the branches below, whose blocks all use them
@@ -97,6 +98,8 @@ class Tile(Emitter):
             offset = b.add(offset, depth)
         if self.kind == "dot":
             sums = self.dots(sums, parts)
+        elif self.kind == "dots":
+            sums = self.dots_of_rows(sums, parts)
         else:
             for j, segment, begin, end in parts:
                 chained = segment.rows.when == "before"
@@ -211,24 +214,74 @@ class Tile(Emitter):
     def dots(self, sums: dict, parts: list) -> dict:
         """sums + rows @ weights for one row and one vector of units, by dot products with the weight matrices'
         own rows. parts: of the depth, (number of a segment, segment, begin, end)."""
-        b, v = self.b, self.v
-        units = [i64(i) for i in range(v.lanes)]
-        if self.partial:  # units that do not exist repeat the last one that does; nobody stores their results
-            units = [b.select(b.icmp_signed("<", i, self.last_unit), i, self.last_unit) for i in units]
-        found = dict(sums)
+        b, v, found = self.b, self.v, dict(sums)
         for a in sorted(self.summed):
             lanes = [v.const(0.0)] * v.lanes
             for j, segment, begin, end in parts:
-                if a not in segment.targets:
-                    continue
-                gate = segment.weights.gates[segment.targets.index(a)]
-                block = self.gates.index(gate) if gate in self.gates else 0
-                weights, vector, line, grow = (self.segment_word(j, n) for n in ("weights", "vector", "line", "grow"))
-                base = b.add(b.add(weights, b.mul(self.arg["unit"], vector)), b.mul(grow, i64(block)))
-                pointers = [b.add(base, b.mul(unit, line)) for unit in units]
-                lanes = self.dot(self.row_addresses(segment.rows)[0], pointers, begin, end, lanes)
+                if a in segment.targets:
+                    pointers = self.weight_rows(a, j, segment, [i64(i) for i in range(v.lanes)])
+                    lanes = self.dot(self.row_addresses(segment.rows)[0], pointers, begin, end, lanes)
             found[0, 0, a] = b.fadd(found[0, 0, a], v.sums(lanes))
         return found
+
+    def weight_rows(self, a: int, j: int, segment, units: list) -> list:
+        """Where the rows of a weight matrix begin that an accumulator takes up from a segment, for some of a vector's
+        units: those that do not exist repeat the last one that does, and nobody stores their results."""
+        b = self.b
+        gate = segment.weights.gates[segment.targets.index(a)]
+        block = self.gates.index(gate) if gate in self.gates else 0
+        weights, vector, line, grow = (self.segment_word(j, n) for n in ("weights", "vector", "line", "grow"))
+        base = b.add(b.add(weights, b.mul(self.arg["unit"], vector)), b.mul(grow, i64(block)))
+        if self.last_unit is not None:
+            units = [b.select(b.icmp_signed("<", i, self.last_unit), i, self.last_unit) for i in units]
+        return [b.add(base, b.mul(unit, line)) for unit in units]
+
+    def dots_of_rows(self, sums: dict, parts: list) -> dict:
+        """The same for several rows, of a few units at a time: of the weights, each number is read for all rows."""
+        b, v, found = self.b, self.v, dict(sums)
+        count, rows = min(DOT_UNITS, v.lanes), range(self.rows)
+        groups = v.lanes // count
+        with b.goto_entry_block():
+            folded = b.alloca(ir.ArrayType(v.type, self.rows * groups))
+
+        def place(m: int, group):
+            return b.gep(folded, [i64(0), b.add(group, i64(m * groups))])
+
+        for a in sorted(self.summed):
+
+            def some(group, _, a=a):
+                units = [b.add(b.mul(group, i64(count)), i64(i)) for i in range(count)]
+                keys = [(m, i) for m in rows for i in range(count)]
+                dots = dict.fromkeys(keys, v.const(0.0))
+                for j, segment, begin, end in parts:
+                    if a in segment.targets:
+                        pointers = self.weight_rows(a, j, segment, units)
+                        dots = self.dots_along(self.row_addresses(segment.rows), pointers, begin, end, dots)
+                for m in rows:
+                    b.store(v.sums([dots[m, i] for i in range(count)]), place(m, group))
+                return []
+
+            counted(b, i64(0), i64(groups), 1, [], some)
+            for m in rows:
+                whole = v.sums([b.load(place(m, i64(group))) for group in range(groups)], count)
+                found[m, 0, a] = b.fadd(found[m, 0, a], whole)
+        return found
+
+    def dots_along(self, rows: list, pointers: list, begin, end, sums: dict) -> dict:
+        """sums, by row and pointer, + row[begin:end] * the numbers that the pointer points to."""
+        b, v, keys = self.b, self.v, list(sums)
+
+        def add(k, values, mask=None):
+            at, out = b.mul(k, i64(self.bytes)), dict(zip(keys, values, strict=True))
+            xs = [v.load(b.add(row, at), mask) for row in rows]
+            for i, p in enumerate(pointers):
+                weight = v.load(b.add(p, at), mask)
+                for m, x in enumerate(xs):
+                    out[m, i] = v.fma(weight, x, out[m, i])
+            return [out[key] for key in keys]
+
+        whole, values = counted(b, begin, end, v.lanes, [sums[key] for key in keys], add)
+        return dict(zip(keys, self.with_rest(add, whole, end, values), strict=True))
 
     def dot(self, row, pointers: list, begin, end, sums: list) -> list:
         """sums + row[begin:end] * the numbers that each of the pointers points to."""
@@ -245,11 +298,16 @@ class Tile(Emitter):
 
         whole, sums = counted(b, begin, end, ALONG_ROW * v.lanes, sums, partial(add, vectors=ALONG_ROW))
         whole, sums = counted(b, whole, end, v.lanes, sums, add)
+        return self.with_rest(add, whole, end, sums)
+
+    def with_rest(self, add: Callable, whole, end, sums: list) -> list:
+        """Sums with what a last vector adds, of which not all lanes exist, if there is one."""
+        b = self.b
         rest = b.sub(end, whole)
         before, tail, done = b.block, b.append_basic_block("tail"), b.append_basic_block("tail.done")
         b.cbranch(b.icmp_signed(">", rest, i64(0)), tail, done)
         b.position_at_end(tail)
-        more = add(whole, sums, v.first_lanes(rest))
+        more = add(whole, sums, self.v.first_lanes(rest))
         end_of_tail = b.block
         b.branch(done)
         b.position_at_end(done)

@@ -237,7 +237,7 @@ def _roof(module: DropIn, dtype: torch.dtype, sequences: cpu.Sequences, train: b
         for (_, ih), recurrent, _, _, hr, *_ in directions:
             hh = recurrent[1] if recurrent else None  # a cell may have no recurrent products
             weights = tuple(None if s is None else torch.empty(s, dtype=dtype, device="meta") for s in (ih, hh))
-            schedule = cpu.planned(cell, weights, sequences, len(directions))
+            schedule = cpu.planned(cell, weights, sequences, len(directions), train)
             schedules.append(schedule)
             input_weights, own = math.prod(ih), sum(math.prod(s) for s in (hh, hr and hr[1]) if s)
             flops += 2 * sequences.total * (input_weights + own)
