@@ -31,8 +31,9 @@ UNITS_A_ROW = 8  # in a backward pass, from which on reading all gates' gradient
 class Shape(NamedTuple):
     """One layer, by one of its directions. steps: T; rows: N at the fullest step; total: rows of all steps; gates:
     blocks of weight rows; depth: of the recurrent product (H, or the projected size); item: bytes of a number; threads:
-    at most, of all directions; training: weights are new at each call, and backward products follow; apart: the cell needs its input projections before the time loop; rides: kernels can
-    make them beside the recurrence of a single sequence; lanes: units to whose multiples tiles fill up each gate."""
+    at most, of all directions; training: weights are new at each call, and backward products follow; apart: the cell
+    needs its input projections before the time loop; rides: kernels can make them beside the recurrence of a single
+    sequence; lanes: units to whose multiples tiles fill up each gate."""
 
     steps: int
     rows: int

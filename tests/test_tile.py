@@ -7,7 +7,7 @@ import torch
 
 from fastcells import cells
 from fastcells.cpu import store
-from fastcells.cpu.geometry import LATENCY_CHAINS, tile_shape
+from fastcells.cpu.geometry import DOT_UNITS, LATENCY_CHAINS, tile_shape
 from fastcells.cpu.host import host
 from fastcells.cpu.layer import ready
 from fastcells.cpu.tile import ALONG_ROW, UNROLL
@@ -47,8 +47,8 @@ def test_full_tiles_keep_their_sums_in_registers(cell, direction):
     for width in (w for w in shape.widths[1:-1] if w < shape.block):
         expected |= {interleaved(shape.rows * width * len(s.targets)) for s in stage.segments}
     assert expected <= set(adds)
-    if direction == "forward":  # of dot products, which read rows of weights as they lie
-        expected.add(ALONG_ROW * shape.lanes)
+    if direction == "forward":  # of dot products, which read rows of weights as they lie, of one row and of several
+        expected |= {ALONG_ROW * shape.lanes, shape.dot_rows * DOT_UNITS}
         assert expected <= set(adds)
     if host().halves:  # of tiles of half a vector
         narrow = [sum(line.startswith("vfmadd") and "ymm" in line for line in loop) for loop in loops]
