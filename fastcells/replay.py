@@ -20,6 +20,7 @@ from torch.nn.modules import module as module_of_torch
 
 from .cpu import again, script
 from .cpu import layer as cpu
+from .cpu.blocks import is_large
 from .functional import Invocation, flat, same_memory
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Stack:
                 again.Operand(j, t.data_ptr() - tensors[j].data_ptr()) for j, t in enumerate(part or (), 1)
             ]
             at += [None if t is None else again.Operand(numbers[id(t)]) for t in used]
+            self.whole &= not is_large(forward.y, self.dtype)  # which Python makes otherwise, and is slow in any case
             self.forwards.append(forward)
             self.operands.append(at)
             if k + 1 < len(layers):

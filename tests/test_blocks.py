@@ -1,6 +1,9 @@
 """Memory that is lent again and again: what training keeps stays its own for as long as it is needed."""
 
 import gc
+import mmap
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,3 +60,28 @@ def test_gradients_of_graphs_that_live_at_the_same_time(kind, pool):
 
 def test_large_memory_alone_is_kept():
     assert blocks.empty((7,), torch.float32).untyped_storage().resizable(), "as torch makes it"
+
+
+def flags(address):
+    """What the system says of the memory at an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+@pytest.mark.skipif(blocks.HUGE is None or not Path("/proc/self/smaps").exists(), reason="no large pages to ask for")
+@pytest.mark.parametrize("make", [blocks.empty, blocks.result])
+def test_large_memory_is_on_large_pages(make):
+    """As far as the system has them: "hg" is the advice, without which it does not give them."""
+    try:
+        mmap.mmap(-1, blocks.LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).madvise(blocks.HUGE)
+    except OSError:
+        pytest.skip("a system without them")
+    large, small = (make((n,), torch.float32) for n in (blocks.LARGE // 4, blocks.LARGE // 64))
+    assert "hg" in flags(large.data_ptr() + large.nbytes // 2)
+    assert "hg" not in flags(small.data_ptr() + small.nbytes // 2)
+    assert large.fill_(1.0).sum() == len(large)

@@ -1,16 +1,20 @@
-"""Large memory that training keeps between its passes, lent again and again.
+"""Large memory: on large pages, and what training keeps between its passes lent again and again.
 
-The system clears the pages of large memory each time it gives them out, which takes longer than the kernels take to
-fill them. What one backward pass lets go is what the next forward pass needs: blocks that come back are kept, no more
-of them than were in use at one time, and their pages are offered to the system (MADV_FREE), which takes them when it
-runs short, and till then leaves them as they are.
+The system clears the pages of large memory each time it gives them out, one by one as they are first written to, which
+takes longer than the kernels take to fill them; large pages (MADV_HUGEPAGE) it gives out many times faster. What one
+backward pass lets go is what the next forward pass needs: blocks that come back are kept, no more of them than were in
+use at one time, and their pages are offered to the system (MADV_FREE), which takes them when it runs short, and till
+then leaves them as they are.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import threading
 import weakref
+from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -19,6 +23,7 @@ from torch import Tensor
 LARGE = 1 << 25  # bytes, up to which the C library keeps memory for the next request itself
 torch.empty(LARGE - (1 << 16), dtype=torch.uint8)  # let go at once, untouched: from then on it does (malloc's dynamic
 # thresholds); before, what is freed last goes back to the system from a few blocks' bytes on, to be cleared again
+HUGE = getattr(mmap, "MADV_HUGEPAGE", None)
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -52,7 +57,12 @@ class Pool:
             self._lent += size if block is None else len(block)
             self._most = max(self._most, self._lent)
             self._limit()
-        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if block is None else block
+        if block is None:
+            block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if HUGE is not None:
+                with suppress(OSError):  # a system without them
+                    block.madvise(HUGE)
+        return block
 
     def _give(self, block: mmap.mmap) -> None:
         block.madvise(mmap.MADV_FREE)
@@ -75,8 +85,22 @@ class Pool:
 pool = Pool()
 
 
+def is_large(shape: Sequence[int], dtype: torch.dtype) -> bool:
+    return torch.Size(shape).numel() * dtype.itemsize >= LARGE
+
+
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor that no caller ever sees: from the pool, if it is large."""
-    if torch.Size(shape).numel() * dtype.itemsize < LARGE or not hasattr(mmap, "MADV_FREE"):
+    if not is_large(shape, dtype) or not hasattr(mmap, "MADV_FREE"):
         return torch.empty(shape, dtype=dtype)
     return pool.empty(shape, dtype)
+
+
+def result(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor for a caller: as torch makes it, on large pages, if it is large."""
+    tensor = torch.empty(shape, dtype=dtype)
+    if HUGE is not None and is_large(shape, dtype):
+        page, begin = mmap.PAGESIZE, tensor.data_ptr()
+        first, end = -(-begin // page) * page, (begin + tensor.nbytes) // page * page
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), HUGE)  # or not, on any error
+    return tensor

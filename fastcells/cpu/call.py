@@ -58,8 +58,7 @@ class Call:
     ) -> Callable[..., Any]:
         """A function that makes the call, of those of its tensors that there are; it returns None if they are not
         `like` these. Without Python, where that can be. result: what it returns, of all that the call makes."""
-        sizes = [torch.Size(s).numel() * self.dtype.itemsize for s in self.shapes if s is not None]
-        if self.whole and max(sizes) < blocks.LARGE:
+        if self.whole and not any(blocks.is_large(s, self.dtype) for s in self.shapes if s is not None):
             made = [None if s is None else torch.empty(s, device="meta", dtype=self.dtype) for s in self.shapes]
             numbers = count()
             operands = [None if t is None else again.Operand(next(numbers)) for t in (*tensors, *made)]
@@ -107,11 +106,13 @@ def maker(shape: Sequence[int] | None, dtype: torch.dtype, own: bool = False) ->
     if shape is None:
         return _nothing
     if shape and shape[0] == TOTAL:
-        empty = blocks.empty if own else torch.empty
-        return lambda total: empty((total, *shape[1:]), dtype=dtype)
+        empty = blocks.empty if own else blocks.result
+        return lambda total: empty((total, *shape[1:]), dtype)
     if torch.Size(shape).numel() <= SMALL:
         return partial(torch.empty_like, torch.empty(tuple(shape), dtype=dtype))
-    return partial(blocks.empty, tuple(shape), dtype) if own else partial(torch.empty, *shape, dtype=dtype)
+    if not own and not blocks.is_large(shape, dtype):
+        return partial(torch.empty, *shape, dtype=dtype)
+    return partial(blocks.empty if own else blocks.result, tuple(shape), dtype)
 
 
 def _nothing() -> None:
