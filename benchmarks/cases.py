@@ -187,6 +187,8 @@ SHAPES = (
     (1, 1000, 16, 16),
     (64, 200, 1, 32),
     (20, 35, 650, 650),
+    (16, 1, 512, 512),
+    (4, 2, 300, 600),
 )
 
 
@@ -260,7 +262,7 @@ class Suite(NamedTuple):
 
 
 SUITES = {
-    "core": Suite("every shape and cell, inference and training; each other mode", core, 9.5),
+    "core": Suite("every shape and cell, inference and training; each other mode", core, 10.5),
     "quick": Suite("a few small shapes, within a minute", quick, 0.4),
     "variants": Suite("cells, lengths, resets, dropout, float64 beside the plain layer", variants, 4.2),
     "scaling": Suite("how time grows with T, N, H and threads", scaling, 2.4),
