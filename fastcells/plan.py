@@ -159,7 +159,7 @@ def reads_in_place(shape: Shape, weight_bytes: int, input_bytes: int) -> bool:
     if shape.rows > 1 and shape.steps > 1 and weight_bytes > 2 * FAR_BYTES and not shape.training:
         return False
     dots = shape.total * shape.gates * shape.hidden * DOT_BYTES
-    again = (shape.steps - 1) * input_bytes * 3 // 5
+    again = (shape.steps - 1) * input_bytes * 3 // (5 if weight_bytes > AHEAD_BYTES else 10)
     near = weight_bytes <= AHEAD_BYTES // 4
     return dots + again < weight_bytes * (5 if shape.training else 2) // (6 if near else 2)
 

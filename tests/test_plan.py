@@ -63,6 +63,26 @@ def test_gates_of_few_units_meet_a_wide_input_side_by_side(changes, ahead):
     assert plan(shape(**sizes, depth=sizes["hidden"])).project_ahead == ahead
 
 
+@pytest.mark.parametrize(
+    ("rows", "steps", "hidden", "inference", "training"),
+    [
+        (1, 1, 8, True, True),
+        (4, 1, 256, True, True),
+        (32, 1, 256, False, True),  # what is packed for training is packed at each call
+        (64, 1, 64, False, False),  # so few weights are looked at in no time
+        (1, 2, 512, True, True),
+        (1, 100, 512, False, False),
+        (2, 4, 512, False, True),
+        (2, 2, 2000, False, True),  # reads the input's weights twice, from memory
+    ],
+)
+def test_weights_are_read_as_they_are_where_packed_ones_do_not_pay(rows, steps, hidden, inference, training):
+    sizes = {"rows": rows, "steps": steps, "inputs": hidden, "hidden": hidden, "depth": hidden}
+    for trains, expected in ((False, inference), (True, training)):
+        assert plan(shape(**sizes, training=trains)).in_place == expected
+    assert not plan(shape(**sizes, apart=True)).in_place
+
+
 @pytest.mark.parametrize("changes", [{"threads": 1}, {"rows": 1, "hidden": 8, "depth": 8, "inputs": 8}])
 def test_little_work_stays_on_one_thread(changes):
     assert plan(shape(**changes)).forward.threads == 1
