@@ -88,13 +88,13 @@ def plan(shape: Shape) -> Plan:
     flops = step_flops * shape.total // max(shape.rows, 1)
     recurrent_bytes = shape.gates * shape.hidden * shape.depth * shape.item
     weight_bytes = recurrent_bytes + shape.gates * shape.hidden * shape.inputs * shape.item
-    in_place = not shape.apart and reads_in_place(shape, weight_bytes, weight_bytes - recurrent_bytes)
+    in_place = not shape.apart and reads_in_place(shape, weight_bytes)
     if shape.apart:
         project_ahead, why = True, "the cell takes sums of it over the units"
     elif shape.steps == 1:
         project_ahead, why = False, "there is one step only"
     elif in_place:
-        project_ahead, why = False, "its weights are not packed"
+        project_ahead, why = True, "its weights are read once, as they are"
     elif shape.rows < FUSED_ROWS:
         project_ahead, why = True, f"{shape.rows} row(s) a step do not pay for reading the input weights each time"
     elif weight_bytes > FAR_BYTES:
@@ -150,18 +150,14 @@ def plan(shape: Shape) -> Plan:
     return Plan(forward, back, side_by_side, project_ahead, beside, in_place, row_block, tuple(reasons))
 
 
-def reads_in_place(shape: Shape, weight_bytes: int, input_bytes: int) -> bool:
+def reads_in_place(shape: Shape, weight_bytes: int) -> bool:
     """Whether dot products with the weights as they are take less time than tiles of packed ones, with what it takes to
-    see that these are still the same, or to pack them. Those of the input are read anew at each step, where packed ones
-    are at once for all."""
+    see that these are still the same, or to pack them. Of several steps the input's are products of their own."""
     if shape.total == 1:
         return True
-    if shape.rows > 1 and shape.steps > 1 and weight_bytes > 2 * FAR_BYTES and not shape.training:
-        return False
-    dots = shape.total * shape.gates * shape.hidden * DOT_BYTES
-    again = (shape.steps - 1) * input_bytes * 3 // (5 if weight_bytes > AHEAD_BYTES else 10)
+    dots = shape.total * shape.gates * shape.hidden * DOT_BYTES * (1 if shape.steps == 1 else 2)
     near = weight_bytes <= AHEAD_BYTES // 4
-    return dots + again < weight_bytes * (5 if shape.training else 2) // (6 if near else 2)
+    return dots < weight_bytes * (5 if shape.training else 2) // (6 if near else 2)
 
 
 def fills(shape: Shape) -> int:

@@ -368,6 +368,7 @@ def product(
     shares: Address = 0,
     split: str = "rows",
     pack: bool = True,
+    dot: bool = False,
     wait: bool = True,
     count: Address | None = None,
     told: Address | None = None,
@@ -378,8 +379,8 @@ def product(
     x: [A, B, depth], any strides. out: [A, B, units] with adjacent units. start: address of [units], or None to add to
     what `out` holds. weight: [rows, columns] with adjacent columns, or what `panel` made of it. threads: at most; with
     `shares` so many, and they share by `split` (see `launch`). pack: whether the weights are packed first; not to needs
-    `transposed`. wait: for what earlier launches do. count, told: rows of x and out, which have one step then, and
-    depth, where they are told at each call: no more than the buffers say.
+    `transposed`, or `dot`: adjacent numbers in rows of x, too. wait: for what earlier launches do. count, told: rows of
+    x and out, which have one step then, and depth, where they are told at each call: no more than the buffers say.
     """
     run, _ = plain(dtype)
     units, depth = out.shape[-1], x.shape[-1]
@@ -399,7 +400,7 @@ def product(
         threads, split = share(rows, 2 * rows * units * depth * steps, threads)
     if isinstance(weight, Product):
         weights = weight
-    elif pack or not run.readable(transposed, units):
+    elif (pack and not dot) or not run.readable(transposed, units):
         weights, wait = run.panel(script, weight, 0, transposed, [0], units, depth, threads, told=told), True
     else:
         weights = run.in_place(weight, transposed, units, depth)
@@ -414,6 +415,7 @@ def product(
         split=split,
         shares=shares,
         row_block=min(rows, ROW_BLOCK),
+        dot=dot,
         wait=wait,
         label=label,
     )
