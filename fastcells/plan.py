@@ -105,6 +105,7 @@ def plan(shape: Shape) -> Plan:
         project_ahead, why = False, "it goes into the same sums, and is stored nowhere"
     beside = (
         project_ahead
+        and not in_place
         and shape.rides
         and shape.rows == 1
         and shape.steps >= BESIDE_STEPS

@@ -46,6 +46,9 @@ def test_one_sequence_makes_input_projections_beside_its_recurrence_where_that_p
     ):
         assert not plan(shape(**one | changes)).beside
     assert not plan(shape(rows=1)).beside
+    wide = {"steps": 32, "inputs": 4000, "hidden": 256, "depth": 256}
+    assert plan(shape(**one | wide, training=True)).in_place, "dot products are not made beside"
+    assert not plan(shape(**one | wide, training=True)).beside
 
 
 @pytest.mark.parametrize(
