@@ -368,7 +368,6 @@ def product(
     shares: Address = 0,
     split: str = "rows",
     pack: bool = True,
-    dot: bool = False,
     wait: bool = True,
     count: Address | None = None,
     told: Address | None = None,
@@ -379,8 +378,9 @@ def product(
     x: [A, B, depth], any strides. out: [A, B, units] with adjacent units. start: address of [units], or None to add to
     what `out` holds. weight: [rows, columns] with adjacent columns, or what `panel` made of it. threads: at most; with
     `shares` so many, and they share by `split` (see `launch`). pack: whether the weights are packed first; not to needs
-    `transposed`, or `dot`: adjacent numbers in rows of x, too. wait: for what earlier launches do. count, told: rows of
-    x and out, which have one step then, and depth, where they are told at each call: no more than the buffers say.
+    `transposed`, or adjacent numbers in rows of x, for dot products. wait: for what earlier launches do. count, told:
+    rows of x and out, which have one step then, and depth, where they are told at each call: no more than the buffers
+    say.
     """
     run, _ = plain(dtype)
     units, depth = out.shape[-1], x.shape[-1]
@@ -398,12 +398,13 @@ def product(
     }
     if not shares:
         threads, split = share(rows, 2 * rows * units * depth * steps, threads)
+    dot = False
     if isinstance(weight, Product):
         weights = weight
-    elif (pack and not dot) or not run.readable(transposed, units):
+    elif pack or not run.readable(transposed, units):
         weights, wait = run.panel(script, weight, 0, transposed, [0], units, depth, threads, told=told), True
     else:
-        weights = run.in_place(weight, transposed, units, depth)
+        weights, dot = run.in_place(weight, transposed, units, depth), not transposed
     run.launch(
         script,
         Times(steps, rows if count is None else count),
