@@ -17,14 +17,15 @@ DOT_BYTES = 150  # of weights: to compare so many with those that were packed ta
 # its part of a tile; where all lie in a second-level cache, three times as many; to pack them for training, 2 / 5
 ROW_BLOCK = 96  # rows that go through all time steps together
 THREAD_FLOPS = 400_000  # of a call, below which waking a team costs more than it brings
-WAIT_FLOPS = 9_000  # that a barrier costs for each thread that meets there
+WAIT_FLOPS = 9_000  # that a barrier costs for each thread that meets there,
+EXCHANGE_FLOPS = 30  # and a number that it left in one thread's cache for others
 PADDING_FLOPS = 30_000_000  # past the ends of sequences, up to which they take less time than packing the rest
 OVERRUN_FLOPS = 10_000_000  # past the ends, up to which running on takes less time than sorting sequences
 UNITS_A_PIECE = 16  # that threads share
-ROWS_A_THREAD = 2  # at least; a tile of a single row cannot keep the multiply-adds busy
-# Where weights are far, threads that share rows take them from each other's share of a cache: it takes so many rows a
-# thread for each of the threads, and never more than ROWS_A_READ.
-SHARED_ROWS, ROWS_A_READ = 4, 16
+# To read weights takes as long as to multiply so many rows by them, from a first-level cache and from a second-level one;
+# where they are far, threads that share rows take them from each other's share of a cache: so many for each of the
+# threads, and never more than the last.
+NEAR_ROWS, READ_ROWS, ROWS_A_READ = 2, 4, 16
 UNITS_A_ROW = 8  # in a backward pass, from which on reading all gates' gradients costs less than all weights
 
 
@@ -126,8 +127,8 @@ def plan(shape: Shape) -> Plan:
     read = recurrent_bytes if project_ahead else weight_bytes
     near = shape.depth < UNITS_A_ROW * shape.rows
     forward, back = (
-        share(shape.rows, flops, available, chained=alone, units=shape.hidden, weight_bytes=weights)
-        for weights in (read, 0 if near else recurrent_bytes)
+        share(shape.rows, flops, available, chained=alone, units=shape.hidden, told=told, weight_bytes=weights)
+        for weights, told in ((read, shape.depth), (0 if near else recurrent_bytes, shape.gates * shape.hidden))
     )
     if side_by_side:
         reasons.append(f"the {shape.directions} directions run side by side, {forward.threads} thread(s) each")
@@ -168,22 +169,33 @@ def fills(shape: Shape) -> int:
     return (shape.gates * apart - together) * shape.lanes
 
 
-def share(rows: int, flops: int, threads: int, *, chained: int = 0, units: int = 0, weight_bytes: int = 0) -> Share:
-    """What so many threads at most share. chained: operations of a step that the next step's wait for, and `units` of
-    it; 0: none do. weight_bytes: of what every thread reads at each step to share rows."""
+def share(
+    rows: int, flops: int, threads: int, *, chained: int = 0, units: int = 0, told: int = 0, weight_bytes: int = 0
+) -> Share:
+    """What so many threads at most share. chained: operations of a step that the next step's wait for, 0: none do;
+    units: of it; told: numbers a row of its results that the next step needs; weight_bytes: of what every thread reads
+    at each step to share rows."""
     if threads == 1 or flops < THREAD_FLOPS:
         return Share(1, "rows")
     far = weight_bytes > AHEAD_BYTES and weight_bytes * threads >= FAR_BYTES
-    fed = min(threads, rows // (min(SHARED_ROWS * threads, ROWS_A_READ) if far else ROWS_A_THREAD))
-    if fed == threads:
+    read = min(READ_ROWS * (threads if far else 1), ROWS_A_READ) if weight_bytes > NEAR_BYTES else NEAR_ROWS
+    if rows >= threads * read:
         return Share(threads, "rows")
     if not chained:
         return Share(threads, "units")
-    # What the thread with the most of it does of a step, and the barrier after it.
-    by_rows, pieces = max(fed, 1), -(-units // UNITS_A_PIECE)
-    costs = {Share(by_rows, "rows"): chained * -(-rows // by_rows) / rows}
+
+    def step(rows_a_thread: int) -> float:
+        """Half of the multiply-adds pass while weights are read."""
+        return chained / rows * max(rows_a_thread, (rows_a_thread + read) / 2)
+
+    # What the thread with the most of it does of a step, and what it costs that there are others.
+    pieces, costs = -(-units // UNITS_A_PIECE), {Share(1, "rows"): step(rows)}
+    woken, exchanged = THREAD_FLOPS * chained / flops, EXCHANGE_FLOPS * rows * told
     for several in range(2, threads + 1):
-        costs[Share(several, "units")] = chained * -(-pieces // several) / pieces + WAIT_FLOPS * several
+        by_rows = step(-(-rows // several))
+        by_units = step(rows) * -(-pieces // several) / pieces + WAIT_FLOPS * several + exchanged
+        for split, cost in (("rows", by_rows), ("units", by_units)):
+            costs[Share(several, split)] = cost + woken * (several - 1)
     return min(costs, key=lambda s: costs[s])
 
 

@@ -229,6 +229,8 @@ def test_explain_wants_a_recurrent_module():
         (32, 512, 2, "rows", "rows"),
         (8, 512, 2, "units", "units"),
         (8, 256, 2, "rows", "rows"),  # a near cache holds what they read
+        (4, 256, 2, "units", "units"),  # which takes longer than to multiply two rows by it
+        (4, 32, 2, "rows", "rows"),  # a barrier takes as long
         (64, 512, 4, "rows", "rows"),
         (60, 512, 8, "units", "units"),
         (128, 512, 16, "units", "rows"),  # more gradients than weights
@@ -246,8 +248,8 @@ def test_threads_do_not_all_read_weights_that_are_many_for_few_rows(rows, hidden
         (1, 128, (4, "units")),
         (1, 512, (16, "units")),
         (4, 256, (16, "units")),
-        (8, 64, (4, "rows")),
-        (16, 128, (8, "rows")),
+        (8, 64, (8, "rows")),
+        (16, 128, (16, "rows")),
         (3, 8, (1, "rows")),
     ],
 )

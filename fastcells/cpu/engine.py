@@ -397,7 +397,8 @@ def product(
         "start": target if start is None else View(start),
     }
     if not shares:
-        threads, split = share(rows, 2 * rows * units * depth * steps, threads)
+        weight_bytes = units * depth * dtype.itemsize
+        threads, split = share(rows, 2 * rows * units * depth * steps, threads, weight_bytes=weight_bytes)
     dot = False
     if isinstance(weight, Product):
         weights = weight
