@@ -13,6 +13,8 @@ BESIDE_STEPS = 32  # from which on most input projections of one sequence can be
 FAR_BYTES = 1 << 23  # of all weights, which a process's share of a third-level cache still holds
 FUSED_ROWS = 12  # of a step, from which on reading the input's weights at each costs less than to store its products
 STORED_DEPTH = 10  # of a product, that takes as long as to store its result and to load it again
+FOLDED_DEPTH = 64  # of a dot product, that takes as long as to fold its sums
+DOT_UNITS = 4  # whose dot products with several rows are made at a time
 DOT_BYTES = 150  # of weights: to compare so many with those that were packed takes as long as a dot product does beyond
 # its part of a tile; where all lie in a second-level cache, three times as many; to pack them for training, 2 / 5
 ROW_BLOCK = 96  # rows that go through all time steps together
@@ -64,7 +66,8 @@ class Plan:
     """forward, back: what threads share of one direction, in either pass. side_by_side: each direction has threads of
     its own. project_ahead: the input projection of all time steps is one product before the loop; beside: of the first
     steps alone, those of others are made in the loop, some steps before they are needed. in_place: weights are
-    read as they are, not packed first. row_block: see the constant. reasons: a sentence a choice."""
+    read as they are, not packed first; dots: those of the input projection are, if it is ahead. row_block: see the
+    constant. reasons: a sentence a choice."""
 
     forward: Share
     back: Share
@@ -72,6 +75,7 @@ class Plan:
     project_ahead: bool
     beside: bool
     in_place: bool
+    dots: bool
     row_block: int
     reasons: tuple[str, ...]
 
@@ -79,7 +83,7 @@ class Plan:
     def schedule(self) -> tuple:
         """All but the reasons."""
         shares = self.forward, self.back, self.side_by_side
-        return *shares, self.project_ahead, self.beside, self.in_place, self.row_block
+        return *shares, self.project_ahead, self.beside, self.in_place, self.dots, self.row_block
 
 
 @lru_cache(maxsize=1024)
@@ -90,8 +94,11 @@ def plan(shape: Shape) -> Plan:
     recurrent_bytes = shape.gates * shape.hidden * shape.depth * shape.item
     weight_bytes = recurrent_bytes + shape.gates * shape.hidden * shape.inputs * shape.item
     in_place = not shape.apart and reads_in_place(shape, weight_bytes)
+    dots = in_place or fills_dots(shape)
     if shape.apart:
         project_ahead, why = True, "the cell takes sums of it over the units"
+    elif dots and not in_place:
+        project_ahead, why = True, f"{shape.gates * shape.hidden} columns fill vectors less than {shape.inputs} inputs do"
     elif shape.steps == 1:
         project_ahead, why = False, "there is one step only"
     elif in_place:
@@ -106,7 +113,7 @@ def plan(shape: Shape) -> Plan:
         project_ahead, why = False, "it goes into the same sums, and is stored nowhere"
     beside = (
         project_ahead
-        and not in_place
+        and not dots
         and shape.rides
         and shape.rows == 1
         and shape.steps >= BESIDE_STEPS
@@ -149,7 +156,7 @@ def plan(shape: Shape) -> Plan:
     if in_place:
         reasons.append(f"weights read as they are: {shape.total} row(s) of all steps do not pay for packed ones")
     row_block = shape.rows if shape.rows <= ROW_BLOCK else -(-shape.rows // -(-shape.rows // ROW_BLOCK))
-    return Plan(forward, back, side_by_side, project_ahead, beside, in_place, row_block, tuple(reasons))
+    return Plan(forward, back, side_by_side, project_ahead, beside, in_place, dots, row_block, tuple(reasons))
 
 
 def reads_in_place(shape: Shape, weight_bytes: int) -> bool:
@@ -160,6 +167,15 @@ def reads_in_place(shape: Shape, weight_bytes: int) -> bool:
     dots = shape.total * shape.gates * shape.hidden * DOT_BYTES * (1 if shape.steps == 1 else 2)
     near = weight_bytes <= AHEAD_BYTES // 4
     return dots < weight_bytes * (5 if shape.training else 2) // (6 if near else 2)
+
+
+def fills_dots(shape: Shape) -> bool:
+    """Whether the input projection takes less time as dot products, with the inputs along the vectors, than in tiles,
+    with the gates' columns along them."""
+    columns = shape.gates * shape.hidden
+    weight_bytes, whole = columns * shape.inputs * shape.item, -(-columns // shape.lanes) * shape.lanes
+    dots = -(-columns // DOT_UNITS) * DOT_UNITS * (shape.inputs + FOLDED_DEPTH)
+    return dots * (3 if weight_bytes <= 2 * NEAR_BYTES else 4) < whole * shape.inputs * 3
 
 
 def fills(shape: Shape) -> int:

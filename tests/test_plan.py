@@ -57,13 +57,31 @@ def test_one_sequence_makes_input_projections_beside_its_recurrence_where_that_p
         ({"inputs": 512, "hidden": 24}, True),
         ({"inputs": 24, "hidden": 24}, False),  # too few for it to be worth storing
         ({"inputs": 512, "hidden": 24, "lanes": 8}, False),  # no units are missing
-        ({"inputs": 512, "hidden": 24, "gates": 1}, False),  # nobody is beside it
+        ({"inputs": 512, "hidden": 30, "gates": 1}, False),  # nobody is beside it
         ({"inputs": 512, "hidden": 24, "steps": 1}, False),
     ],
 )
 def test_gates_of_few_units_meet_a_wide_input_side_by_side(changes, ahead):
     sizes = {"lanes": 16} | changes
     assert plan(shape(**sizes, depth=sizes["hidden"])).project_ahead == ahead
+
+
+@pytest.mark.parametrize(
+    ("changes", "dots"),
+    [
+        ({"inputs": 512, "hidden": 3}, True),
+        ({"inputs": 512, "hidden": 3, "steps": 1}, True),
+        ({"inputs": 512, "hidden": 4}, False),  # one vector of all gates' columns
+        ({"inputs": 512, "hidden": 4, "gates": 1}, True),
+        ({"inputs": 48, "hidden": 12, "gates": 1}, False),  # as long as folding takes
+        ({"inputs": 4000, "hidden": 22, "gates": 1}, False),  # weights that are read again for every four rows
+    ],
+)
+def test_few_columns_of_a_wide_input_are_dot_products(changes, dots):
+    sizes = {"lanes": 16} | changes
+    chosen = plan(shape(**sizes, depth=sizes["hidden"]))
+    assert (chosen.dots, chosen.in_place) == (dots, False)
+    assert chosen.project_ahead or not dots
 
 
 @pytest.mark.parametrize(

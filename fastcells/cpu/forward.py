@@ -185,7 +185,7 @@ class Forward(Call):
             if count:
                 rows, into = x.narrow(0, first, count), out.narrow(0, first, count)
                 options: dict[str, Any] = {"threads": d.team, "wait": first == parts[0][0], "label": "input projection"}
-                options["pack"] = not d.schedule.in_place
+                options["pack"] = not d.schedule.dots
                 if self.sequences.packed:
                     options["count"] = self.number(lambda s: s.total)
                 product(self.script, self.dtype, rows, weight, into, start, **options)

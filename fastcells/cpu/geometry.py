@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..plan import DOT_UNITS
 from ..program import Program, Stage
 from .host import host
 from .order import early
@@ -164,7 +165,6 @@ HALF_ROWS = 3  # from which on half a vector takes less time than a whole one; f
 WIDEST = 4  # vectors of units in a tile for several rows,
 REST_WIDTH = 2  # and at most in one for the rest
 DOT_ROWS = 4  # in a tile of dot products: enough for each number of the weights to be multiplied while others are read
-DOT_UNITS = 4  # whose dot products with several rows are made at a time
 LATENCY_CHAINS = 8  # independent sums that hide the latency of a fused multiply-add: 4 cycles x 2 units
 
 

@@ -11,13 +11,13 @@ from functools import partial
 
 from llvmlite import ir
 
+from ..plan import DOT_UNITS
 from ..program import Program
 from .beside import BESIDE_ARGUMENTS, Beside
 from .emitter import CONTEXT, Emitter, counted, joined, switch
 from .geometry import (
     BESIDE_WIDTHS,
     BUFFER_WORDS,
-    DOT_UNITS,
     LATENCY_CHAINS,
     LINE,
     SEGMENT_WORDS,
@@ -247,6 +247,12 @@ class Tile(Emitter):
         def place(m: int, group):
             return b.gep(folded, [i64(0), b.add(group, i64(m * groups))])
 
+        # Groups of units that do not exist are left out.
+        there = b.udiv(b.add(self.last_unit, i64(count)), i64(count))
+        there = b.select(b.icmp_signed("<", there, i64(groups)), there, i64(groups))
+        for m in rows:
+            for group in range(1, groups):
+                b.store(v.const(0.0), place(m, i64(group)))
         for a in sorted(self.summed):
 
             def some(group, _, a=a):
@@ -261,7 +267,7 @@ class Tile(Emitter):
                     b.store(v.sums([dots[m, i] for i in range(count)]), place(m, group))
                 return []
 
-            counted(b, i64(0), i64(groups), 1, [], some)
+            counted(b, i64(0), there, 1, [], some)
             for m in rows:
                 whole = v.sums([b.load(place(m, i64(group))) for group in range(groups)], count)
                 found[m, 0, a] = b.fadd(found[m, 0, a], whole)
