@@ -247,39 +247,43 @@ class Tile(Emitter):
         def place(m: int, group):
             return b.gep(folded, [i64(0), b.add(group, i64(m * groups))])
 
-        # Groups of units that do not exist are left out.
-        there = b.udiv(b.add(self.last_unit, i64(count)), i64(count))
-        there = b.select(b.icmp_signed("<", there, i64(groups)), there, i64(groups))
-        for m in rows:
-            for group in range(1, groups):
-                b.store(v.const(0.0), place(m, i64(group)))
+        there = i64(groups)
+        if self.partial:  # groups of units that do not exist are left out: nobody stores what comes of their places
+            there = b.udiv(b.add(self.last_unit, i64(count)), i64(count))
         for a in sorted(self.summed):
 
-            def some(group, _, a=a):
+            def some(group, _, a=a, ahead=False):
                 units = [b.add(b.mul(group, i64(count)), i64(i)) for i in range(count)]
                 keys = [(m, i) for m in rows for i in range(count)]
                 dots = dict.fromkeys(keys, v.const(0.0))
                 for j, segment, begin, end in parts:
                     if a in segment.targets:
                         pointers = self.weight_rows(a, j, segment, units)
-                        dots = self.dots_along(self.row_addresses(segment.rows), pointers, begin, end, dots)
+                        dots = self.dots_along(self.row_addresses(segment.rows), pointers, begin, end, dots, ahead)
                 for m in rows:
                     b.store(v.sums([dots[m, i] for i in range(count)]), place(m, group))
                 return []
 
-            counted(b, i64(0), there, 1, [], some)
+            if self.partial:  # an input of few columns may be far; a first group reads it, others find it near
+                some(i64(0), [], ahead=True)
+            counted(b, i64(int(self.partial)), there, 1, [], some)
             for m in rows:
                 whole = v.sums([b.load(place(m, i64(group))) for group in range(groups)], count)
                 found[m, 0, a] = b.fadd(found[m, 0, a], whole)
         return found
 
-    def dots_along(self, rows: list, pointers: list, begin, end, sums: dict) -> dict:
-        """sums, by row and pointer, + row[begin:end] * the numbers that the pointer points to."""
+    def dots_along(self, rows: list, pointers: list, begin, end, sums: dict, ahead: bool) -> dict:
+        """sums, by row and pointer, + row[begin:end] * the numbers that the pointer points to. ahead: the rows of the
+        next tile are asked for."""
         b, v, keys = self.b, self.v, list(sums)
+        height = b.mul(b.sub(rows[-1], rows[-2]), i64(len(rows))) if len(rows) > 1 else i64(0)
 
         def add(k, values, mask=None):
             at, out = b.mul(k, i64(self.bytes)), dict(zip(keys, values, strict=True))
             xs = [v.load(b.add(row, at), mask) for row in rows]
+            if ahead and mask is None:
+                for row in rows:
+                    v.prefetch(b.add(row, b.add(at, height)))
             for i, p in enumerate(pointers):
                 weight = v.load(b.add(p, at), mask)
                 for m, x in enumerate(xs):
