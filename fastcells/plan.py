@@ -24,10 +24,11 @@ EXCHANGE_FLOPS = 30  # and a number that it left in one thread's cache for other
 PADDING_FLOPS = 30_000_000  # past the ends of sequences, up to which they take less time than packing the rest
 OVERRUN_FLOPS = 10_000_000  # past the ends, up to which running on takes less time than sorting sequences
 UNITS_A_PIECE = 16  # that threads share
-# To read weights takes as long as to multiply so many rows by them, from a first-level cache and from a second-level one;
-# where they are far, threads that share rows take them from each other's share of a cache: so many for each of the
-# threads, and never more than the last.
-NEAR_ROWS, READ_ROWS, ROWS_A_READ = 2, 4, 16
+# To read weights takes as long as to multiply so many rows by them: from a first-level cache, from a second-level one,
+# and where they are far, since threads that share rows then take them from each other's share of a cache. Backward,
+# where sharing units has the gates' gradients pass between threads, it is READ_ROWS for each of the threads, and no
+# more than BACK_ROWS.
+NEAR_ROWS, READ_ROWS, FAR_ROWS, BACK_ROWS = 2, 4, 20, 16
 UNITS_A_ROW = 8  # in a backward pass, from which on reading all gates' gradients costs less than all weights
 
 
@@ -98,7 +99,10 @@ def plan(shape: Shape) -> Plan:
     if shape.apart:
         project_ahead, why = True, "the cell takes sums of it over the units"
     elif dots and not in_place:
-        project_ahead, why = True, f"{shape.gates * shape.hidden} columns fill vectors less than {shape.inputs} inputs do"
+        project_ahead, why = (
+            True,
+            f"{shape.gates * shape.hidden} columns fill vectors less than {shape.inputs} inputs do",
+        )
     elif shape.steps == 1:
         project_ahead, why = False, "there is one step only"
     elif in_place:
@@ -134,8 +138,13 @@ def plan(shape: Shape) -> Plan:
     read = recurrent_bytes if project_ahead else weight_bytes
     near = shape.depth < UNITS_A_ROW * shape.rows
     forward, back = (
-        share(shape.rows, flops, available, chained=alone, units=shape.hidden, told=told, weight_bytes=weights)
-        for weights, told in ((read, shape.depth), (0 if near else recurrent_bytes, shape.gates * shape.hidden))
+        share(
+            shape.rows, flops, available, chained=alone, units=shape.hidden, told=told, weight_bytes=weights, back=back
+        )
+        for weights, told, back in (
+            (read, shape.depth, False),
+            (0 if near else recurrent_bytes, shape.gates * shape.hidden, True),
+        )
     )
     if side_by_side:
         reasons.append(f"the {shape.directions} directions run side by side, {forward.threads} thread(s) each")
@@ -186,15 +195,26 @@ def fills(shape: Shape) -> int:
 
 
 def share(
-    rows: int, flops: int, threads: int, *, chained: int = 0, units: int = 0, told: int = 0, weight_bytes: int = 0
+    rows: int,
+    flops: int,
+    threads: int,
+    *,
+    chained: int = 0,
+    units: int = 0,
+    told: int = 0,
+    weight_bytes: int = 0,
+    back: bool = False,
 ) -> Share:
     """What so many threads at most share. chained: operations of a step that the next step's wait for, 0: none do;
     units: of it; told: numbers a row of its results that the next step needs; weight_bytes: of what every thread reads
-    at each step to share rows."""
+    at each step to share rows; back: backward in time."""
     if threads == 1 or flops < THREAD_FLOPS:
         return Share(1, "rows")
     far = weight_bytes > AHEAD_BYTES and weight_bytes * threads >= FAR_BYTES
-    read = min(READ_ROWS * (threads if far else 1), ROWS_A_READ) if weight_bytes > NEAR_BYTES else NEAR_ROWS
+    if far:
+        read = min(READ_ROWS * threads, BACK_ROWS) if back else FAR_ROWS
+    else:
+        read = READ_ROWS if weight_bytes > NEAR_BYTES else NEAR_ROWS
     if rows >= threads * read:
         return Share(threads, "rows")
     if not chained:

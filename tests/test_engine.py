@@ -65,11 +65,21 @@ def test_outputs_and_gradients(c, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("options", [{}, {"directions": 2, "bias": False}, {"lengths": [5, 3, 3, *[1] * 14]}], ids=str)
+@pytest.mark.parametrize(
+    ("steps", "options"),
+    [
+        (5, {}),
+        (5, {"directions": 2, "bias": False}),
+        (5, {"lengths": [5, 3, 3, *[1] * 14]}),
+        (1, {}),
+        (1, {"given": False}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("c", [cells.lstm, cells.gru, cells.rnn_tanh, normed, additive], ids=lambda c: c.name)
-def test_few_columns_of_a_wide_input(c, options, dtype):
+def test_few_columns_of_a_wide_input(c, steps, options, dtype):
     """Whose input projections are dot products, of a depth that is no whole vectors."""
-    agree(*problem(c, 5, 17, 203, 3, dtype=dtype, **options), tolerance=1e-11 if dtype == torch.float64 else 1e-4)
+    agree(*problem(c, steps, 17, 203, 3, dtype=dtype, **options), tolerance=1e-11 if dtype == torch.float64 else 1e-4)
 
 
 @pytest.mark.parametrize("lengths", [None, [5, 4, 4, 1]])

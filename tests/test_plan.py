@@ -244,12 +244,13 @@ def test_explain_wants_a_recurrent_module():
 @pytest.mark.parametrize(
     ("rows", "hidden", "threads", "forward", "back"),
     [
-        (32, 512, 2, "rows", "rows"),
+        (40, 512, 2, "rows", "rows"),
+        (32, 512, 2, "units", "rows"),  # gradients of four gates pass between threads, and only one state
         (8, 512, 2, "units", "units"),
         (8, 256, 2, "rows", "rows"),  # a near cache holds what they read
         (4, 256, 2, "units", "units"),  # which takes longer than to multiply two rows by it
         (4, 32, 2, "rows", "rows"),  # a barrier takes as long
-        (64, 512, 4, "rows", "rows"),
+        (64, 512, 4, "units", "rows"),
         (60, 512, 8, "units", "units"),
         (128, 512, 16, "units", "rows"),  # more gradients than weights
         (64, 64, 16, "rows", "rows"),
