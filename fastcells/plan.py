@@ -99,10 +99,7 @@ def plan(shape: Shape) -> Plan:
     if shape.apart:
         project_ahead, why = True, "the cell takes sums of it over the units"
     elif dots and not in_place:
-        project_ahead, why = (
-            True,
-            f"{shape.gates * shape.hidden} columns fill vectors less than {shape.inputs} inputs do",
-        )
+        project_ahead, why = True, f"{shape.inputs} inputs fill vectors better than {shape.gates * shape.hidden} columns"
     elif shape.steps == 1:
         project_ahead, why = False, "there is one step only"
     elif in_place:
