@@ -99,7 +99,7 @@ def plan(shape: Shape) -> Plan:
     if shape.apart:
         project_ahead, why = True, "the cell takes sums of it over the units"
     elif dots and not in_place:
-        project_ahead, why = True, f"{shape.inputs} inputs fill vectors better than {shape.gates * shape.hidden} columns"
+        project_ahead, why = True, f"{shape.inputs} inputs fill vectors better than {shape.gates} gates' columns"
     elif shape.steps == 1:
         project_ahead, why = False, "there is one step only"
     elif in_place:
