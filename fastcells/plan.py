@@ -203,8 +203,8 @@ def share(
     back: bool = False,
 ) -> Share:
     """What so many threads at most share. chained: operations of a step that the next step's wait for, 0: none do;
-    units: of it; told: numbers a row of its results that the next step needs; weight_bytes: of what every thread reads
-    at each step to share rows; back: backward in time."""
+    units: that may be shared; told: numbers a row of a step's results that the next step needs; weight_bytes: of what
+    every thread reads, at each step, to share rows; back: backward in time."""
     if threads == 1 or flops < THREAD_FLOPS:
         return Share(1, "rows")
     far = weight_bytes > AHEAD_BYTES and weight_bytes * threads >= FAR_BYTES
@@ -214,19 +214,18 @@ def share(
         read = READ_ROWS if weight_bytes > NEAR_BYTES else NEAR_ROWS
     if rows >= threads * read:
         return Share(threads, "rows")
-    if not chained:
-        return Share(threads, "units")
+    work = chained or flops
 
     def step(rows_a_thread: int) -> float:
         """Half of the multiply-adds pass while weights are read."""
-        return chained / rows * max(rows_a_thread, (rows_a_thread + read) / 2)
+        return work / rows * max(rows_a_thread, (rows_a_thread + read) / 2)
 
-    # What the thread with the most of it does of a step, and what it costs that there are others.
-    pieces, costs = -(-units // UNITS_A_PIECE), {Share(1, "rows"): step(rows)}
+    # What the thread with the most of it does, and of steps what it costs that there are others.
+    pieces, costs = max(-(-units // UNITS_A_PIECE), 1), {Share(1, "rows"): step(rows)}
     woken, exchanged = THREAD_FLOPS * chained / flops, EXCHANGE_FLOPS * rows * told
     for several in range(2, threads + 1):
         by_rows = step(-(-rows // several))
-        by_units = step(rows) * -(-pieces // several) / pieces + WAIT_FLOPS * several + exchanged
+        by_units = step(rows) * -(-pieces // several) / pieces + exchanged + (WAIT_FLOPS * several if chained else 0)
         for split, cost in (("rows", by_rows), ("units", by_units)):
             costs[Share(several, split)] = cost + woken * (several - 1)
     return min(costs, key=lambda s: costs[s])

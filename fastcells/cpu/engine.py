@@ -397,8 +397,8 @@ def product(
         "start": target if start is None else View(start),
     }
     if not shares:
-        weight_bytes = units * depth * dtype.itemsize
-        threads, split = share(rows, 2 * rows * units * depth * steps, threads, weight_bytes=weight_bytes)
+        flops, weight_bytes = 2 * rows * units * depth * steps, units * depth * dtype.itemsize
+        threads, split = share(rows, flops, threads, units=units, weight_bytes=weight_bytes)
     dot = False
     if isinstance(weight, Product):
         weights = weight
