@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from . import cells, replay
 from .cell import Cell
 from .cpu.engine import DTYPES
+from .cpu.lengths import Tables
 from .functional import Parameters, observer, refusal, unchecked_layer
 
 Shape = tuple[int, ...]
@@ -376,7 +377,12 @@ def packed_size(packed: PackedSequence) -> int:
     if not isinstance(sizes, Tensor) or sizes.dtype != torch.int64 or sizes.dim() != 1 or sizes.device.type != "cpu":
         got = f"{sizes.dtype} of shape {tuple(sizes.shape)}" if isinstance(sizes, Tensor) else type(sizes).__name__
         raise Mistake(f"input.batch_sizes must be an int64 CPU Tensor of 1 dimension, got {got}")
-    steps = sizes.tolist()
+    given = [t for t in orders if t is not None]
+    if all([t.dtype is torch.int64 and t.is_cpu and t.dim() == 1 and t.is_contiguous() for t in given]):
+        tables = Tables(sizes, len(data), given)
+        if tables.rows > 0 and (tables.total, tables.steps) == (len(data), len(sizes)):
+            return tables.rows
+    steps = sizes.tolist()  # slower, to say what is wrong
     if not steps or steps[-1] < 1 or steps != sorted(steps, reverse=True) or sum(steps) != len(data):
         got = ", ".join(map(str, steps[:8])) + ", ..." * (len(steps) > 8)
         raise Mistake(

@@ -13,7 +13,7 @@ import torch
 
 from . import cells
 from .cell import Cell
-from .cpu import again, engine, script, store, team
+from .cpu import again, engine, lengths, script, store, team
 from .cpu import layer as cpu
 from .cpu.host import host
 from .derivation import build
@@ -67,6 +67,9 @@ class Wanted(NamedTuple):
 ONCE: dict[str, Callable[[Wanted], store.Kernel]] = {
     "driver": lambda _: script.driver(),
     **({"recall": lambda _: again.kernel()} if again.interface() else {}),
+    "tables": lambda _: lengths.filling(),
+    "entering": lambda _: lengths.entering(),
+    "leaving": lambda _: lengths.leaving(),
     **({"lead": lambda _: team.leader()} if team.library() else {}),
 }
 EACH: dict[str, Callable[[Wanted], store.Kernel]] = {

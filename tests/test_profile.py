@@ -435,6 +435,9 @@ def test_the_life_of_a_cache(tmp_path, monkeypatch, capsys, quick):
 
     names = {
         "driver",
+        "tables",
+        "entering",
+        "leaving",
         "pack_float32",
         "product_float32",
         "sum_float32",

@@ -16,7 +16,8 @@ from .derived import hand_on
 from .direction import TOTAL, Direction, Operands, Ready, Sequences, fixed, rows_of_initial, view
 from .engine import Buffer, View, add, product
 from .forward import Saved
-from .gradients import OverTime, shifted
+from .gradients import LABEL, OverTime, shifted
+from .lengths import enter, leave
 from .script import zeros
 
 FEW_ROWS = 16  # that read weights where they are: packing them first would cost more
@@ -58,8 +59,7 @@ class Given(NamedTuple):
 class Made(NamedTuple):
     """What it makes, likewise: the gradients, None where they are not wanted, and for each direction what no caller
     sees. totals: gradients of the cell's own tensors by sequence; grads: of the pre-activations; projected: of the
-    projection's result; of packed sequences, previous: the states that entered each recurrent product, row by row, and
-    edges: what `grads` has for the steps next to the initial states, if their gradients are wanted."""
+    projection's result; previous: the states that entered each recurrent product of packed sequences, row by row."""
 
     dx: Buffer | None
     dstates: list[Buffer | None]
@@ -69,7 +69,6 @@ class Made(NamedTuple):
     grads: list[Buffer]
     projected: list[Buffer | None]
     previous: list[dict[str, Buffer | None]]
-    edges: list[Buffer | None]
 
 
 class Backward(Call):
@@ -162,14 +161,12 @@ class Backward(Call):
         wide = {p.states[0]: width}
         entering = {o for _, _, o in self.r.recurrent if isinstance(o, str) and wanted.weights}
         previous = {o: (total, wide.get(o, hidden)) if sequences.packed else None for o in sorted(entering)}
-        edge = (rows, *saved.slots[0].shape[1:]) if sequences.packed and states_wanted else None
 
         groups: list[Sequence[Any]] = [[dx], dstates, dinputs, *dparameters]
         self._groups, self._states = [len(group) for group in groups], len(self.r.cell.states)
         shapes = list(chain.from_iterable(groups))
         unseen = [*totals * count, *[grad] * (0 if overwrite else count), *[projected] * count]
         unseen += list(previous.values()) * count if sequences.packed else []
-        unseen += [] if edge is None else [edge] * count
         self.makes([*shapes, *unseen], own=len(shapes))
         return Made(
             made(dx),
@@ -180,7 +177,6 @@ class Backward(Call):
             self.given.slots if grad is None else [made(grad) for _ in parameters],
             [made(projected) for _ in parameters],
             [{n: s and made(s) for n, s in previous.items()} for _ in parameters],
-            [None if edge is None else made(edge) for _ in parameters],
         )
 
     def _totals(self, d: Direction) -> dict[str, Buffer]:
@@ -323,15 +319,12 @@ class Backward(Call):
 
     def _edge(self, d: Direction) -> Buffer:
         """[N, columns of `grad`]: gradients at every sequence's step next to its initial state."""
-        grad, out, sequences = self.made.grads[d.index], self.made.edges[d.index], self.sequences
-        if out is None:
+        grad, sequences = self.made.grads[d.index], self.sequences
+        if not (d.reverse and sequences.packed):
             return grad.by_time((sequences.steps, sequences.rows))[sequences.steps - 1 if d.reverse else 0]
-        here, source, target = self.number(lambda s: s).operand - 1, grad.at.operand - 1, out.at.operand - 1  # type: ignore[union-attr]
-
-        def gather(tensors):
-            tensors[target].copy_(tensors[here].edge(tensors[source], last=d.reverse))
-
-        self.then(gather)
+        shape = sequences.rows, grad.shape[1]
+        out = Buffer.new(self.script.take(shape[0] * shape[1] * grad.item), shape, grad.item)
+        leave(self.script, sequences.times(False, self.number), view(grad, sequences), out)
         return out
 
     def _initial(self, d: Direction, name: str, edge: Buffer, out: Buffer) -> None:
@@ -350,16 +343,10 @@ class Backward(Call):
         if start is not None:
             add(self.script, d.r.dtype, out, None)
 
-    def _previous(self, d: Direction, state: Buffer, initial: Buffer | None, out: Any) -> Buffer:
-        """What a state was before every step of packed sequences, gathered into `out`, [total, width]."""
-        here = self.number(lambda s: s).operand - 1
-        at, column, target = state.at.operand - 1, state.at.offset // state.item, out.at.operand - 1  # type: ignore[union-attr]
-        entered, k, width = None if initial is None else initial.at.operand - 1, d.index, state.shape[1]  # type: ignore[union-attr]
-
-        def gather(tensors):
-            before, begins, sequence = tensors[here].previous(d.reverse)
-            torch.index_select(tensors[at][:, column : column + width], 0, before, out=tensors[target])
-            tensors[target][begins] = 0 if entered is None else tensors[entered][k][sequence]
-
-        self.then(gather)
+    def _previous(self, d: Direction, state: Buffer, initial: Buffer | None, out: Buffer) -> Buffer:
+        """What a state was before every step of packed sequences, copied to `out`, [total, width]."""
+        sequences, size = self.sequences, state.shape[1] * state.item
+        source = view(state, sequences, zeros(size) if initial is None else initial)
+        times = sequences.times(d.reverse, self.number)
+        enter(self.script, times, source, view(out, sequences), size, threads=d.team, label=LABEL)
         return out

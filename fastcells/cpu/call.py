@@ -38,8 +38,7 @@ class Call:
         self.make = [maker(s, self.dtype, k >= own) for k, s in enumerate(shapes)]
 
     def number(self, of: Callable[[Sequences], Any]) -> At:
-        """One more operand, after all tensors: of the packed sequences of a call, a number that its script is told, or
-        what a function between scripts needs."""
+        """One more operand, after all tensors: a number that the script is told of the sequences of a call."""
         self.numbers.append(of)
         return self.operands.address()
 
@@ -50,8 +49,8 @@ class Call:
 
     @property
     def whole(self) -> bool:
-        """Whether the script is all of it."""
-        return len(self.parts) == 1
+        """Whether the script is all of it, and is told of tensors alone."""
+        return len(self.parts) == 1 and not self.numbers
 
     def again(
         self, tensors: Sequence[Tensor | None], like: Sequence[Tensor] | None, result: Callable[[list], Any]
@@ -79,8 +78,8 @@ class Call:
         return in_python
 
     def begin(self, tensors: Sequence[Tensor | None], sequences: Sequences | None = None) -> list[Any]:
-        """Make the call of the tensors in the order of `prepared`: all that it makes. sequences: if they are packed."""
-        if sequences is None or not sequences.packed:
+        """Make the call of the tensors in the order of `prepared`: all that it makes. sequences: of other lengths."""
+        if sequences is None or sequences.tables is None:
             made = [make() for make in self.make]
             self.run([*tensors, *made])
             return made

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from ..program import Programs, Weights
 from . import team
 from .engine import Buffer, Product, Runner, Times, View, add
 from .host import host
+from .lengths import Tables
 from .script import Address, At, Script, zeros
 
 TOTAL = -1  # first in a shape: as many rows as all steps of a call's packed sequences have
@@ -57,8 +57,8 @@ def suited(cell: Cell, weights: Sequence[Any], feed: bool = False, each: bool = 
     return ready(cell, project, w_ih.dtype, lanes, feed, each)
 
 
-Number = Callable[[Callable[["Sequences"], Any]], At]
-"""`Call.number`: an operand, by a function of the sequences of a call."""
+Number = Callable[[Callable[[Any], Any]], At]
+"""`Call.number`: an operand, by a function of the `Sequences` of a call."""
 
 
 def roomy(count: int) -> int:
@@ -71,17 +71,18 @@ class Sequences:
     """How time steps and sequences are laid out: padded [T, N], or packed [total] with the number of rows of each step;
     or padded, and only so many rows of each step are run, the first ones.
 
-    steps: T; rows: N, of the fullest step; total: rows of all steps; counts: of each step, None if all have as many.
-    most: rows of all steps that a call is made ready for: of packed sequences somewhat more than there are, so that the
-    same call does for others; what differs from one to the next is told at each call (`Call.number`).
+    steps: T; rows: N, of the fullest step; total: rows of all steps; tables: `Tables` of the rows of each step, None if
+    all have as many. most: rows of all steps that a call is made ready for: of packed sequences somewhat more than
+    there are, so that the same call does for others; what differs from one to the next is told at each call
+    (`Call.number`).
     """
 
     def __init__(self, x: Tensor, counts: Tensor | None) -> None:
-        self.counts = None if counts is None else counts.contiguous()
         self.packed = x.dim() == 2
+        self.tables = None if counts is None else Tables(counts, x.shape[:-1].numel())
         if self.packed:
-            table = self._table()
-            self.steps, self.rows, self.total = table.shape[0], int(table[0]), x.shape[0]
+            assert self.tables is not None, "packed sequences have counts"
+            self.steps, self.rows, self.total = self.tables.steps, self.tables.rows, x.shape[0]
             self.most = roomy(self.total)
         else:
             self.steps, self.rows = x.shape[0], x.shape[1]
@@ -90,90 +91,22 @@ class Sequences:
     @property
     def ending(self) -> bool:
         """Whether steps of padded sequences have fewer and fewer rows."""
-        return self.counts is not None and not self.packed
+        return self.tables is not None and not self.packed
 
-    def _table(self) -> Tensor:
-        assert self.counts is not None, "there is no table of counts where all steps have as many rows"
-        return self.counts
-
-    @cached_property
-    def offsets(self) -> np.ndarray:
-        """Row at which each step begins (packed)."""
-        counts = self._table().numpy()
-        return counts.cumsum() - counts
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Of the sequences, longest first, where there are counts."""
-        ascending = self._table().numpy()[::-1]
-        return self.steps - ascending.searchsorted(np.arange(self.rows), side="right")
-
-    @cached_property
-    def tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where each step begins, and its rows, of packed sequences: from the first step to the last, and back."""
-        ascending = np.stack([self.offsets, self._table().numpy()])
-        return ascending, np.ascontiguousarray(ascending[:, ::-1])
-
-    def times(self, descending: bool, number: Number, marks: At | None = None) -> Times:
-        """Steps from the first to the last, or from the last to the first. number: `Call.number`; marks: see there."""
+    def times(self, descending: bool, number: Number) -> Times:
+        """Steps from the first to the last, or from the last to the first. number: `Call.number`."""
+        counts = None if self.tables is None else number(lambda s: s.tables.counts(descending))
         if self.packed:
-            positions = number(lambda s: s.tables[descending][0].ctypes.data)
-            counts = number(lambda s: s.tables[descending][1].ctypes.data)
+            positions = number(lambda s: s.tables.positions(descending))
             return Times(number(lambda s: s.steps), self.rows, positions=positions, counts=counts)
         first, delta = (self.steps - 1, -1) if descending else (0, 1)
-        return Times(self.steps, self.rows, first, delta, counts=marks and marks + 8 * self.steps * descending)
+        return Times(self.steps, self.rows, first, delta, counts=counts)
 
-    def marks(self, threads: int) -> Tensor:
-        """Of `ending` sequences, for a script that runs on others of that shape: the rows of each step, in either
-        order, the bounds of so many threads, and which row of all steps each sequence's last one is. int64."""
-        counts, each = self._table().numpy(), np.arange(self.rows)
-        last = (self.lengths - 1) * self.rows + each
-        return torch.from_numpy(np.concatenate([counts, counts[::-1], self.bounds(threads), last]))
-
-    def last(self, marks: Tensor) -> Tensor:
-        """The rows of last steps among these marks."""
-        return marks[-self.rows :]
-
-    def edge(self, t: Tensor, last: bool) -> Tensor:
-        """[N, ...]: rows of `t`, [total, ...], at the last or first step of every packed sequence."""
-        return t.index_select(0, self._last) if last else t[: self.rows]
-
-    @cached_property
-    def _last(self) -> Tensor:
-        return torch.from_numpy(self.offsets[self.lengths - 1] + np.arange(self.rows))
-
-    def previous(self, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Of packed rows: which row each one's step before is, or any; which have none; and the sequences of those."""
-        counts, offsets = self._table().numpy(), self.offsets
-        row = np.arange(self.total) - offsets.repeat(counts)
-        step = np.arange(self.steps).repeat(counts)
-        other = np.minimum(step + 1, self.steps - 1) if reverse else np.maximum(step - 1, 0)
-        first = (step == other) | (row >= counts[other]) if reverse else step == 0
-        before = np.where(first, 0, offsets[other] + row)
-        begins = np.flatnonzero(first)
-        return torch.from_numpy(before), torch.from_numpy(begins), torch.from_numpy(row[begins])
-
-    def bounds(self, threads: int) -> np.ndarray:
-        """The rows at which threads' shares begin, so that each has as many time steps to do, and the end."""
-        done = self.lengths.cumsum()
-        goals = np.arange(1, threads) * (done[-1] / threads)
-        return np.array([0, *np.minimum(done.searchsorted(goals) + 1, self.rows), self.rows])
-
-    def shares(self, threads: int, number: Number, marks: At | None = None) -> Address:
+    def shares(self, threads: int, number: Number) -> Address:
         """Address of the threads' bounds; 0 for even shares."""
-        if self.counts is None or threads == 1:
+        if self.tables is None or threads == 1:
             return 0
-        return number(lambda s: s.bounds_at(threads)) if marks is None else marks + 16 * self.steps
-
-    def bounds_at(self, threads: int) -> int:
-        """Address of `bounds`, for as long as the sequences last."""
-        if threads not in self._bounds:
-            self._bounds[threads] = self.bounds(threads).astype(np.int64)
-        return self._bounds[threads].ctypes.data
-
-    @cached_property
-    def _bounds(self) -> dict[int, np.ndarray]:
-        return {}
+        return number(lambda s: s.tables.bounds(threads))
 
 
 def view(t: Buffer, sequences: Sequences, initial: Buffer | int = 0) -> View:
@@ -318,13 +251,12 @@ class Direction:
         *,
         descending: bool,
         number: Number,
-        marks: At | None = None,
         **options: Any,
     ) -> None:
         """Add a pass's program over the time steps, from the last one if descending. number: `Call.number`."""
         run.launch(
             script,
-            sequences.times(descending, number, marks),
+            sequences.times(descending, number),
             views,
             products,
             [self.units(s.size) for s in run.program.stages],
@@ -334,7 +266,7 @@ class Direction:
             wait=self.index == 0 or not self.schedule.side_by_side,
             split=self.split,
             row_block=self.schedule.row_block,
-            shares=sequences.shares(self.threads, number, marks) if self.split == "rows" else 0,
+            shares=sequences.shares(self.threads, number) if self.split == "rows" else 0,
             **options,
         )
 
@@ -401,7 +333,7 @@ def planned(
             directions,
             training,
             r.programs.ahead,
-            sequences.counts is None and r.forward.rides,
+            sequences.tables is None and r.forward.rides,
             r.forward.grain,
         )
     )

@@ -13,7 +13,8 @@ from .call import Call
 from .direction import TOTAL, Direction, Ready, Sequences, fixed, planned, view
 from .engine import Buffer, View, add, plain, product
 from .geometry import BESIDE_ROWS
-from .script import Address, At, zeros
+from .lengths import leave
+from .script import Address, zeros
 
 
 @dataclass
@@ -55,7 +56,6 @@ class Forward(Call):
         x_, given = operands.given(x, many), [operands.given(s) for s in states or ()]
         fed = [operands.given(t) for t in inputs]
         directions = [Direction(r, [operands.given(t) for t in q], fed, k) for k, q in enumerate(parameters)]
-        marks = operands.address() if sequences.ending else None
         for d in directions:
             d.share(schedule, schedule.forward, sequences.most)
         self.made = self._results(x, directions)
@@ -68,7 +68,7 @@ class Forward(Call):
             launches.append((start, self._views(d, own, given), d.products(self.script, r.forward, unused)))
         beside = [self._input(d, x_, start, views) for d, (start, views, _) in zip(directions, launches, strict=True)]
         for d, (_, views, products), words in zip(directions, launches, beside, strict=True):
-            options: dict[str, Any] = {"skip_first": not given, "training": training, "marks": marks, "beside": words}
+            options: dict[str, Any] = {"skip_first": not given, "training": training, "beside": words}
             options |= {"number": self.number, "dot": schedule.in_place, "descending": d.reverse}
             d.launch(self.script, r.forward, sequences, views, products, **options)
         for d in directions:
@@ -76,7 +76,7 @@ class Forward(Call):
             sources = {0: self.made.y.columns(d.index * width, width)} | self.made.series[d.index]
             for j, source in sources.items():
                 if j < len(self.made.finals):
-                    self._final(d, marks, source, self.made.finals[j], wait=d.index == 0 and j == 0)
+                    self._final(d, source, self.made.finals[j], wait=d.index == 0 and j == 0)
 
     def _results(self, x: Tensor, directions: Sequence[Direction]) -> Made:
         """All that the call makes, by shapes that are the call's from now on."""
@@ -147,27 +147,14 @@ class Forward(Call):
         views["x"] = view(x, self.sequences) if self.plan.beside else View(0)
         return self._project(d, x.by_time(), ahead.columns(0, units).by_time(x.shape[:-1]), start)
 
-    def _final(self, d: Direction, marks: At | None, source: Buffer, out: Buffer, wait: bool) -> None:
+    def _final(self, d: Direction, source: Buffer, out: Buffer, wait: bool) -> None:
         """A state after the last step that a direction takes, of what it was after every step."""
         sequences = self.sequences
-        if not sequences.packed and (d.reverse or marks is None):
+        if sequences.tables is None or d.reverse:
             edge = source.by_time((sequences.steps, sequences.rows))[0 if d.reverse else sequences.steps - 1]
             add(self.script, self.dtype, out[d.index], edge, wait=wait)
-            return
-        series: Any = source.at
-        final: Any = out.at
-        column, size = series.offset // source.item, source.shape[-1]
-        here = self.number(lambda s: s) if marks is None else marks
-
-        def copy(operands):
-            every, given = operands[series.operand - 1], operands[here.operand - 1]
-            if marks is None:
-                edge = given.edge(every, last=not d.reverse)
-            else:
-                edge = every.flatten(0, -2).index_select(0, sequences.last(given))
-            operands[final.operand - 1].select(0, d.index).copy_(edge[:, column : column + size])
-
-        self.then(copy)
+        else:
+            leave(self.script, sequences.times(False, self.number), view(source, sequences), out[d.index], wait=wait)
 
     def _project(self, d: Direction, x: Buffer, out: Buffer, start: Address) -> Sequence[Address]:
         """Add the input projections before the time loop; the words of a frame on those that are made within."""

@@ -72,7 +72,7 @@ def prepared(
     inputs: Sequence[Tensor] = (),
     feed: bool = False,
 ) -> tuple[Forward, list[Tensor | None]]:
-    """The forward call, and the tensors that it is given: x, the states, inputs, and parameters; marks if there are."""
+    """The forward call, and the tensors that it is given: x, the states, inputs, and parameters."""
     r = suited(cell, parameters[0], feed)
     x, weights, inputs = usable(x), _flat(parameters), [usable(t) for t in inputs]
     given = all_states(r, states, weights, inputs, sequences.rows)
@@ -80,8 +80,7 @@ def prepared(
     key = _key(r, sequences, [x], tensors[1:])
     if key is not None:
         key = r, len(parameters), training, team.size(), given is None, sequences.ending, key
-    call = kept(key, lambda: Forward(r, x, given, weights, inputs, sequences, training))
-    return call, [*tensors, sequences.marks(call.plan.forward.threads)] if sequences.ending else tensors
+    return kept(key, lambda: Forward(r, x, given, weights, inputs, sequences, training)), tensors
 
 
 def forward(
