@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_map
 
 from . import cells, replay
 from .cell import Cell
+from .cpu.direction import Sequences
 from .cpu.engine import DTYPES
-from .cpu.lengths import Tables
 from .functional import Parameters, observer, refusal, unchecked_layer
+from .ragged import reordered
 
 Shape = tuple[int, ...]
 
@@ -379,9 +380,9 @@ def packed_size(packed: PackedSequence) -> int:
         raise Mistake(f"input.batch_sizes must be an int64 CPU Tensor of 1 dimension, got {got}")
     given = [t for t in orders if t is not None]
     if all([t.dtype is torch.int64 and t.is_cpu and t.dim() == 1 and t.is_contiguous() for t in given]):
-        tables = Tables(sizes, len(data), given)
-        if tables.rows > 0 and (tables.total, tables.steps) == (len(data), len(sizes)):
-            return tables.rows
+        sequences = Sequences(data, sizes, given)
+        if sequences.fit:
+            return sequences.rows
     steps = sizes.tolist()  # slower, to say what is wrong
     if not steps or steps[-1] < 1 or steps != sorted(steps, reverse=True) or sum(steps) != len(data):
         got = ", ".join(map(str, steps[:8])) + ", ..." * (len(steps) > 8)
@@ -398,15 +399,6 @@ def packed_size(packed: PackedSequence) -> int:
         if low < 0 or high >= steps[0]:
             raise Mistake(f"input.{name} must hold a permutation of 0 to {steps[0] - 1}, got {low} to {high}")
     return steps[0]
-
-
-def reordered(states: Any, order: Tensor | None) -> Any:
-    """The sequences of one state, or of each in a tuple, in the order asked for."""
-    if order is None:
-        return states
-    if isinstance(states, Tensor):
-        return states.index_select(1, order)
-    return tuple(state.index_select(1, order) for state in states)
 
 
 ELMAN = {"RNN_TANH": cells.rnn_tanh, "RNN_RELU": cells.rnn_relu, "tanh": cells.rnn_tanh, "relu": cells.rnn_relu}

@@ -206,12 +206,12 @@ def _run(
     graph = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
     if witness.told is not None:
         return witness.told(cell, x, parameters, batch_sizes, return_cell_states, recompute, graph)
+    sequences = cpu.Sequences(x, batch_sizes)
     if graph:
-        call = Invocation(cell, batch_sizes, len(parameters), states is not None, return_cell_states, recompute)
-        y, *more = call(tensors)
+        call = Invocation(cell, len(parameters), states is not None, return_cell_states, recompute)
+        y, *more = call(tensors, sequences)
         count = len(cell.states)
         return (y, tuple(more[:count]), tuple(more[count:])) if return_cell_states else (y, tuple(more))
-    sequences = cpu.Sequences(x, batch_sizes)
     y, finals, saved = cpu.forward(cell, x, states, parameters, sequences, training=return_cell_states, inputs=inputs)
     return (y, finals, _others(cell, y, saved)) if return_cell_states else (y, finals)
 
@@ -324,45 +324,48 @@ class Invocation:
     def __init__(
         self,
         cell: Cell,
-        batch_sizes: Tensor | None,
         directions: int,
         given: bool,
         return_cell_states: bool = False,
         recompute: bool = False,
         again: cpu.Forward | None = None,
     ) -> None:
-        self.cell, self.batch_sizes, self.directions, self.given = cell, batch_sizes, directions, given
+        self.cell, self.directions, self.given = cell, directions, given
         self.return_cell_states, self.recompute, self.again = return_cell_states, recompute, again
         self._start: Callable[..., Any] | None = None
         self._finish: list[tuple[tuple, Callable[..., Any]]] = []  # of the kinds that were asked for
 
-    def __call__(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    def __call__(self, tensors: Sequence[Tensor | None], sequences: cpu.Sequences) -> tuple[Tensor, ...]:
         """y, the final states, and the other states of every step if they are wanted."""
-        return _Layer.apply(self, *tensors)
+        return _Layer.apply(self, sequences, *tensors)
 
     def split(self, tensors: Sequence) -> tuple:
         return split(self.cell, self.directions, self.given, tensors)
 
-    def forward(self, ctx: Any, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        ctx.call, ctx.inputs = self, len(tensors)
+    def forward(self, ctx: Any, sequences: cpu.Sequences, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        ctx.call, ctx.sequences, ctx.inputs = self, sequences, len(tensors)
         if self.again is not None:
-            self._start = self._start or self.again.again(tensors, None, tuple)
-            made = self._start(*[t for t in tensors if t is not None]) or self.again.begin(tensors)
+            ctx.plan, ctx.feed = self.again.plan, False
+            if sequences.tables is not None:
+                made = self.again.begin(tensors, sequences)
+            else:
+                self._start = self._start or self.again.again(tensors, None, tuple)
+                made = self._start(*[t for t in tensors if t is not None]) or self.again.begin(tensors)
             results = 1 + len(self.cell.states)
-            ctx.save_for_backward(*tensors, made[0], *made[results:])
+            _save(ctx, *tensors, made[0], *made[results:])
             return tuple(made[:results])
         x, states, inputs, parameters = self.split(tensors)
-        ctx.sequences, ctx.feed = cpu.Sequences(x, self.batch_sizes), any([t.requires_grad for t in inputs])
+        ctx.feed = any([t.requires_grad for t in inputs])
         training = self.return_cell_states or not self.recompute
-        arguments = self.cell, x, states, parameters, ctx.sequences, training, inputs, ctx.feed
+        arguments = self.cell, x, states, parameters, sequences, training, inputs, ctx.feed
         forward, whole = cpu.prepared(*arguments)
-        y, finals, saved = forward.start(whole, ctx.sequences)
+        y, finals, saved = forward.start(whole, sequences)
         ctx.plan = saved.plan
-        ctx.save_for_backward(*tensors, *([] if self.recompute else [y, *saved.slots, *saved.series]))
+        _save(ctx, *tensors, *([] if self.recompute else [y, *saved.slots, *saved.series]))
         return y, *finals, *(_others(self.cell, y, saved) if self.return_cell_states else ())
 
     def backward(self, ctx: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        tensors, needs = _saved(ctx), ctx.needs_input_grad[2:]
         graph = torch.is_grad_enabled()  # create_graph: the derivative must itself be differentiable
         keeps = _keeps_graph() and not self.recompute
         repeats = self.again is not None and script.observer is None and not graph
@@ -371,8 +374,9 @@ class Invocation:
             taken = (*tensors, *cotangents)
             present = [t for t in taken if t is not None]
             kind = keeps, needs, cpu.threads(), *[t is None for t in cotangents]
+            told = {"sequences": ctx.sequences} if ctx.sequences.packed else {}
             for known, finish in self._finish:
-                if known == kind and (found := finish(*present)) is not None:
+                if known == kind and (found := finish(*present, **told)) is not None:
                     return found
         if graph or not _plain([*tensors, *cotangents]):
             return self._differentiable(ctx, tensors[: ctx.inputs], needs, cotangents, tensors[ctx.inputs :])
@@ -392,12 +396,9 @@ class Invocation:
     def _prepared(self, ctx, tensors, needs, cotangents, overwrite) -> tuple[cpu.Backward, list[Tensor | None]]:
         y, *rest = tensors[ctx.inputs :]
         x, states, fed, parameters = self.split(tensors[: ctx.inputs])
-        if self.again is not None:
-            ctx.sequences, ctx.feed = cpu.Sequences(x, self.batch_sizes), False
         count = len(states or ())
         wanted = cpu.Wanted(needs[0], any(needs[1 : 1 + count]), any(needs[1 + count + len(fed) :]))
-        plan = ctx.plan if self.again is None else self.again.plan
-        saved = cpu.Saved(rest[: self.directions], rest[self.directions :], plan)
+        saved = cpu.Saved(rest[: self.directions], rest[self.directions :], ctx.plan)
         (dy, *dfinals), dothers = cotangents[: 1 + len(self.cell.states)], cotangents[1 + len(self.cell.states) :]
         arguments = self.cell, x, states, y, parameters, ctx.sequences, saved, dy, dfinals, wanted, overwrite, fed
         return cpu.prepared_backward(*arguments, ctx.feed, dothers)
@@ -414,7 +415,7 @@ class Invocation:
         x, states, fed, parameters = self.split(inputs)
         count = 1 + len(self.cell.states)
         if len(cotangents) == count and not any([t is not None and _in_batches(t) for t in cotangents]):
-            call = self.cell.key, x, list(states or ()), fed, flat(parameters), self.batch_sizes, self.directions
+            call = self.cell.key, x, list(states or ()), fed, flat(parameters), ctx.sequences.counts, self.directions
             if self.recompute:
                 with torch.no_grad():
                     made = torch.ops.fastcells.layer(*call, True)
@@ -424,7 +425,7 @@ class Invocation:
         graph = torch.is_grad_enabled()
         with torch.enable_grad():
             y, finals, *others = unrolled.layer(
-                self.cell, x, states, parameters, self.batch_sizes, fed, self.return_cell_states
+                self.cell, x, states, parameters, ctx.sequences.counts, fed, self.return_cell_states
             )
             results = (y, *finals, *(others[0] if others else ()))
             outputs = [(o, d) for o, d in zip(results, cotangents, strict=True) if d is not None]
@@ -437,6 +438,30 @@ class Invocation:
         return [next(grads) if need else None for need in needs]
 
 
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
+    hooked = _hooks is None or _hooks(False) is not None
+    ctx.kinds = [None if t is None else _kind(t) for t in tensors] if hooked else None
+
+
+def _saved(ctx: Any) -> tuple[Tensor | None, ...]:
+    """What was saved, or what hooks have put in its place, which kernels read as if it were that."""
+    tensors = ctx.saved_tensors
+    for k, kind in enumerate(ctx.kinds or ()):
+        if kind is not None and (given := _kind(tensors[k])) != kind:
+            raise RuntimeError(f"saved_tensors_hooks must give back {_text(*kind)}, got {_text(*given)}")
+    return tensors
+
+
+def _kind(t: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return t.shape, t.dtype
+
+
+def _text(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"a {dtype} Tensor of shape {tuple(shape)}"
+
+
+_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _in_batches = torch._C._functorch.is_legacy_batchedtensor  # as is_grads_batched has them
 
 
@@ -456,9 +481,9 @@ KINDS = 8  # of cotangents that one call is made ready for
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: Invocation, *tensors):
+    def forward(ctx, call: Invocation, sequences: cpu.Sequences, *tensors):
         ctx.set_materialize_grads(False)
-        return call.forward(ctx, tensors)
+        return call.forward(ctx, sequences, tensors)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -472,7 +497,7 @@ def _backward(ctx, cotangents):
     if torch.is_autocast_enabled("cpu"):  # products are to stay in the format of the tensors
         with torch.autocast("cpu", enabled=False):
             return _backward(ctx, cotangents)
-    return None, *ctx.call.backward(ctx, cotangents)
+    return None, None, *ctx.call.backward(ctx, cotangents)
 
 
 def _keeps_graph() -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -170,6 +170,15 @@ class Ragged:
 def left(final: Tensor, empty: Tensor, initial: Tensor | None) -> Tensor:
     """Final states, [..., N, F]; a sequence of length 0, empty [N, 1], keeps the initial one, None for zeros."""
     return final.masked_fill(empty, 0) if initial is None else torch.where(empty, initial, final)
+
+
+def reordered(states: Any, order: Tensor | None) -> Any:
+    """The sequences of one state, or of each in a tuple, in the order asked for."""
+    if order is None:
+        return states
+    if isinstance(states, Tensor):
+        return states.index_select(1, order)
+    return tuple(state.index_select(1, order) for state in states)
 
 
 def backward_in_time(rows: Tensor, batch_sizes: Tensor) -> Tensor:

@@ -17,19 +17,22 @@ from torch import Tensor
 from torch.autograd import _profiler_enabled as profiled
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_of_torch
+from torch.nn.utils.rnn import PackedSequence
 
 from .cpu import again, script
 from .cpu import layer as cpu
 from .cpu.blocks import is_large
-from .functional import Invocation, flat, same_memory
+from .functional import Invocation, flat, same_memory, split
+from .ragged import reordered
 
 if TYPE_CHECKING:
-    from .dropin import Call, DropIn
+    from .dropin import Batch, Call, DropIn
 
 SAME = again.Same(
     entries=[(vars(forward_ad), "_current_level"), (vars(script), "observer")],
     empty=[],
 )
+KEPT = 64  # calls of packed sequences
 BRIEF = 1 << 18  # multiplications of a call that takes less time than other threads take to go on
 OPTIONS = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size"]
 HOOKS = ["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"]
@@ -48,7 +51,9 @@ class Replay:
         held = {id(t): name for name, t in module._parameters.items() if t is not None}
         used = [t for directions in call.parameters for t in flat(directions) if t is not None]
         names = [held.get(id(t), "") for t in used]
-        tensors = [input, *(hx if type(hx) is tuple else () if hx is None else (hx,)), *used]
+        packed = call.batch.batch_sizes is not None
+        given = [t for t in input if t is not None] if packed else [input]
+        tensors = [*given, *(hx if type(hx) is tuple else () if hx is None else (hx,)), *used]
         training = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
         draws = len(call.parameters) > 1 and module.dropout and module.training
         stack = Stack(call, tensors, training)
@@ -57,9 +62,13 @@ class Replay:
         elsewhere = any([name not in own and hasattr(module, name) for name in OPTIONS])
         if not (stack.whole and all(names) and once) or elsewhere or (draws and not training):
             return
-        taken = again.Taken(hx, module._parameters, names, tensors)
-        made = [None] if training else stack.made(module)
-        finish = Training(module, input, call, stack.forwards) if training else None
+        taken = again.Taken(input, hx, module._parameters, names, tensors)
+        made = [None] if training or packed else stack.made(module)
+        finish: Callable | None = None
+        if packed:
+            finish = Packed(call, len(given), training)
+        elif training:
+            finish = Training(module, input, call, stack.forwards)
         outside = call.cell.outside
         same = SAME._replace(entries=SAME.entries + ([r[:2] for r in outside.reads] if outside else []))
         self.forward = _then([again.method(same, taken, m) for m in made], finish)
@@ -73,10 +82,10 @@ class Replay:
 
 
 class Stack:
-    """The layers of a call, each prepared. whole: whether scripts are all of it, and take the tensors as the caller and
-    the module hold them, with nothing made from them.
+    """The layers of a call, each prepared. whole: whether they take the tensors as the caller and the module hold them,
+    with nothing made from them, and, of padded sequences, whether scripts are all of it.
 
-    tensors: the input, the states, and all parameters that there are.
+    tensors: those of the input, the states, and all parameters that there are.
     """
 
     def __init__(self, call: Call, tensors: list[Tensor], training: bool) -> None:
@@ -88,23 +97,23 @@ class Stack:
         self.forwards: list[cpu.Forward] = []
         self.operands: list[list[again.Operand | None]] = []  # of each layer's script: states and parameters
         self.whole = True
-        directions, x = len(layers[0]), batch.x
+        directions, x, sequences = len(layers[0]), batch.x, cpu.Sequences(batch.x, batch.batch_sizes)
         numbers = {id(t): k for k, t in enumerate(tensors)}
         for k, parameters in enumerate(layers):
             part = None if states is None else tuple([s[k * directions : (k + 1) * directions] for s in states])
-            forward, given = cpu.prepared(cell, x, part, parameters, cpu.Sequences(x, None), training)
+            forward, given = cpu.prepared(cell, x, part, parameters, sequences, training)
             used = flat(parameters)
             known: list[Tensor | None] = [x, *(part or ()), *used]
-            self.whole &= forward.whole and len(given) == len(known) and all(map(same_memory, given, known))
-            at: list[again.Operand | None] = [
-                again.Operand(j, t.data_ptr() - tensors[j].data_ptr()) for j, t in enumerate(part or (), 1)
-            ]
-            at += [None if t is None else again.Operand(numbers[id(t)]) for t in used]
-            self.whole &= not is_large(forward.y, self.dtype)  # which Python makes otherwise, and is slow in any case
+            self.whole &= len(given) == len(known) and all(map(same_memory, given, known))
+            if not sequences.packed:
+                # What Python makes otherwise is large, and slow in any case.
+                self.whole &= forward.whole and not is_large(forward.y, self.dtype)
+                at: list[again.Operand | None] = [
+                    again.Operand(j, t.data_ptr() - tensors[j].data_ptr()) for j, t in enumerate(part or (), 1)
+                ]
+                self.operands.append([*at, *[None if t is None else again.Operand(numbers[id(t)]) for t in used]])
             self.forwards.append(forward)
-            self.operands.append(at)
-            if k + 1 < len(layers):
-                x = x.new_empty(forward.y)
+            x = x.new_empty(*x.shape[:-1], forward.y[-1])
 
     def made(self, module: DropIn) -> list[again.Made]:
         """What the call makes, and how; and how while another thread's call has the memory that is kept."""
@@ -157,30 +166,32 @@ def _both(method: Callable, finish: Callable, module: DropIn, *given: Any) -> An
     return None if tensors is None else finish(module, given[0], tensors)
 
 
-class Training:
-    """The rest of a call with gradients, of its tensors: the input, the states, and all parameters that there are."""
+class Rest:
+    """The rest of a call, of its tensors: those of the input, which are `first`, the states, and all parameters that
+    there are."""
 
-    def __init__(self, module: DropIn, input: Tensor, call: Call, forwards: list[cpu.Forward]) -> None:
-        cell, batch, states, layers, _ = call
+    def __init__(self, call: Call, first: int) -> None:
+        _, batch, states, layers, _ = call
         self.call = call._replace(batch=batch._replace(x=torch.empty(0)), states=None, parameters=[])
-        self.same = batch.x is input
-        self.shapes = [s.shape for s in states or ()]
-        given = states is not None
-        self.layers = [Invocation(cell, None, len(p), given, again=f) for p, f in zip(layers, forwards, strict=True)]
-        each = count(1 + len(self.shapes))
+        self.first, self.shapes = first, [s.shape for s in states or ()]
+        each = count(first + len(self.shapes))
         self.numbers = [[[None if t is None else next(each) for t in flat([p])] for p in layer] for layer in layers]
 
-    def __call__(self, module: DropIn, input: Tensor, tensors: tuple[Tensor, ...]) -> Any:
-        batch = self.call.batch if self.same else module._batch(input)
-        x = input if self.same else batch.x
-        states = tuple([tensors[k].view(shape) for k, shape in enumerate(self.shapes, 1)]) or None
+    def states(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """As the engine takes them."""
+        return tuple([tensors[k].view(shape) for k, shape in enumerate(self.shapes, self.first)]) or None
+
+    def run(
+        self, module: DropIn, input: Any, batch: Batch, x: Tensor, states: Any, tensors: Sequence[Tensor], run: Layer
+    ) -> Any:
+        """The result of the module's `forward`. run: gives what a layer makes, by its number, of its tensors."""
         parameters: Any = [
             [[None if k is None else tensors[k] for k in numbers] for numbers in layer] for layer in self.numbers
         ]
-        invocations = iter(self.layers)
+        each = count()
 
         def layer(_: Any, x: Tensor, states: Any, directions: Any, *others: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-            y, *finals = next(invocations)([x, *(states or ()), *(t for p in directions for t in p)])
+            y, *finals = run(next(each), [x, *(states or ()), *(t for p in directions for t in p)])
             return y, tuple(finals)
 
         if len(parameters) == 1:
@@ -189,11 +200,70 @@ class Training:
         return module._run(input, call, layer)
 
 
-class Seen(NamedTuple):
-    """The last calls of a module that were made as if for the first time: the shape of their input, how many there
-    were, and how to make them again."""
+Layer = Callable[[int, list[Tensor | None]], Sequence[Tensor]]
 
-    shape: torch.Size
+
+class Training(Rest):
+    """Of padded sequences, with gradients."""
+
+    def __init__(self, module: DropIn, input: Tensor, call: Call, forwards: list[cpu.Forward]) -> None:
+        super().__init__(call, 1)
+        self.same, given = call.batch.x is input, call.states is not None
+        self.sequences = cpu.Sequences(call.batch.x, None)
+        self.layers = [
+            Invocation(call.cell, len(p), given, again=f) for p, f in zip(call.parameters, forwards, strict=True)
+        ]
+
+    def __call__(self, module: DropIn, input: Tensor, tensors: tuple[Tensor, ...]) -> Any:
+        batch = self.call.batch if self.same else module._batch(input)
+        run = lambda k, given: self.layers[k](given, self.sequences)  # noqa: E731
+        return self.run(module, input, batch, input if self.same else batch.x, self.states(tensors), tensors, run)
+
+
+class Packed(Rest):
+    """Of packed sequences: there is a call made ready for each layer and each `Sequences.few`."""
+
+    def __init__(self, call: Call, first: int, training: bool) -> None:
+        super().__init__(call, first)
+        self.training = training
+        self.known: dict[tuple, Callable[..., Sequence[Tensor]]] = {}
+
+    def __call__(self, module: DropIn, input: PackedSequence, tensors: tuple[Tensor, ...]) -> Any:
+        rows, counts, *orders = tensors[: self.first]
+        sequences = cpu.Sequences(rows, counts, orders)
+        if not sequences.fit:
+            return None
+
+        def run(k: int, given: list[Tensor | None]) -> Sequence[Tensor]:
+            known = self.known.get((k, *sequences.few))
+            return (known or self._made(k, given, sequences))(given, sequences)
+
+        leading = self.call.batch.leading[0], sequences.rows
+        batch = self.call.batch._replace(size=sequences.rows, leading=leading, batch_sizes=counts)
+        states = self.states(tensors)
+        if states is not None:
+            states = reordered(states, input.sorted_indices)
+        return self.run(module, input, batch, rows, states, tensors, run)
+
+    def _made(self, k: int, given: list[Tensor | None], sequences: cpu.Sequences) -> Callable[..., Sequence[Tensor]]:
+        """Make a layer's call ready."""
+        cell, directions, states = self.call.cell, len(self.numbers[k]), bool(self.shapes)
+        x, *rest, parameters = split(cell, directions, states, given)
+        forward, _ = cpu.prepared(cell, x, rest[0], parameters, sequences, self.training)
+        if len(self.known) >= KEPT:
+            self.known.clear()
+        made: Callable = forward.results
+        if self.training:
+            made = Invocation(cell, directions, states, again=forward)
+        self.known[(k, *sequences.few)] = made
+        return made
+
+
+class Seen(NamedTuple):
+    """The last calls of a module that were made as if for the first time: the shape of their input, of packed ones
+    sequences and features; how many there were; and how to make them again."""
+
+    shape: tuple[int, ...]
     calls: int = 1
     replay: Replay | None = None
 
@@ -251,7 +321,7 @@ def begins(forward: Callable) -> Callable:
 
 def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:
     """Make the call ready to be made again, at its second time."""
-    if again.interface() is None or script.observer is not None or call.batch.batch_sizes is not None:
+    if again.interface() is None or script.observer is not None:
         return
     if profiled() or not (hx is None or type(hx) in (Tensor, tuple)):
         return
@@ -260,10 +330,11 @@ def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:
         replays = module.__dict__["_replays"] = Replays()
     kind = torch.is_grad_enabled()
     seen = replays.seen.get(kind)
-    if seen is None or seen.shape != input.shape or seen.replay is not None:
-        replays[kind] = Seen(input.shape)
+    shape = input.shape if call.batch.batch_sizes is None else (call.batch.size, *call.batch.x.shape[1:])
+    if seen is None or seen.shape != shape or seen.replay is not None:
+        replays[kind] = Seen(shape)
         return
     calls, replay = seen.calls + 1, None
     if not calls & (calls - 1):  # what cannot be made again is tried ever more rarely
         replay = Replay(module, input, hx, call)
-    replays[kind] = Seen(input.shape, calls, replay if replay is not None and replay.forward else None)
+    replays[kind] = Seen(shape, calls, replay if replay is not None and replay.forward else None)

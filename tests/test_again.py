@@ -223,7 +223,7 @@ def test_backward_calls_one_after_the_other(options, threads, compiled, monkeypa
     """Of all kinds of cotangents in turn, with weights that change, some of them frozen, and graphs asked twice."""
     if not compiled:
         function = again.function
-        monkeypatch.setattr(again, "function", lambda n, like, made: None if made else function(n, like, made))
+        monkeypatch.setattr(again, "function", lambda n, like, made, *f: None if made else function(n, like, made, *f))
     monkeypatch.setattr("fastcells.plan.THREAD_FLOPS", 0)
     set_before = torch.get_num_threads()
     torch.set_num_threads(threads)

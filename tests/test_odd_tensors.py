@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastcells
+from fastcells import nn
 
 KINDS = ["LSTM", "GRU", "RNN", "GRUCell"]
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
@@ -116,6 +118,19 @@ def test_saved_tensors_that_come_back_elsewhere():
         y, _ = ours(x)
     with pytest.raises(RuntimeError, match="device"):
         torch.autograd.grad(y.sum(), x)
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:1], lambda t: t.double()], ids=["shape", "dtype"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_hooks_that_give_back_others(packed, change):
+    """In the first call, and in those that are made like it."""
+    layer, x = nn.GRU(4, 8), torch.randn(20, 3, 4)
+    given = pack_padded_sequence(x, [20, 17, 3]) if packed else x
+    for _ in range(4):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, change):
+            y, _ = layer(given)
+        with pytest.raises(RuntimeError, match="must give back a torch"):
+            (y.data if packed else y).sum().backward()
 
 
 @pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])

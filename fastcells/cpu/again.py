@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from types import CellType
@@ -41,6 +41,8 @@ RECORD = (
     "entries_end",
     "empty",  # dicts that have to be
     "empty_end",
+    "input",  # the type of an input that is a tuple,
+    "parts",  # and how many of it are tensors, of which there is None else; 0: the input is a tensor
     "parameters",  # the module's dict of them,
     "names",  # and of those that are used
     "names_end",
@@ -72,7 +74,14 @@ RECORD = (
     "result",  # numbers of what was made, in order, NOTHING, and lengths of tuples, negative, after what is in them
     "result_end",
 )
-LAYOUT = ("type", "keys", "wants", "dtype", "dimensions")  # wants: 1: a gradient. Then sizes, then strides
+LAYOUT = (  # then sizes, then strides
+    "type",
+    "keys",
+    "wants",  # 1: a gradient
+    "dtype",
+    "free",  # 1: the first size may be any
+    "dimensions",
+)
 MADE = ("dimensions", "sizes", "strides", "dtype")  # without dimensions: at `sizes` of the call's memory
 ROOM, FRAMES_ROOM = 256, 4096  # words, for tensors, and for the frames of scripts
 NOTHING = ROOM  # stands for None in a result
@@ -113,7 +122,11 @@ NUMBERS = {  # of torch's own: what calls go by that leaves no mark on tensors, 
     "_ZN5torch8profiler4impl15profilerEnabledEv": 0xFF,
 }
 WRAP = ("_Z16THPVariable_WrapRKN2at10TensorBaseE", "_Z16THPVariable_WrapN2at10TensorBaseE")  # of newer torch, of older
-DTYPES = {torch.float32: "aoti_torch_dtype_float32", torch.float64: "aoti_torch_dtype_float64"}
+DTYPES = {
+    torch.float32: "aoti_torch_dtype_float32",
+    torch.float64: "aoti_torch_dtype_float64",
+    torch.int64: "aoti_torch_dtype_int64",
+}
 
 
 class Same(NamedTuple):
@@ -124,8 +137,10 @@ class Same(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """What a call takes: states like `hx`, and parameters of these names. tensors: like all of them, in this order."""
+    """What a call takes: input and states like these, and parameters of these names. tensors: like all of them, in this
+    order; of an input that is a tuple, its tensors, the first two of which have any number of rows."""
 
+    input: Any
     hx: Any
     parameters: Mapping[str, Tensor | None]
     names: list[str]
@@ -175,14 +190,17 @@ def method(same: Same, taken: Taken, made: Made | None) -> Callable[..., Any] | 
     return record.method()
 
 
-def function(count: int, like: Sequence[Tensor] | None, made: Made | None) -> Callable[..., Any] | None:
-    """A function of so many tensors, which have to be `like` these, if there are any. It returns what is made, or
-    without `made` a tuple of the tensors, and None if they are not."""
+def function(
+    count: int, like: Sequence[Tensor] | None, made: Made | None, free: Container[int] = ()
+) -> Callable[..., Any] | None:
+    """A function of so many tensors, which have to be `like` these, if there are any; those of the numbers `free` may
+    have another first size. It returns what is made, or without `made` a tuple of the tensors, and None if they are
+    not."""
     known = interface()
     if known is None:
         return None
     record = Record(known)
-    record.of_tensors(count, like)
+    record.of_tensors(count, like, free)
     if made is not None:
         record.make(count, made)
     return record.method()
@@ -199,11 +217,11 @@ class Record:
         self._set("offset", interface.offset)
         self._set("keys", interface.keys)
 
-    def of_tensors(self, count: int, like: Sequence[Tensor] | None) -> None:
+    def of_tensors(self, count: int, like: Sequence[Tensor] | None, free: Container[int]) -> None:
         """Take tensors alone."""
         self._set("given", count)
         if like is not None:
-            self._like(like)
+            self._like(like, free)
         self.fits &= 0 < count <= ROOM and (like is None or len(like) == count)
 
     def of_module(self, same: Same, taken: Taken) -> int:
@@ -215,17 +233,22 @@ class Record:
             entries += [self._object(holder), key, 0 if value is MISSING else self._object(value)]
         self._range("entries", entries)
         self._list("empty", same.empty)
+        several = isinstance(taken.input, tuple)
+        parts = sum(part is not None for part in taken.input) if several else 0
+        self._set("input", self._object(type(taken.input)))
+        self._set("parts", parts)
         self._set("parameters", self._object(taken.parameters))
         self._list("names", map(sys.intern, taken.names))
         self._set("kind", self._object(type(taken.hx)))
         self._set("states", len(taken.hx) if type(taken.hx) is tuple else -isinstance(taken.hx, Tensor))
-        self._like(taken.tensors)
-        count = 1 + abs(self.word["states"]) + len(taken.names)
+        self._like(taken.tensors, free=(0, 1) if several else ())
+        count = (parts or 1) + abs(self.word["states"]) + len(taken.names)
         self.fits &= len(taken.tensors) == count <= ROOM
         return count
 
-    def _like(self, tensors: Sequence[Tensor]) -> None:
-        """Take tensors laid out like these, in a state of torch's like the one that it is in."""
+    def _like(self, tensors: Sequence[Tensor], free: Container[int]) -> None:
+        """Take tensors laid out like these, in a state of torch's like the one that it is in. free: the numbers of
+        those that may have another first size."""
         numbers = list[int]()
         for function, bits in self.interface.numbers:
             numbers += [ctypes.cast(function, ctypes.c_void_p).value or 0, bits, function() & bits]
@@ -235,10 +258,11 @@ class Record:
         self._set("guards", self._object(guards.check))
         self._set("guarded", self._object(_plain))
         layouts = list[int]()
-        for t in tensors:
+        for k, t in enumerate(tensors):
             dtype = self.interface.dtypes.get(t.dtype)
             self.fits &= dtype is not None
-            layouts += [self._object(type(t)), keys(t), t.requires_grad, dtype or 0, t.dim(), *t.shape, *t.stride()]
+            layouts += [self._object(type(t)), keys(t), t.requires_grad, dtype or 0, k in free, t.dim()]
+            layouts += [*t.shape, *t.stride()]
         self._set("layouts", self._words(layouts))
 
     def method(self) -> Callable[..., Any] | None:

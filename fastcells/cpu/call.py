@@ -55,8 +55,9 @@ class Call:
     def again(
         self, tensors: Sequence[Tensor | None], like: Sequence[Tensor] | None, result: Callable[[list], Any]
     ) -> Callable[..., Any]:
-        """A function that makes the call, of those of its tensors that there are; it returns None if they are not
-        `like` these. Without Python, where that can be. result: what it returns, of all that the call makes."""
+        """A function that makes the call, of those of its tensors that there are, and of `sequences` as in `begin`; it
+        returns None if the tensors are not `like` these. Without Python, where that can be. result: what it returns, of
+        all that the call makes."""
         if self.whole and not any(blocks.is_large(s, self.dtype) for s in self.shapes if s is not None):
             made = [None if s is None else torch.empty(s, device="meta", dtype=self.dtype) for s in self.shapes]
             numbers = count()
@@ -67,13 +68,15 @@ class Call:
             if (function := again.function(taken, like, does)) is not None:
                 return function
         there = [t is not None for t in tensors]
-        alike = None if like is None else again.function(len(like), like, None) or (lambda *_: None)
+        present = [number for number, t in enumerate(tensors, 1) if t is not None]
+        free = [k for k, number in enumerate(present) if number in self.operands.free]
+        alike = None if like is None else again.function(len(like), like, None, free) or (lambda *_: None)
 
-        def in_python(*given: Tensor) -> Any:
+        def in_python(*given: Tensor, sequences: Sequences | None = None) -> Any:
             if alike is not None and alike(*given) is None:
                 return None
             rest = iter(given)
-            return result(self.begin([next(rest) if t else None for t in there]))
+            return result(self.begin([next(rest) if t else None for t in there], sequences))
 
         return in_python
 

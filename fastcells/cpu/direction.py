@@ -71,15 +71,15 @@ class Sequences:
     """How time steps and sequences are laid out: padded [T, N], or packed [total] with the number of rows of each step;
     or padded, and only so many rows of each step are run, the first ones.
 
-    steps: T; rows: N, of the fullest step; total: rows of all steps; tables: `Tables` of the rows of each step, None if
-    all have as many. most: rows of all steps that a call is made ready for: of packed sequences somewhat more than
-    there are, so that the same call does for others; what differs from one to the next is told at each call
-    (`Call.number`).
+    steps: T; rows: N, of the fullest step; total: rows of all steps; counts: of each step, None if all have as many,
+    and `Tables` of them, and of orders of the sequences, if there are any. most: rows of all steps that a call is made
+    ready for: of packed sequences somewhat more than there are, so that the same call does for others; what differs
+    from one to the next is told at each call (`Call.number`).
     """
 
-    def __init__(self, x: Tensor, counts: Tensor | None) -> None:
-        self.packed = x.dim() == 2
-        self.tables = None if counts is None else Tables(counts, x.shape[:-1].numel())
+    def __init__(self, x: Tensor, counts: Tensor | None, orders: Sequence[Tensor] = ()) -> None:
+        self.counts, self.packed = counts, x.dim() == 2
+        self.tables = None if counts is None else Tables(counts, x.shape[:-1].numel(), orders)
         if self.packed:
             assert self.tables is not None, "packed sequences have counts"
             self.steps, self.rows, self.total = self.tables.steps, self.tables.rows, x.shape[0]
@@ -87,6 +87,18 @@ class Sequences:
         else:
             self.steps, self.rows = x.shape[0], x.shape[1]
             self.most = self.total = self.steps * self.rows
+
+    @property
+    def fit(self) -> bool:
+        """Whether packed rows have the counts and orders that they have to have."""
+        tables = self.tables
+        assert tables is not None, "packed sequences have counts"
+        return tables.rows > 0 and (tables.total, tables.steps) == (self.total, tables.given.shape[0])
+
+    @property
+    def few(self) -> tuple[int, int, bool]:
+        """What packed sequences that the same call does for have in common."""
+        return self.most, self.rows, self.steps == 1
 
     @property
     def ending(self) -> bool:
@@ -138,10 +150,11 @@ def usable(t: Any) -> Any:
 
 
 class Operands:
-    """The tensors of a call by number, the first of them 1: those that are given, then those that it makes."""
+    """The tensors of a call by number, the first of them 1: those that are given, then those that it makes. free: the
+    numbers of given ones that may have fewer rows."""
 
     def __init__(self, item: int) -> None:
-        self.item, self.count = item, 1
+        self.item, self.count, self.free = item, 1, set[int]()
 
     def given(self, t: Tensor | None, most: int | None = None) -> Any:
         """A tensor of the caller's as a Buffer; None, and a number skipped, where there is none. most: its rows, where
@@ -149,7 +162,10 @@ class Operands:
         at = At(self._next())
         if t is None:
             return None
-        shape = tuple(t.shape) if most is None else (most, *t.shape[1:])
+        shape = tuple(t.shape)
+        if most is not None:
+            self.free.add(at.operand)
+            shape = most, *shape[1:]
         return Buffer(at, shape, tuple([s * self.item for s in t.stride()]), self.item)
 
     def made(self, shape: Sequence[int], most: int) -> Any:

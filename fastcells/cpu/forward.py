@@ -183,3 +183,7 @@ class Forward(Call):
         made = self.begin(tensors, sequences)
         finals, slots = self._end
         return made[0], tuple(made[1:finals]), Saved(made[finals:slots], made[slots:], self.plan)
+
+    def results(self, tensors: Sequence[Tensor | None], sequences: Sequences) -> list[Tensor]:
+        """y and the final states, likewise."""
+        return self.begin(tensors, sequences)[: self._end[0]]

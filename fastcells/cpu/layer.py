@@ -58,8 +58,7 @@ def _key(
         return _laid_out([*rows, *others])
     if r.cell.step_inputs:  # whose directions are so many rows apart
         return None
-    few = sequences.most, sequences.rows, sequences.steps == 1
-    return few, tuple([t if t is None else (t.shape[1:], t.stride()) for t in rows]), _laid_out(others)
+    return sequences.few, tuple([t if t is None else (t.shape[1:], t.stride()) for t in rows]), _laid_out(others)
 
 
 def prepared(

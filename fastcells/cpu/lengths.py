@@ -44,7 +44,7 @@ class Tables:
     """
 
     def __init__(self, counts: Tensor, most: int, orders: Sequence[Tensor] = ()) -> None:
-        self._given = counts = counts.contiguous()
+        self.given = counts = counts.contiguous()
         self._length, threads = counts.shape[0], team.size()
         # Positions of rows at every step, where steps follow each other; these and counts from the last step on; and of
         # each team of several threads the rows at which their shares begin, for each to have as many steps to do.
@@ -63,7 +63,7 @@ class Tables:
 
     def counts(self, descending: bool) -> int:
         """Address of the rows of every step; from the last step to the first if descending."""
-        return self._at + 8 * (TOLD + 2 * self._length) if descending else self._given.data_ptr()
+        return self._at + 8 * (TOLD + 2 * self._length) if descending else self.given.data_ptr()
 
     def bounds(self, threads: int) -> int:
         """Address of the rows at which the shares of so many threads begin, and the end."""

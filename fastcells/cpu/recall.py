@@ -77,6 +77,7 @@ def _word(name: str) -> Callable:
 none, true, given = map(_word, ("none", "true", "given"))
 entries, entries_end = map(_word, ("entries", "entries_end"))
 empty, empty_end = map(_word, ("empty", "empty_end"))
+input_kind, parts = map(_word, ("input", "parts"))
 parameters, names, names_end = map(_word, ("parameters", "names", "names_end"))
 kind, states = map(_word, ("kind", "states"))
 offset, keys, layouts = map(_word, ("offset", "keys", "layouts"))
@@ -137,8 +138,20 @@ def gathered(record, args, count, tensors):
     hx = peek(args, 2) if count == 3 else none(record)
     if peek(hx, TYPE) != kind(record):
         return 0
-    poke(tensors, 0, peek(args, 1))
-    n = 1
+    several, n = peek(args, 1), 0
+    if parts(record) == 0:
+        poke(tensors, 0, several)
+        n = 1
+    elif peek(several, TYPE) != input_kind(record):
+        return 0
+    else:
+        for k in range(tuple_size(several)):
+            part = tuple_item(several, k)
+            if k < parts(record):
+                poke(tensors, k, part)
+                n += 1
+            elif part != none(record):
+                return 0
     if states(record) < 0:
         poke(tensors, n, hx)
         n += 1
@@ -192,12 +205,12 @@ def alike(record, tensors, count):
         if peek(place, 0) != peek(at, 3):
             return False
         dimensions_of(handle, place)
-        dimensions = peek(at, 4)
+        free, dimensions = peek(at, 4), peek(at, 5)
         if peek(place, 0) != dimensions:
             return False
         at += 8 * len(LAYOUT)
         sizes_of(handle, place)
-        if not equal(peek(place, 0), at, dimensions):
+        if not equal(peek(place, 0) + 8 * free, at + 8 * free, dimensions - free):
             return False
         strides_of(handle, place)
         if not equal(peek(place, 0), at + 8 * dimensions, dimensions):
