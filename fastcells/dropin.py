@@ -17,6 +17,7 @@ from . import cells, replay
 from .cell import Cell
 from .cpu.direction import Sequences
 from .cpu.engine import DTYPES
+from .cpu.lengths import Tokens
 from .functional import Parameters, observer, refusal, unchecked_layer
 from .ragged import reordered
 
@@ -47,6 +48,7 @@ class Batch(NamedTuple):
     size: int  # N
     leading: Shape  # of the caller's states, before their features: (num_layers * D, N) or, without batch, (N,) etc.
     batch_sizes: Tensor | None = None
+    tokens: Tokens | None = None  # where packed rows lie in x, which then has them as the caller holds them
 
 
 class Call(NamedTuple):
@@ -283,7 +285,9 @@ class DropIn(torch.nn.Module):
         for k, directions in enumerate(parameters):
             if k and self.dropout and self.training:
                 y = torch.dropout(y, self.dropout, True)  # as torch.nn does: same draws from the same generator
-            last = {"return_cell_states": True} if return_cell_states and k == count - 1 else {}
+            last: dict[str, Any] = {"return_cell_states": True} if return_cell_states and k == count - 1 else {}
+            if batch.tokens is not None:
+                last["tokens"] = batch.tokens._replace(takes=k == 0, gives=k == count - 1)
             y, final, *others = layer(cell, y, given[k], directions, batch.batch_sizes, **last)
             finals.append(final)
         if count > 1:
@@ -381,7 +385,7 @@ def packed_size(packed: PackedSequence) -> int:
     given = [t for t in orders if t is not None]
     if all([t.dtype is torch.int64 and t.is_cpu and t.dim() == 1 and t.is_contiguous() for t in given]):
         sequences = Sequences(data, sizes, given)
-        if sequences.fit:
+        if sequences.fit(data):
             return sequences.rows
     steps = sizes.tolist()  # slower, to say what is wrong
     if not steps or steps[-1] < 1 or steps != sorted(steps, reverse=True) or sum(steps) != len(data):

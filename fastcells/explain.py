@@ -131,16 +131,17 @@ def _reasons(call: Call, layers: list[Layer], within: bool) -> list[str]:
     first, *_ = layers
     sequences = first.sequences
     layout = "packed" if sequences.packed else "padded"
-    tokens = sequences.total if first.counts is None else int(first.counts.sum())
     vector = suited(first.cell, first.parameters[0]).forward.vector
     reasons = [
         f"kernels of cell {first.cell.name}, {first.x.dtype}, vectors of {vector} bytes; "
-        f"{layout} input, {sequences.steps} steps, {sequences.rows} sequences, {tokens} tokens"
+        f"{layout} input, {sequences.steps} steps, {sequences.rows} sequences, {sequences.total} tokens"
     ]
     if call.dtype is not None:
         reasons.append(f"results are rounded to {call.dtype}, once")
     if within:
-        reasons.append("lengths and resets inside the time loop: no packing")
+        reasons.append("resets inside the time loop: no packing")
+    if call.batch.tokens is not None:
+        reasons.append("sequences are packed, and results unpacked, by the kernels of the call")
     previous: tuple[str, ...] = ()
     for k, layer in enumerate(layers):
         plan = planned(layer.cell, layer.parameters[0], layer.sequences, len(layer.parameters), layer.keeps)

@@ -18,6 +18,7 @@ from .cell import Cell
 from .cpu import layer as cpu
 from .cpu import script
 from .cpu.engine import DTYPES
+from .cpu.lengths import Tokens
 from .derivation import build
 from .ragged import Lengths, Ragged, backward_in_time
 
@@ -129,6 +130,9 @@ def layer(
     if ragged.whole:
         return run(cell, x, entered, parameters, inputs=inputs)
     fed = [ragged.spread(t) if t.dim() == 3 else torch.stack([ragged.pack(d) for d in t]) for t in inputs]
+    if ragged.tokens and not return_cell_states:
+        y, finals = run(cell, x, entered, parameters, ragged.batch_sizes, fed, tokens=ragged.layout)
+        return y, ragged.leave(finals, states, directions)
     y, finals, *others = run(cell, ragged.pack(x), entered, parameters, ragged.batch_sizes, fed)
     finals = ragged.leave(finals, states, directions)
     return ragged.unpack(y), finals, *(tuple(map(ragged.unpack, t)) for t in others)
@@ -163,15 +167,20 @@ def unchecked_layer(
     inputs: Sequence[Tensor] = (),
     return_cell_states: bool = False,
     recompute: bool = False,
+    tokens: Tokens | None = None,
 ) -> tuple[Any, ...]:
     """`layer` for callers that have checked the arguments themselves: kernels go by raw addresses.
 
-    batch_sizes: with padded x, and without gradients, how many sequences each step is run for, the first ones; y is
-    zero for the others.
+    tokens: where the packed rows lie in a padded batch, which x is, or y, or both, and which has no tokens but theirs.
+    It does not go with return_cell_states.
     recompute: keep only the arguments for the backward pass, which runs forward once more.
     Under torch.profiler it is named after the cell, fastcells::lstm, and its backward fastcells::lstm_backward.
     """
     if observer() is not None:
+        if tokens is not None:
+            x = tokens.owner.pack(x) if tokens.takes else x
+            y, finals = unchecked_layer(cell, x, states, parameters, batch_sizes, inputs)
+            return tokens.owner.unpack(y) if tokens.gives else y, finals
         if return_cell_states:
             return unrolled.layer(cell, x, states, parameters, batch_sizes, inputs, True)
         call = cell.key, x, list(states or ()), list(inputs), flat(parameters), batch_sizes, len(parameters)
@@ -179,8 +188,8 @@ def unchecked_layer(
         return y, tuple(finals)
     if torch.autograd._profiler_enabled():
         with record_function(f"fastcells::{cell.name}"):
-            return _run(cell, x, states, parameters, batch_sizes, inputs, return_cell_states, recompute)
-    return _run(cell, x, states, parameters, batch_sizes, inputs, return_cell_states, recompute)
+            return _run(cell, x, states, parameters, batch_sizes, inputs, return_cell_states, recompute, tokens)
+    return _run(cell, x, states, parameters, batch_sizes, inputs, return_cell_states, recompute, tokens)
 
 
 class Witness(threading.local):
@@ -201,12 +210,13 @@ def _run(
     inputs: Sequence[Tensor],
     return_cell_states: bool,
     recompute: bool,
+    tokens: Tokens | None,
 ) -> tuple[Any, ...]:
     tensors = [x, *(states or ()), *inputs, *flat(parameters)]
     graph = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
     if witness.told is not None:
         return witness.told(cell, x, parameters, batch_sizes, return_cell_states, recompute, graph)
-    sequences = cpu.Sequences(x, batch_sizes)
+    sequences = cpu.Sequences(x, batch_sizes, tokens=tokens)
     if graph:
         call = Invocation(cell, len(parameters), states is not None, return_cell_states, recompute)
         y, *more = call(tensors, sequences)
@@ -344,13 +354,15 @@ class Invocation:
 
     def forward(self, ctx: Any, sequences: cpu.Sequences, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         ctx.call, ctx.sequences, ctx.inputs = self, sequences, len(tensors)
+        if self.again is not None and sequences.tables is not None:
+            ctx.plan, ctx.feed = self.again.plan, False
+            y, finals, saved = self.again.start(tensors, sequences)
+            _save(ctx, *tensors, saved.y, *saved.slots, *saved.series)
+            return y, *finals
         if self.again is not None:
             ctx.plan, ctx.feed = self.again.plan, False
-            if sequences.tables is not None:
-                made = self.again.begin(tensors, sequences)
-            else:
-                self._start = self._start or self.again.again(tensors, None, tuple)
-                made = self._start(*[t for t in tensors if t is not None]) or self.again.begin(tensors)
+            self._start = self._start or self.again.again(tensors, None, tuple)
+            made = self._start(*[t for t in tensors if t is not None]) or self.again.begin(tensors)
             results = 1 + len(self.cell.states)
             _save(ctx, *tensors, made[0], *made[results:])
             return tuple(made[:results])
@@ -361,7 +373,7 @@ class Invocation:
         forward, whole = cpu.prepared(*arguments)
         y, finals, saved = forward.start(whole, sequences)
         ctx.plan = saved.plan
-        _save(ctx, *tensors, *([] if self.recompute else [y, *saved.slots, *saved.series]))
+        _save(ctx, *tensors, *([] if self.recompute else [saved.y, *saved.slots, *saved.series]))
         return y, *finals, *(_others(self.cell, y, saved) if self.return_cell_states else ())
 
     def backward(self, ctx: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -379,12 +391,12 @@ class Invocation:
                 if known == kind and (found := finish(*present, **told)) is not None:
                     return found
         if graph or not _plain([*tensors, *cotangents]):
-            return self._differentiable(ctx, tensors[: ctx.inputs], needs, cotangents, tensors[ctx.inputs :])
+            return self._differentiable(ctx.sequences, tensors[: ctx.inputs], needs, cotangents, tensors[ctx.inputs :])
         if self.recompute:
             x, states, inputs, parameters = self.split(tensors)
             with torch.no_grad():
-                y, _, saved = cpu.forward(self.cell, x, states, parameters, ctx.sequences, True, inputs, ctx.feed)
-            tensors = *tensors, y, *saved.slots, *saved.series
+                _, _, saved = cpu.forward(self.cell, x, states, parameters, ctx.sequences, True, inputs, ctx.feed)
+            tensors = *tensors, saved.y, *saved.slots, *saved.series
         call, given = self._prepared(ctx, tensors, needs, cotangents, not keeps)
         if repeats and len(given) == len(taken) and all(map(same_memory, given, taken)):
             if len(self._finish) >= KINDS:
@@ -398,7 +410,7 @@ class Invocation:
         x, states, fed, parameters = self.split(tensors[: ctx.inputs])
         count = len(states or ())
         wanted = cpu.Wanted(needs[0], any(needs[1 : 1 + count]), any(needs[1 + count + len(fed) :]))
-        saved = cpu.Saved(rest[: self.directions], rest[self.directions :], ctx.plan)
+        saved = cpu.Saved(y, rest[: self.directions], rest[self.directions :], ctx.plan)
         (dy, *dfinals), dothers = cotangents[: 1 + len(self.cell.states)], cotangents[1 + len(self.cell.states) :]
         arguments = self.cell, x, states, y, parameters, ctx.sequences, saved, dy, dfinals, wanted, overwrite, fed
         return cpu.prepared_backward(*arguments, ctx.feed, dothers)
@@ -409,13 +421,25 @@ class Invocation:
         every = [found.x, *states, *found.inputs, *[g for p in found.parameters for g in p]]
         return [g if need else None for g, need in zip(every, needs, strict=True)]
 
-    def _differentiable(self, ctx, inputs, needs, cotangents, kept) -> Sequence[Tensor | None]:
-        """The gradients as functions of inputs and cotangents: by the registered operation or, with cotangents of every
-        step's states or in batches that it does not know, by autograd through the cell's torch form."""
+    def _differentiable(self, sequences: cpu.Sequences, inputs, needs, cotangents, kept) -> Sequence[Tensor | None]:
+        """The gradients as functions of inputs and cotangents; those of a padded batch by way of packed rows."""
+        tokens, (x, *rest), (dy, *others) = sequences.tokens, inputs, cotangents
+        if tokens is not None and tokens.takes:
+            x = tokens.owner.pack(x)
+        if tokens is not None and tokens.gives and dy is not None:
+            dy = tokens.owner.pack(dy)
+        dx, *more = self._of_rows(sequences.counts, [x, *rest], needs, [dy, *others], kept)
+        if tokens is not None and tokens.takes and dx is not None:
+            dx = tokens.owner.unpack(dx)
+        return dx, *more
+
+    def _of_rows(self, counts: Tensor | None, inputs, needs, cotangents, kept) -> Sequence[Tensor | None]:
+        """The same by the registered operation or, with cotangents of every step's states or in batches that it does
+        not know, by autograd through the cell's torch form."""
         x, states, fed, parameters = self.split(inputs)
         count = 1 + len(self.cell.states)
         if len(cotangents) == count and not any([t is not None and _in_batches(t) for t in cotangents]):
-            call = self.cell.key, x, list(states or ()), fed, flat(parameters), ctx.sequences.counts, self.directions
+            call = self.cell.key, x, list(states or ()), fed, flat(parameters), counts, self.directions
             if self.recompute:
                 with torch.no_grad():
                     made = torch.ops.fastcells.layer(*call, True)
@@ -424,9 +448,7 @@ class Invocation:
             return registered_gradients(call, feed, kept, cotangents, needs)
         graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            y, finals, *others = unrolled.layer(
-                self.cell, x, states, parameters, ctx.sequences.counts, fed, self.return_cell_states
-            )
+            y, finals, *others = unrolled.layer(self.cell, x, states, parameters, counts, fed, self.return_cell_states)
             results = (y, *finals, *(others[0] if others else ()))
             outputs = [(o, d) for o, d in zip(results, cotangents, strict=True) if d is not None]
             asked = [t for t, need in zip(inputs, needs, strict=True) if need]

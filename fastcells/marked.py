@@ -1,5 +1,4 @@
-"""Lengths and resets inside the time loop: of any cell one that does what marks at each step say (`Marked`), or, where
-that is enough, the cell as it is (`Ending`, `Overrun`).
+"""Resets inside the time loop: of any cell one that does what marks at each step say.
 
 Every step of every sequence is run, also those past an end, so that nothing has to be cut up and packed (`ragged`).
 """
@@ -17,7 +16,6 @@ from torch import Tensor
 from .cell import Cell, Names, Recurrent
 from .expression import less, where
 from .functional import Parameters, unchecked_layer
-from .ragged import left
 
 States = tuple[Tensor, ...]
 GO_ON, RETURN, PAST_END = 1.0, 0.0, -1.0
@@ -114,64 +112,3 @@ class Marked:
             if to is not None:
                 forward = torch.where(self._begins, to[k][:1], state[:1])
             yield torch.cat([forward, state[1:]]) if len(state) > 1 else forward
-
-
-class Ending:
-    """As `Marked`, for lengths alone and without gradients: sequences go longest first, so that those which have a step
-    are the first ones of it, and nothing is run past an end but a first step."""
-
-    def __init__(self, ends: np.ndarray, steps: int) -> None:
-        self._empty = None if ends.all() else torch.from_numpy(ends == 0)[:, None]
-        ends = np.maximum(ends, 1)
-        order = np.argsort(-ends, kind="stable")
-        self._counts = torch.from_numpy(len(ends) - np.searchsorted(ends[order][::-1], np.arange(steps), side="right"))
-        self._order = None
-        if (order[1:] < order[:-1]).any():
-            self._order = torch.from_numpy(order), torch.from_numpy(np.argsort(order))
-
-    def __call__(
-        self,
-        base: Cell,
-        x: Tensor,
-        states: States | None,
-        parameters: Sequence[Parameters],
-        batch_sizes: None = None,
-        inputs: Sequence[Tensor] = (),
-    ) -> tuple[Any, ...]:
-        """As `unchecked_layer`."""
-        given = states
-        if self._order is not None:
-            x, inputs = x.index_select(1, self._order[0]), [t.index_select(-2, self._order[0]) for t in inputs]
-            states = None if states is None else tuple([s.index_select(1, self._order[0]) for s in states])
-        y, finals = unchecked_layer(base, x, states, parameters, self._counts, inputs)
-        if self._order is not None:
-            y, finals = y.index_select(1, self._order[1]), tuple([s.index_select(1, self._order[1]) for s in finals])
-        if self._empty is not None:
-            y[0].masked_fill_(self._empty, 0)
-            before = given or [None] * len(finals)
-            finals = tuple([left(t, self._empty, s) for t, s in zip(finals, before, strict=True)])
-        return y, finals
-
-
-class Overrun:
-    """As `Ending`, in one direction, of a cell whose hidden state is all there is: every sequence runs on past its end,
-    and its final state is in the output. For little padding, since there is nothing to sort."""
-
-    def __init__(self, ends: np.ndarray, steps: int) -> None:
-        self._past_end = torch.from_numpy(np.flatnonzero(np.arange(steps)[:, None] >= ends))  # rows of all steps
-        self._last = torch.from_numpy(np.maximum(ends, 1) - 1), torch.arange(len(ends))
-        self._empty = torch.from_numpy(ends == 0)[:, None] if not ends.all() else None
-
-    @staticmethod
-    def fits(cell: Cell, directions: int) -> bool:
-        """Whether a call may go this way."""
-        return len(cell.states) == 1 and directions == 1
-
-    def __call__(self, base: Cell, x: Tensor, states: States | None, *rest: Any) -> tuple[Any, ...]:
-        """As `unchecked_layer`."""
-        y, _ = unchecked_layer(base, x, states, *rest)
-        final = y[self._last]
-        if self._empty is not None:
-            final = left(final, self._empty, None if states is None else states[0][0])
-        y.view(-1, y.shape[-1]).index_fill_(0, self._past_end, 0)
-        return y, (final[None],)

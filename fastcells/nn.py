@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules import rnn as original  # the classes themselves: torch.nn.LSTM may be one of ours by now
@@ -20,7 +21,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import cells, regularise, replay, unrolled
 from .cell import Cell
-from .cpu.layer import Sequences, planned
 from .derivation import build
 from .dropin import (
     Batch,
@@ -37,9 +37,9 @@ from .dropin import (
 )
 from .dynamo import admit
 from .functional import Parameters, flat, observer, unchecked_layer
-from .marked import Ending, Marked, Overrun
-from .plan import worth_packing, worth_sorting
-from .ragged import Lengths, Ragged, backward_in_time, ends_and_resets
+from .marked import Marked
+from .plan import worth_packing
+from .ragged import Lengths, Ragged, backward_in_time, cut_within, ends_and_resets
 from .stream import Stream
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "Recurrent"]
@@ -113,24 +113,25 @@ class OverTime(regularise.Dropping, DropIn):
         if between:
             call = partial(OverTime.forward, self, **options, return_cell_states=return_cell_states)
             return _between_graphs(call, input, hx)
+        if lengths is not None and reset is None and reset_to is None and not (reverse or return_cell_states):
+            for again in self._replays.within:
+                if (result := again(self, input, hx, lengths=lengths)) is not None:
+                    return result
         input, hx, within, finish = self._resolved(input, hx, **options, return_cell_states=return_cell_states)
         if within is not None:
-            return self._run(input, *within)
+            return finish(self._run(input, *within))
         return finish(self._with_cell_states(input, hx) if return_cell_states else super().forward(input, hx))
 
     def _resolved(
         self, input: Any, hx: Any, *, return_cell_states: bool = False, **options: Any
     ) -> tuple[Any, Any, tuple | None, Callable]:
-        """What a call with these options comes to: input and states of one without, what `_within` says, and what makes
-        of the results those of the call."""
+        """What a call with these options comes to: input and states of one without; or the arguments of `_run` after
+        the input, where the engine does it; and what makes of the results those of the call."""
         if return_cell_states and len((cell := self._cell()).states) == 1:
             raise ValueError(f"return_cell_states must be False: cell {cell.name} has but its hidden state, the output")
         if not _says_anything(**options):
             return input, hx, None, _same
-        if not return_cell_states and (within := self._within(input, hx, **options)) is not None:
-            return input, hx, within, _same
-        input, hx, finish = self._ragged(input, hx, **options)
-        return input, hx, None, finish
+        return self._ragged(input, hx, **options, third=return_cell_states)
 
     def _with_cell_states(self, input: Any, hx: Any) -> Any:
         """`DropIn.forward` with the last layer's other states as a third result."""
@@ -179,9 +180,9 @@ class OverTime(regularise.Dropping, DropIn):
         reset: Tensor | None = None,
         reset_to: Any = None,
         reverse: bool = False,
-    ) -> tuple[Any, Any, Callable]:
-        """The call without these arguments that one with them comes to: (input, hx, what makes of its results those of
-        the call)."""
+        third: bool = False,
+    ) -> tuple[Any, Any, tuple | None, Callable]:
+        """`_resolved` of a call with any of these arguments. third: return_cell_states."""
         if reset is None and reset_to is not None:
             raise ValueError("reset_to must be None without reset: it is what a reset leads to")
         if reverse and self.bidirectional:
@@ -194,16 +195,20 @@ class OverTime(regularise.Dropping, DropIn):
             raise mistake.error(f"{type(self).__name__}: {mistake}") from None
 
         try:
+            call: Call | None = self._read(input, hx)
+        except NotTaken:
+            call = None
+        try:
             batch = self._batch(input)
             states = None if hx is None else self._states(cell, input, batch, hx, out)
         except Mistake as mistake:
-            return input, hx, partial(fail, mistake)  # after torch.nn's own error, if it raises one
+            return input, hx, None, partial(fail, mistake)  # after torch.nn's own error, if it raises one
         if isinstance(input, PackedSequence):
 
             def turned(packed: PackedSequence) -> PackedSequence:
                 return PackedSequence(backward_in_time(packed.data, packed.batch_sizes), *packed[1:])
 
-            return turned(input), hx, lambda result: (turned(result[0]), result[1], *_each(turned, result[2:]))
+            return turned(input), hx, None, lambda result: (turned(result[0]), result[1], *_each(turned, result[2:]))
         if isinstance(reset_to, (tuple, list, Tensor)):
             try:
                 reset_to = self._states(cell, input, batch, reset_to, out, "reset_to")
@@ -212,71 +217,52 @@ class OverTime(regularise.Dropping, DropIn):
         steps, size, _ = batch.x.shape
         batched, directions = input.dim() == 3, 2 if self.bidirectional else 1
         reset, batch_first = _with_batch(reset, batched), self.batch_first and batched
+        masks = self.training and self._random()  # as long as packed rows
+        if call is not None and (call.dtype is not None or masks or third or observer() is not None):
+            call = None
+        if call is not None and reset is not None and not reverse:
+            marked = self._marked(call, *ends_and_resets(steps, size, lengths, reset, batch_first), reset_to)
+            if marked is not None:
+                return input, hx, (call, marked), _same
         ragged = Ragged(steps, size, lengths, reset, batch_first=batch_first, reverse=reverse, device=batch.x.device)
         entered = ragged.enter(states, reset_to, directions)
         if ragged.whole:
-            return input, _as_given(entered, batched), _same
-        packed = PackedSequence(ragged.pack(input if batched else batch.x), ragged.batch_sizes)
+            return input, _as_given(entered, batched), None, _same
+        x = input if batched else batch.x
 
         def finish(result: Any) -> Any:
             y, finals, *others = result
             finals = ragged.leave(finals if isinstance(finals, tuple) else (finals,), states, directions)
 
-            def unpacked(packed: PackedSequence) -> Tensor:
-                padded = ragged.unpack(packed.data)
-                return padded if batched else padded.squeeze(1)
+            def padded(y: Any) -> Tensor:
+                y = ragged.unpack(y.data) if isinstance(y, PackedSequence) else y
+                return y if batched else y.squeeze(1)
 
-            return unpacked(y), _as_given(finals, batched), *_each(unpacked, others)
+            return padded(y), _as_given(finals, batched), *_each(padded, others)
 
-        return packed, _as_given(entered), finish
+        if call is None or not ragged.tokens:
+            return PackedSequence(ragged.pack(x), ragged.batch_sizes), _as_given(entered), None, finish
+        leading = self.num_layers * directions, ragged.stretches
+        batch = Batch(x, *leading[1:], leading, ragged.batch_sizes, ragged.layout)
+        call = call._replace(batch=batch, states=entered)
+        if reset is None and batched and not reverse and self._steady():
+            replay.remember(self, input, hx, call)
+        return input, hx, (call,), finish
 
-    def _within(
-        self,
-        input: Any,
-        hx: Any,
-        lengths: Lengths | None = None,
-        reset: Tensor | None = None,
-        reset_to: Any = None,
-        reverse: bool = False,
-    ) -> tuple[Call, Marked | Ending | Overrun] | None:
-        """A call with lengths and resets inside the time loop, and what runs its layers, where this is the quicker way;
-        else None, as for calls that are wrong."""
-        if (lengths is None and reset is None) or isinstance(input, PackedSequence) or reverse or self.proj_size:
+    def _marked(self, call: Call, ends: np.ndarray, resets: Any, reset_to: Any) -> Marked | None:
+        """What runs the layers of a call with resets inside the time loop, where this is the quicker way."""
+        draws = self.training and self.dropout and self.num_layers > 1  # as of a packed sequence
+        known = reset_to is None or isinstance(reset_to, tuple) or (isinstance(reset_to, int) and reset_to == 0)
+        if not known or draws or self.proj_size or not cut_within(ends, resets):
             return None
-        # Masks begin anew with each stretch, and draws between layers are those of a packed sequence.
-        draws = self._random() or (self.dropout and self.num_layers > 1)
-        if (self.training and draws) or observer() is not None:
+        steps, size, inputs = call.batch.x.shape
+        each, tokens = 2 * len(call.cell.gates) * self.hidden_size * (inputs + self.hidden_size), int(ends.sum())
+        if worth_packing(size, tokens * each, (steps * size - tokens) * each):
             return None
-        try:
-            call = self._read(input, hx)
-            to = call.states if reset_to is None and reset is not None else None
-            if isinstance(reset_to, (tuple, list, Tensor)):
-                to = self._states(call.cell, input, call.batch, reset_to, self._out(), "reset_to")
-        except NotTaken:
-            return None
-        known = reset_to is None or to is not None or (isinstance(reset_to, int) and reset_to == 0)
-        if call.dtype is not None or not known or (reset is None and reset_to is not None):
-            return None
-        x, directions = call.batch.x, 2 if self.bidirectional else 1
-        steps, size, _ = x.shape
-        batched = input.dim() == 3
-        reset = _with_batch(reset, batched)
-        ends, resets = ends_and_resets(steps, size, lengths, reset, self.batch_first and batched)
-        padding = steps * size - int(ends.sum())
-        whole = not padding and (resets is None or not resets[:, 1:].any())
-        if whole or not ends.any():
-            return None
-        each = 2 * padding * len(call.cell.gates) * self.hidden_size  # operations on padding, a feature
-        flops = each * (self.input_size + self.hidden_size)
-        if (resets is None or not resets.any()) and not torch.is_grad_enabled():
-            if Overrun.fits(call.cell, directions) and not worth_sorting(flops):
-                return call, Overrun(ends, steps)
-            packed = worth_packing(each * self.input_size) and self._ahead(call)
-            return None if packed else (call, Ending(ends, steps))
-        if worth_packing(flops):
-            return None
+        to = call.states if reset_to is None else None if reset_to == 0 else reset_to
         layer = partial(unchecked_layer, recompute=True) if self.recompute else unchecked_layer
-        return call, Marked(resets, ends, steps, to, directions, self.hidden_size, x.dtype, layer)
+        directions, dtype = 2 if self.bidirectional else 1, call.batch.x.dtype
+        return Marked(resets, ends, steps, to, directions, self.hidden_size, dtype, layer)
 
     def _in_torch_form(self) -> bool:
         return self.training and self._random()  # which torch.nn's layers have no notion of
@@ -286,11 +272,6 @@ class OverTime(regularise.Dropping, DropIn):
             return self._run(input, self._parts(input, hx)[0], unrolled.layer)
         run = super()._forward_in_torch
         return _between_graphs(run, input, hx) if torch.compiler.is_dynamo_compiling() else run(input, hx)
-
-    def _ahead(self, call: Call) -> bool:
-        """Whether input projections are made of all that there is, past the ends of sequences, too."""
-        directions = call.parameters[0]
-        return planned(call.cell, directions[0], Sequences(call.batch.x, None), len(directions)).project_ahead
 
     def _out(self) -> int:
         return self.proj_size or self.hidden_size
@@ -323,6 +304,8 @@ class OverTime(regularise.Dropping, DropIn):
         return shapes(gates, *sizes, self.bias, self.num_layers, 2 if self.bidirectional else 1)
 
     def _result(self, input: Any, batch: Batch, y: Tensor, states: Any) -> Any:
+        if batch.tokens is not None:
+            return y, states
         if batch.batch_sizes is not None:
             return PackedSequence(y, *input[1:]), reordered(states, input.unsorted_indices)
         if len(batch.leading) == 1:

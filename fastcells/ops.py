@@ -146,7 +146,7 @@ def _layer_backward(
     _check_like("kept", kept, [y, *call.kept(feed)])
     sequences = cpu.Sequences(x, batch_sizes)
     plan = cpu.planned(call.cell, call.parameters[0], sequences, directions, training=True)
-    saved = cpu.Saved(kept[1 : 1 + directions], kept[1 + directions :], plan)
+    saved = cpu.Saved(kept[0], kept[1 : 1 + directions], kept[1 + directions :], plan)
     found = cpu.backward(
         call.cell,
         x,

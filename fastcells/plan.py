@@ -21,8 +21,8 @@ ROW_BLOCK = 96  # rows that go through all time steps together
 THREAD_FLOPS = 400_000  # of a call, below which waking a team costs more than it brings
 WAIT_FLOPS = 9_000  # that a barrier costs for each thread that meets there,
 EXCHANGE_FLOPS = 30  # and a number that it left in one thread's cache for others
-PADDING_FLOPS = 30_000_000  # past the ends of sequences, up to which they take less time than packing the rest
-OVERRUN_FLOPS = 10_000_000  # past the ends, up to which running on takes less time than sorting sequences
+PACKED_FLOPS = 30_000_000  # of a call, or past the ends of its sequences, from which on to pack stretches saves more
+PACKED_ROWS = 2  # than that takes: the former of so many sequences, which stretches turn into more, side by side
 UNITS_A_PIECE = 16  # that threads share
 # To read weights takes as long as to multiply so many rows by them: from a first-level cache, from a second-level one,
 # and where they are far, since threads that share rows then take them from each other's share of a cache. Backward,
@@ -231,14 +231,10 @@ def share(
     return min(costs, key=lambda s: costs[s])
 
 
-def worth_packing(padding_flops: int) -> bool:
-    """Whether running packed sequences saves more than packing them takes."""
-    return padding_flops > PADDING_FLOPS
-
-
-def worth_sorting(padding_flops: int) -> bool:
-    """Whether running sequences, longest first, to their ends saves more than sorting them takes."""
-    return padding_flops > OVERRUN_FLOPS
+def worth_packing(sequences: int, flops: int, padding: int) -> bool:
+    """Whether running the packed stretches between resets saves more than running all steps and resetting there.
+    flops: of the call; padding: of its steps past the ends."""
+    return padding > PACKED_FLOPS or (sequences <= PACKED_ROWS and flops > PACKED_FLOPS)
 
 
 def depth_part(depth: int, rows: int) -> int:

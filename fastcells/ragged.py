@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .cpu.lengths import Stretches, Tokens
+
 Lengths = Tensor | Sequence[int] | int
 States = tuple[Tensor, ...]
 
@@ -44,47 +46,20 @@ class Ragged:
         self._shape = (size, steps) if batch_first else (steps, size)
         self._device = device
         ends, resets = ends_and_resets(steps, size, lengths, reset, batch_first)
-        self.tokens, self._empty = int(ends.sum()), ends == 0
-        never = np.zeros(size, bool)
-        self._after_reset = [never if resets is None else resets[:, 0], never]
-        self.whole = self.tokens == size * steps and not (resets is not None and resets[:, 1:].any())
-        self.whole &= not (reverse and size)
-        if self.whole:
-            return
-        if not self.tokens:  # a step is run all the same, and nobody sees it
-            ends = np.eye(1, size, dtype=np.int64)[0]
-        first = np.arange(size) * steps  # of each sequence's steps, all sequences in a row
-        if resets is None:
-            begins = first[ends > 0]
-        else:
-            at = resets & (np.arange(steps) < ends[:, None])
-            at[:, 0] = ends > 0
-            begins = np.flatnonzero(at)
-        column = begins // steps
-        stop = (first + ends)[column]
-        follows = np.zeros(len(begins), bool)  # another stretch of the same sequence does
-        follows[:-1] = column[1:] == column[:-1]
-        stop[:-1][follows[:-1]] = begins[1:][follows[:-1]]
-        length, start = stop - begins, begins - first[column]
-        order = np.argsort(-length, kind="stable")
-        column, start, length, follows = column[order], start[order], length[order], follows[order]
-        self._column = column
-        self._counts = len(length) - np.searchsorted(length[::-1], np.arange(length[0]), side="right")
-        self.batch_sizes = torch.from_numpy(self._counts)
+        # From a token to the next, in time and in sequences.
+        self._sizes, self._strides = (size, steps), (1, steps) if batch_first else (size, 1)
+        self._ends, self._cut = ends, Stretches(ends, resets, steps, *self._strides, reverse)
+        cut = self._cut
+        if cut.found["wrong"]:
+            _check_range(ends, steps)
+        self.tokens, self._empty = cut.found["tokens"], ends == 0 if cut.found["empty"] else None
+        self.whole = self.tokens == size * steps and not cut.found["cuts"] and not (reverse and size)
+        self.batch_sizes, self.stretches = torch.from_numpy(cut.counts), len(cut.column)
         # Which stretches a direction enters after a reset, and the one that it leaves each sequence from.
-        self._after_reset = [follows if resets is None else resets[column, start], follows]
-        self._leaves = [self._at(~follows), self._at(start == 0)]
-        self._step, row = (1, steps) if batch_first else (size, 1)  # from a token to the next, in time and in sequences
-        self._first_token = start * self._step + column * row
+        entered = [t if cut.found[name] else None for t, name in zip(cut.after, ("resets", "cuts"), strict=True)]
+        self._after_reset, self._leaves, self._step = entered, [*map(self._table, cut.leaves)], self._strides[0]
         if reverse:
-            self._first_token += (length - 1) * self._step
-            self._step, self._after_reset, self._leaves = -self._step, self._after_reset[1:], self._leaves[1:]
-
-    def _at(self, chosen: np.ndarray) -> Tensor:
-        """[N]: the chosen stretch of each sequence, 0 where a sequence has none."""
-        table = np.zeros(len(self._empty), np.int64)
-        table[self._column[chosen]] = np.flatnonzero(chosen)
-        return self._table(table)
+            self._step, self._after_reset, self._leaves = -self._step, entered[1:], self._leaves[1:]
 
     def _table(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self._device)
@@ -92,11 +67,11 @@ class Ragged:
     @cached_property
     def _tokens(self) -> np.ndarray:
         """[rows]: which token each packed row is."""
-        counts = self._counts
+        counts = self._cut.counts
         begin = np.cumsum(counts) - counts
         # The rows of a step are the first stretches, each as many steps on.
         stretch = np.arange(counts.sum()) - np.repeat(begin, counts)
-        return self._first_token[stretch] + np.repeat(np.arange(len(counts)) * self._step, counts)
+        return self._cut.first[stretch] + np.repeat(np.arange(len(counts)) * self._step, counts)
 
     @cached_property
     def _token(self) -> Tensor:
@@ -111,7 +86,13 @@ class Ragged:
 
     @cached_property
     def _columns(self) -> Tensor:
-        return self._table(self._column)
+        return self._table(self._cut.column)
+
+    @property  # not kept: it would be a cycle
+    def layout(self) -> Tokens:
+        """Where packed rows lie in the batch, for layers that take it or give it as it is."""
+        sizes = self._shape, *self._sizes, *self._strides
+        return Tokens(self._cut.first.ctypes.data, self._step, self._ends.ctypes.data, self, *sizes)
 
     def pack(self, x: Tensor) -> Tensor:
         """Tokens [T, N, F] ([N, T, F] with batch_first) -> packed rows [rows, F]."""
@@ -140,9 +121,10 @@ class Ragged:
                 return None
             states = tuple(torch.zeros_like(t) for t in reset_to)
         entered = tuple(map(self.spread, states))
-        after = np.stack(self._after_reset[:directions])
-        if reset_to is None or not after.any():
+        if reset_to is None or not any([t is not None for t in self._after_reset[:directions]]):
             return entered
+        none = np.zeros(self.stretches)
+        after = np.stack([none if t is None else t for t in self._after_reset[:directions]]) != 0
         replaced = self._table(np.tile(after, (len(states[0]) // directions, 1))).unsqueeze(-1)
         if not isinstance(reset_to, tuple):
             return tuple(s.masked_fill(replaced, 0) for s in entered)
@@ -160,7 +142,7 @@ class Ragged:
         for j, final in enumerate(finals):
             parts = [final[d::directions].index_select(1, self._leaves[d]) for d in range(directions)]
             result = parts[0] if directions == 1 else torch.stack(parts, 1).flatten(0, 1)
-            if self._empty.any():
+            if self._empty is not None:
                 empty = self._table(self._empty).unsqueeze(-1)
                 result = left(result, empty, None if states is None else states[j])
             chosen.append(result)
@@ -227,13 +209,31 @@ class _Rows(torch.autograd.Function):
 def ends_and_resets(
     steps: int, size: int, lengths: Lengths | None, reset: Tensor | None, batch_first: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Steps of each sequence, [N], and bool [N, T] or None. Raises as `Ragged`."""
-    ends = np.full(size, steps) if lengths is None else _checked_lengths(lengths, steps, size)
-    shape = (size, steps) if batch_first else (steps, size)
-    return ends, None if reset is None else _checked_reset(reset, shape, batch_first)
+    """Steps of each sequence, [N], int64, of which that they are 0 to T has not been seen, and bool [N, T] or None.
+    Raises as `Ragged`."""
+    ends = np.full(size, steps) if lengths is None else _checked_lengths(lengths, size)
+    if reset is None:
+        return ends, None
+    resets = _checked_reset(reset, (size, steps) if batch_first else (steps, size))
+    return ends, resets if batch_first else resets.T
 
 
-def _checked_lengths(lengths: Lengths, steps: int, size: int) -> np.ndarray:
+def cut_within(ends: np.ndarray, resets: np.ndarray) -> bool:
+    """Whether there is a reset within a sequence. Raises as `Ragged`."""
+    _check_range(ends, steps := resets.shape[1])
+    if ends.min() == steps:
+        return bool(resets[:, 1:].any())
+    return bool((resets & (np.arange(steps) < ends[:, None]))[:, 1:].any())
+
+
+def _check_range(ends: np.ndarray, steps: int) -> None:
+    wrong = ends[(ends < 0) | (ends > steps)]
+    if len(wrong):
+        raise ValueError(f"lengths must be between 0 and {steps}, the input's time steps, got {wrong[0]}")
+
+
+def _checked_lengths(lengths: Lengths, size: int) -> np.ndarray:
+    """[N], int64"""
     if isinstance(lengths, Tensor):
         kind, given = str(lengths.dtype), _numpy(lengths)
     else:
@@ -246,22 +246,16 @@ def _checked_lengths(lengths: Lengths, steps: int, size: int) -> np.ndarray:
         given = given[None]
     if given.shape != (size,):
         raise ValueError(f"lengths must have shape ({size},), one for each sequence, got {given.shape}")
-    given = given.astype(np.int64)
-    wrong = given[(given < 0) | (given > steps)]
-    if len(wrong):
-        raise ValueError(f"lengths must be between 0 and {steps}, the input's time steps, got {wrong[0]}")
-    return given
+    return np.ascontiguousarray(given, np.int64)
 
 
-def _checked_reset(reset: Tensor, shape: tuple[int, int], batch_first: bool) -> np.ndarray:
-    """[N, T]"""
+def _checked_reset(reset: Tensor, shape: tuple[int, int]) -> np.ndarray:
     if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
         given = f"a Tensor of {reset.dtype}" if isinstance(reset, Tensor) else type(reset).__name__
         raise TypeError(f"reset must be a bool Tensor, got {given}")
     if reset.shape != shape:
         raise ValueError(f"reset must have shape {shape}, as the input's sequences and steps, got {tuple(reset.shape)}")
-    resets = _numpy(reset)
-    return resets if batch_first else resets.T
+    return _numpy(reset)
 
 
 def _numpy(t: Tensor) -> np.ndarray:

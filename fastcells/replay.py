@@ -23,7 +23,7 @@ from .cpu import again, script
 from .cpu import layer as cpu
 from .cpu.blocks import is_large
 from .functional import Invocation, flat, same_memory, split
-from .ragged import reordered
+from .ragged import Ragged, reordered
 
 if TYPE_CHECKING:
     from .dropin import Batch, Call, DropIn
@@ -42,17 +42,18 @@ MODULE, CALL = torch.nn.Module, torch.nn.Module.__call__
 class Replay:
     """A call of a module, ready to be made again. Each of `forward`, of (module, input), or with states, gives the
     result of the module's `forward`, or None where it is another call, or one for the next of them; `straight` does so
-    in place of the module's call, where this does nothing but call `forward`. There may be none: then it cannot be
-    made again."""
+    in place of the module's call, where this does nothing but call `forward`. Each of `within` is the same of a call
+    with lengths, of (module, input, states or None, lengths). There may be none: then it cannot be made again."""
 
     def __init__(self, module: DropIn, input: Tensor, hx: Any, call: Call) -> None:
         self.forward: tuple[Callable, ...] = ()
         self.straight: tuple[Callable, ...] = ()
+        self.within: tuple[Callable, ...] = ()
         held = {id(t): name for name, t in module._parameters.items() if t is not None}
         used = [t for directions in call.parameters for t in flat(directions) if t is not None]
         names = [held.get(id(t), "") for t in used]
-        packed = call.batch.batch_sizes is not None
-        given = [t for t in input if t is not None] if packed else [input]
+        packed, within = call.batch.batch_sizes is not None, call.batch.tokens is not None
+        given = [t for t in input if t is not None] if packed and not within else [input]
         tensors = [*given, *(hx if type(hx) is tuple else () if hx is None else (hx,)), *used]
         training = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
         draws = len(call.parameters) > 1 and module.dropout and module.training
@@ -62,16 +63,22 @@ class Replay:
         elsewhere = any([name not in own and hasattr(module, name) for name in OPTIONS])
         if not (stack.whole and all(names) and once) or elsewhere or (draws and not training):
             return
-        taken = again.Taken(input, hx, module._parameters, names, tensors)
+        taken = again.Taken(input, hx, module._parameters, names, tensors, 2 if within else 0)
         made = [None] if training or packed else stack.made(module)
         finish: Callable | None = None
-        if packed:
+        if within:
+            finish = InBatch(call, 1, training)
+        elif packed:
             finish = Packed(call, len(given), training)
         elif training:
             finish = Training(module, input, call, stack.forwards)
         outside = call.cell.outside
         same = SAME._replace(entries=SAME.entries + ([r[:2] for r in outside.reads] if outside else []))
-        self.forward = _then([again.method(same, taken, m) for m in made], finish)
+        methods = [again.method(same, taken, m) for m in made]
+        if within:
+            self.within = _then(methods, finish)
+            return
+        self.forward = _then(methods, finish)
         plain = MODULE.__call__ is CALL and "forward" not in own and "_compiled_call_impl" not in own
         if type(module).forward in _beginning and plain:
             entries = [*same.entries, *_looked_up(type(module), "forward"), (own, "forward")]
@@ -97,10 +104,13 @@ class Stack:
         self.forwards: list[cpu.Forward] = []
         self.operands: list[list[again.Operand | None]] = []  # of each layer's script: states and parameters
         self.whole = True
-        directions, x, sequences = len(layers[0]), batch.x, cpu.Sequences(batch.x, batch.batch_sizes)
+        directions, x = len(layers[0]), batch.x
+        sequences = whole = cpu.Sequences(x, batch.batch_sizes, tokens=batch.tokens)
         numbers = {id(t): k for k, t in enumerate(tensors)}
         for k, parameters in enumerate(layers):
             part = None if states is None else tuple([s[k * directions : (k + 1) * directions] for s in states])
+            if batch.tokens is not None:
+                sequences = whole.lying(k == 0, k == len(layers) - 1)
             forward, given = cpu.prepared(cell, x, part, parameters, sequences, training)
             used = flat(parameters)
             known: list[Tensor | None] = [x, *(part or ()), *used]
@@ -113,7 +123,7 @@ class Stack:
                 ]
                 self.operands.append([*at, *[None if t is None else again.Operand(numbers[id(t)]) for t in used]])
             self.forwards.append(forward)
-            x = x.new_empty(*x.shape[:-1], forward.y[-1])
+            x = x.new_empty(*([sequences.total] if sequences.packed else x.shape[:-1]), forward.y[-1])
 
     def made(self, module: DropIn) -> list[again.Made]:
         """What the call makes, and how; and how while another thread's call has the memory that is kept."""
@@ -161,9 +171,9 @@ def _then(methods: list[Callable | None], finish: Callable | None) -> tuple[Call
     return tuple(there if finish is None else [partial(_both, method, finish) for method in there])
 
 
-def _both(method: Callable, finish: Callable, module: DropIn, *given: Any) -> Any:
+def _both(method: Callable, finish: Callable, module: DropIn, *given: Any, **options: Any) -> Any:
     tensors = method(module, *given)
-    return None if tensors is None else finish(module, given[0], tensors)
+    return None if tensors is None else finish(module, given[0], tensors, **options)
 
 
 class Rest:
@@ -190,7 +200,9 @@ class Rest:
         ]
         each = count()
 
-        def layer(_: Any, x: Tensor, states: Any, directions: Any, *others: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        def layer(
+            _: Any, x: Tensor, states: Any, directions: Any, *others: Any, **tokens: Any
+        ) -> tuple[Tensor, tuple[Tensor, ...]]:
             y, *finals = run(next(each), [x, *(states or ()), *(t for p in directions for t in p)])
             return y, tuple(finals)
 
@@ -231,19 +243,30 @@ class Packed(Rest):
     def __call__(self, module: DropIn, input: PackedSequence, tensors: tuple[Tensor, ...]) -> Any:
         rows, counts, *orders = tensors[: self.first]
         sequences = cpu.Sequences(rows, counts, orders)
-        if not sequences.fit:
+        if not sequences.fit(rows):
             return None
 
-        def run(k: int, given: list[Tensor | None]) -> Sequence[Tensor]:
-            known = self.known.get((k, *sequences.few))
-            return (known or self._made(k, given, sequences))(given, sequences)
-
-        leading = self.call.batch.leading[0], sequences.rows
-        batch = self.call.batch._replace(size=sequences.rows, leading=leading, batch_sizes=counts)
         states = self.states(tensors)
         if states is not None:
             states = reordered(states, input.sorted_indices)
-        return self.run(module, input, batch, rows, states, tensors, run)
+        return self.of_layers(module, input, rows, states, tensors, sequences)
+
+    def of_layers(
+        self, module: DropIn, input: Any, x: Tensor, states: Any, tensors: Sequence[Tensor], sequences: cpu.Sequences
+    ) -> Any:
+        """The result of the module's `forward`."""
+        whole, last = sequences, len(self.numbers) - 1
+
+        def run(k: int, given: list[Tensor | None]) -> Sequence[Tensor]:
+            sequences = whole if whole.tokens is None else whole.lying(k == 0, k == last)
+            known = self.known.get((k, *sequences.few))
+            return (known or self._made(k, given, sequences))(given, sequences)
+
+        leading = self.call.batch.leading[0], whole.rows
+        batch = self.call.batch._replace(
+            size=whole.rows, leading=leading, batch_sizes=whole.counts, tokens=whole.tokens
+        )
+        return self.run(module, input, batch, x, states, tensors, run)
 
     def _made(self, k: int, given: list[Tensor | None], sequences: cpu.Sequences) -> Callable[..., Sequence[Tensor]]:
         """Make a layer's call ready."""
@@ -259,9 +282,28 @@ class Packed(Rest):
         return made
 
 
+class InBatch(Packed):
+    """Of padded sequences with lengths, which the layers pack."""
+
+    def __call__(self, module: Any, input: Any, tensors: tuple[Tensor, ...], lengths: Any = None) -> Any:
+        if not input.is_contiguous():
+            return None
+        steps, size = input.shape[1::-1] if module.batch_first else input.shape[:2]
+        ragged = Ragged(steps, size, lengths, None, batch_first=module.batch_first)
+        if ragged.whole or not ragged.tokens:
+            return None
+        states = tensors[self.first : self.first + len(self.shapes)] or None
+        directions = len(self.numbers[0])
+        sequences = cpu.Sequences(input, ragged.batch_sizes, tokens=ragged.layout)
+        entered = ragged.enter(states, None, directions)
+        y, finals = self.of_layers(module, input, input, entered, tensors, sequences)
+        finals = ragged.leave(finals if isinstance(finals, tuple) else (finals,), states, directions)
+        return y, finals if len(finals) > 1 else finals[0]
+
+
 class Seen(NamedTuple):
     """The last calls of a module that were made as if for the first time: the shape of their input, of packed ones
-    sequences and features; how many there were; and how to make them again."""
+    sequences and features, of those with lengths features; how many there were; and how to make them again."""
 
     shape: tuple[int, ...]
     calls: int = 1
@@ -277,18 +319,20 @@ class Replays:
 
     def clear(self) -> None:
         """Let go of all of them."""
-        self.seen: dict[bool, Seen] = {}  # by grad mode
+        self.seen: dict[tuple[bool, bool], Seen] = {}  # by grad mode, and whether there are lengths
         self.forward: tuple[Callable, ...] = ()
         self.straight: tuple[Callable, ...] = ()
+        self.within: tuple[Callable, ...] = ()
 
     def __reduce__(self) -> tuple:
         return Replays, ()
 
-    def __setitem__(self, kind: bool, seen: Seen) -> None:
+    def __setitem__(self, kind: tuple[bool, bool], seen: Seen) -> None:
         self.seen[kind] = seen
         replays = [seen.replay for seen in self.seen.values() if seen.replay is not None]
         self.forward = tuple([method for r in replays for method in r.forward])
         self.straight = tuple([method for r in replays for method in r.straight])
+        self.within = tuple([method for r in replays for method in r.within])
 
 
 _all: WeakSet[Replays] = WeakSet()
@@ -328,13 +372,16 @@ def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:
     replays = module._replays
     if replays is NONE:
         replays = module.__dict__["_replays"] = Replays()
-    kind = torch.is_grad_enabled()
+    within = call.batch.tokens is not None
+    kind = torch.is_grad_enabled(), within
     seen = replays.seen.get(kind)
-    shape = input.shape if call.batch.batch_sizes is None else (call.batch.size, *call.batch.x.shape[1:])
+    shape: tuple[int, ...] = input.shape[-1:] if within else (call.batch.size, *call.batch.x.shape[1:])
+    if call.batch.batch_sizes is None:
+        shape = input.shape
     if seen is None or seen.shape != shape or seen.replay is not None:
         replays[kind] = Seen(shape)
         return
     calls, replay = seen.calls + 1, None
     if not calls & (calls - 1):  # what cannot be made again is tried ever more rarely
         replay = Replay(module, input, hx, call)
-    replays[kind] = Seen(shape, calls, replay if replay is not None and replay.forward else None)
+    replays[kind] = Seen(shape, calls, replay if replay is not None and (replay.forward or replay.within) else None)

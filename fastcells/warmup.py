@@ -70,6 +70,9 @@ ONCE: dict[str, Callable[[Wanted], store.Kernel]] = {
     "tables": lambda _: lengths.filling(),
     "entering": lambda _: lengths.entering(),
     "leaving": lambda _: lengths.leaving(),
+    "cutting": lambda _: lengths.cutting(),
+    "collecting": lambda _: lengths.collecting(),
+    "spreading": lambda _: lengths.spreading(),
     **({"lead": lambda _: team.leader()} if team.library() else {}),
 }
 EACH: dict[str, Callable[[Wanted], store.Kernel]] = {

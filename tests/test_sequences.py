@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from problems import everything, invented, problem
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fastcells import cells, explain, functional, marked, nn, plan, roof, unrolled
-from fastcells.cpu import gradients, layer, team
+from fastcells import cells, explain, functional, nn, plan, roof, unrolled
+from fastcells.cpu import again, gradients, layer, team
 from fastcells.cpu.backward import Backward
 from fastcells.cpu.forward import Forward
 
@@ -177,7 +177,7 @@ def test_options_cross(call, packing):
     named = leaves_of(module, input, hx=hx, reset_to=arguments.get("reset_to"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "dropout", keep_some)
-        patch.setattr(plan, "PADDING_FLOPS", -1 if packing else plan.PADDING_FLOPS)
+        patch.setattr(plan, "PACKED_FLOPS", -1 if packing else plan.PACKED_FLOPS)
         ours = outputs_and_gradients(lambda: module(input, hx, **arguments), named)
         truth = outputs_and_gradients(lambda: module_by_steps(module, input, hx, **arguments), named)
     for name, value in truth.items():
@@ -315,31 +315,22 @@ def test_whole_sequences_cost_nothing(options):
 
 
 def test_time_follows_the_tokens(monkeypatch):
-    """No step is computed for padding that is worth the packing: neither in the loop nor in the products over time."""
-    monkeypatch.setattr(plan, "PADDING_FLOPS", -1)
+    """No step is computed for padding: neither in the loop nor in the products over time."""
     seen = []
     prepared = functional.cpu.prepared
 
-    def spy(cell, x, *rest, **options):
-        seen.append(tuple(x.shape))
-        return prepared(cell, x, *rest, **options)
+    def spy(cell, x, states, parameters, sequences, *rest, **options):
+        seen.append((tuple(x.shape), sequences.total))
+        return prepared(cell, x, states, parameters, sequences, *rest, **options)
 
     monkeypatch.setattr(functional.cpu, "prepared", spy)
-    layer = nn.GRU(3, 4, num_layers=2)
+    layer = nn.GRU(3, 4, num_layers=3)
     layer(torch.randn(9, 4, 3), lengths=[2, 9, 0, 1])
-    assert seen == [(12, 3), (12, 4)]
-
-
-def spy(seen, method):
-    """The method, which notes whose it is."""
-    return lambda self, *given: seen.append(type(self).__name__) or method(self, *given)
+    assert seen == [((9, 4, 3), 12), ((12, 4), 12), ((12, 4), 12)]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize(
-    ("way", "resets"),
-    [("Ending", None), ("Ending", "none"), ("Overrun", None), ("Overrun", "none"), ("Marked", "at the beginning")],
-)
+@pytest.mark.parametrize("resets", [None, "none", "at the beginning"])
 @pytest.mark.parametrize("order", ["longest first", "any", "no empty ones"])
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize(
@@ -347,47 +338,79 @@ def spy(seen, method):
     [
         ("RNN", {"nonlinearity": "relu"}),
         ("GRU", {"num_layers": 2, "batch_first": True}),
-        ("GRU", {"bidirectional": True, "num_layers": 2}),
+        ("GRU", {"bidirectional": True, "num_layers": 3}),
         ("LSTM", {"batch_first": True}),
         ("LSTM", {"bidirectional": True}),
     ],
     ids=str,
 )
-def test_lengths_without_gradients(kind, options, given, order, way, resets, threads, monkeypatch):
-    """By each of the ways that there are; what no longer belongs to a sequence, which may be no number, is nowhere."""
+def test_lengths_with_and_without_gradients(kind, options, given, order, resets, threads, monkeypatch):
+    """In calls that are like those before; what no longer belongs to a sequence, which may be no number, is nowhere."""
     monkeypatch.setattr(plan, "THREAD_FLOPS", 0)
-    monkeypatch.setattr(plan, "OVERRUN_FLOPS", 1 << 60 if way == "Overrun" else -1)
     monkeypatch.setattr(team, "processors", lambda: 3)
     layer = getattr(nn, kind)(3, 20, **options, dtype=torch.float64)
-    rows, size = layer.num_layers * (2 if layer.bidirectional else 1), 15
-    lengths = torch.tensor([6, 0, 5, 1, 8] * 3)
-    lengths = lengths.clamp(min=1) if order == "no empty ones" else lengths
-    lengths = lengths.sort(descending=True).values if order == "longest first" else lengths
-    x, hx = torch.randn(9, size, 3, dtype=torch.float64), torch.randn(rows, size, 20, dtype=torch.float64)
-    x[torch.arange(9)[:, None] >= lengths] = float("nan")
-    x = x.transpose(0, 1).contiguous() if layer.batch_first else x
-    arguments = {"hx": (hx, hx.flip(0)) if kind == "LSTM" else hx} if given else {}
-    if resets is not None:
-        arguments["reset"] = torch.zeros(x.shape[:2], dtype=torch.bool)
-        first = arguments["reset"][:, 0] if layer.batch_first else arguments["reset"][0]
-        first[:] = resets == "at the beginning"
-        arguments["reset_to"] = 0
-    y, last = layer(x, lengths=lengths, **arguments)  # with gradients
-    seen = []
-    for one in (marked.Ending, marked.Overrun, marked.Marked):
-        monkeypatch.setattr(one, "__call__", spy(seen, one.__call__))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            same, state = layer(x, lengths=lengths, **arguments)
-            explain(layer, x, lengths=lengths, **arguments)
-    finally:
-        torch.set_num_threads(before)
-    simple = kind != "LSTM" and not layer.bidirectional
-    assert set(seen) == {"Ending" if way == "Overrun" and not simple else way}
-    torch.testing.assert_close(same, y, rtol=0, atol=1e-12)
-    torch.testing.assert_close(state, last, rtol=0, atol=1e-12)
+    rows, size = layer.num_layers * (2 if layer.bidirectional else 1), 10
+    with roof.using_threads(threads):
+        for k in range(4):
+            steps = 8 + k % 3
+            lengths = torch.randint(steps + 1, (size,))
+            lengths[:3] = torch.tensor([1, 0, steps])
+            lengths = lengths.clamp(min=1) if order == "no empty ones" else lengths
+            lengths = lengths.sort(descending=True).values if order == "longest first" else lengths
+            x, hx = torch.randn(steps, size, 3, dtype=torch.float64), torch.randn(rows, size, 20, dtype=torch.float64)
+            x[torch.arange(steps)[:, None] >= lengths] = float("nan")
+            x = (x.transpose(0, 1).contiguous() if layer.batch_first else x).requires_grad_()
+            arguments = {"hx": (hx, hx.flip(0)) if kind == "LSTM" else hx} if given else {}
+            if resets is not None:
+                arguments["reset"] = torch.zeros(x.shape[:2], dtype=torch.bool)
+                first = arguments["reset"][:, 0] if layer.batch_first else arguments["reset"][0]
+                first[:] = resets == "at the beginning"
+                arguments["reset_to"] = 0
+            leaves = [x, *layer.parameters()]
+            y, last = layer(x, lengths=lengths, **arguments)
+            outputs = [y, *(last if isinstance(last, tuple) else (last,))]
+            cotangents = [torch.randn_like(t) for t in outputs]
+            grads = torch.autograd.grad(outputs, leaves, cotangents)
+            with torch.no_grad():
+                same, state = layer(x, lengths=lengths, **arguments)
+            torch.testing.assert_close((same, state), (y, last), rtol=0, atol=1e-12)
+        truth, end = module_by_steps(layer, x, lengths=lengths.tolist(), **arguments)
+        outputs = [truth, *(end if isinstance(end, tuple) else (end,))]
+        torch.testing.assert_close((y, last), (truth, end), rtol=0, atol=1e-11)
+        torch.testing.assert_close(grads, torch.autograd.grad(outputs, leaves, cotangents), rtol=0, atol=1e-9)
+    assert bool(layer._replays.within) == (resets is None and again.interface() is not None)
+
+
+def test_lengths_that_change_between_calls():
+    """Wrong ones meet the errors that they met before; other layouts, sizes and weights are seen."""
+    layer, x = nn.GRU(3, 8, dtype=torch.float64), torch.randn(9, 4, 3, dtype=torch.float64)
+    right, wrong = torch.tensor([2, 9, 0, 1]), ([2, 10, 0, 1], [2, 9, 0], [2.0, 9, 0, 1], [2, -9, 0, 1])
+
+    def errors():
+        for lengths in wrong:
+            with pytest.raises((TypeError, ValueError)) as error:
+                layer(x, lengths=lengths)
+            yield str(error.value)
+
+    def check(x, lengths):
+        y, last = layer(x, lengths=lengths)
+        torch.testing.assert_close((y, last), module_by_steps(layer, x, lengths=list(map(int, lengths))))
+
+    with torch.no_grad():
+        before = [*errors()]
+        for _ in range(3):
+            check(x, right)
+        assert [*errors()] == before
+        check(x.transpose(0, 1).contiguous().transpose(0, 1), right)  # not contiguous
+        check(torch.randn(9, 8, 3, dtype=torch.float64)[:, ::2], right)
+        check(torch.randn(5, 6, 3, dtype=torch.float64), [5, 0, 0, 1, 4, 4])
+        check(x, [0] * 4)
+        check(x, [9] * 4)
+        layer.weight_hh_l0.mul_(0.5)
+        check(x, right)
+        layer.weight_hh_l0 = torch.nn.Parameter(torch.randn(24, 8, dtype=torch.float64))
+        check(x, right)
+        assert [*errors()] == before
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
@@ -531,14 +554,16 @@ def test_packed_sequences_have_lengths_of_their_own():
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_what_lies_past_an_end_is_never_read(kind, packing, monkeypatch):
-    monkeypatch.setattr(plan, "PADDING_FLOPS", -1 if packing else plan.PADDING_FLOPS)
+    monkeypatch.setattr(plan, "PACKED_FLOPS", -1 if packing else plan.PACKED_FLOPS)
     layer = getattr(nn, kind)(3, 4, bidirectional=True)
     x, lengths = torch.randn(5, 3, 3), torch.tensor([5, 2, 0])
     other = torch.where(torch.arange(5)[:, None] < lengths, 0.0, float("nan"))[..., None] + x
     x, other = x.requires_grad_(), other.detach().requires_grad_()
     results = []
+    reset = torch.zeros(5, 3, dtype=torch.bool)
+    reset[2] = True
     for side in (x, other):
-        y, states = layer(side, lengths=lengths)
+        y, states = layer(side, lengths=lengths, reset=reset)
         outputs = [y, *(states if isinstance(states, tuple) else (states,))]
         grads = torch.autograd.grad([t.square().sum() for t in outputs], [side, *layer.parameters()])
         results.append([*outputs, *grads])
@@ -548,14 +573,14 @@ def test_what_lies_past_an_end_is_never_read(kind, packing, monkeypatch):
 
 def test_explain_counts_the_tokens(monkeypatch):
     layer, x = nn.LSTM(2, 6), torch.randn(9, 3, 2)
-    within = "lengths and resets inside the time loop: no packing"
-    assert within in str(explain(layer, x, lengths=[1, 9, 3]))
-    assert within not in str(explain(layer, x, lengths=[9, 9, 9]))
-    monkeypatch.setattr(plan, "PADDING_FLOPS", -1)
     assert "packed input, 9 steps, 3 sequences, 13 tokens" in str(explain(layer, x, lengths=[1, 9, 3]))
+    assert "by the kernels of the call" in str(explain(layer, x, lengths=[1, 9, 3]))
+    assert "by the kernels of the call" not in str(explain(layer, x, lengths=[9, 9, 9]))
     reset = torch.zeros(9, 3, dtype=torch.bool)
     assert "padded input, 9 steps, 3 sequences, 27 tokens" in str(explain(layer, x, reset=reset))
     reset[3] = True
+    assert "resets inside the time loop: no packing" in str(explain(layer, x, reset=reset))
+    monkeypatch.setattr(plan, "PACKED_FLOPS", -1)
     assert "packed input, 6 steps, 6 sequences, 27 tokens" in str(explain(layer, x, reset=reset))
 
 

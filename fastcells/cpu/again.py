@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from array import array
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from types import CellType
@@ -79,7 +79,7 @@ LAYOUT = (  # then sizes, then strides
     "keys",
     "wants",  # 1: a gradient
     "dtype",
-    "free",  # 1: the first size may be any
+    "free",  # so many first sizes may be any; then rows of the last but one follow each other, as its stride says
     "dimensions",
 )
 MADE = ("dimensions", "sizes", "strides", "dtype")  # without dimensions: at `sizes` of the call's memory
@@ -138,13 +138,15 @@ class Same(NamedTuple):
 
 class Taken(NamedTuple):
     """What a call takes: input and states like these, and parameters of these names. tensors: like all of them, in this
-    order; of an input that is a tuple, its tensors, the first two of which have any number of rows."""
+    order; of an input that is a tuple, its tensors, the first two of which have any number of rows. free: how many of
+    the input's first sizes may be any."""
 
     input: Any
     hx: Any
     parameters: Mapping[str, Tensor | None]
     names: list[str]
     tensors: Sequence[Tensor]
+    free: int = 0
 
 
 class Operand(NamedTuple):
@@ -191,16 +193,16 @@ def method(same: Same, taken: Taken, made: Made | None) -> Callable[..., Any] | 
 
 
 def function(
-    count: int, like: Sequence[Tensor] | None, made: Made | None, free: Container[int] = ()
+    count: int, like: Sequence[Tensor] | None, made: Made | None, free: Mapping[int, int] | None = None
 ) -> Callable[..., Any] | None:
-    """A function of so many tensors, which have to be `like` these, if there are any; those of the numbers `free` may
-    have another first size. It returns what is made, or without `made` a tuple of the tensors, and None if they are
+    """A function of so many tensors, which have to be `like` these, if there are any; `free` says, by number, how many
+    first sizes may be others. It returns what is made, or without `made` a tuple of the tensors, and None if they are
     not."""
     known = interface()
     if known is None:
         return None
     record = Record(known)
-    record.of_tensors(count, like, free)
+    record.of_tensors(count, like, free or {})
     if made is not None:
         record.make(count, made)
     return record.method()
@@ -217,7 +219,7 @@ class Record:
         self._set("offset", interface.offset)
         self._set("keys", interface.keys)
 
-    def of_tensors(self, count: int, like: Sequence[Tensor] | None, free: Container[int]) -> None:
+    def of_tensors(self, count: int, like: Sequence[Tensor] | None, free: Mapping[int, int]) -> None:
         """Take tensors alone."""
         self._set("given", count)
         if like is not None:
@@ -241,14 +243,14 @@ class Record:
         self._list("names", map(sys.intern, taken.names))
         self._set("kind", self._object(type(taken.hx)))
         self._set("states", len(taken.hx) if type(taken.hx) is tuple else -isinstance(taken.hx, Tensor))
-        self._like(taken.tensors, free=(0, 1) if several else ())
+        self._like(taken.tensors, {0: 1, 1: 1} if several else {0: taken.free})
         count = (parts or 1) + abs(self.word["states"]) + len(taken.names)
         self.fits &= len(taken.tensors) == count <= ROOM
         return count
 
-    def _like(self, tensors: Sequence[Tensor], free: Container[int]) -> None:
-        """Take tensors laid out like these, in a state of torch's like the one that it is in. free: the numbers of
-        those that may have another first size."""
+    def _like(self, tensors: Sequence[Tensor], free: Mapping[int, int]) -> None:
+        """Take tensors laid out like these, in a state of torch's like the one that it is in. free: how many first
+        sizes of a tensor may be others, by its number."""
         numbers = list[int]()
         for function, bits in self.interface.numbers:
             numbers += [ctypes.cast(function, ctypes.c_void_p).value or 0, bits, function() & bits]
@@ -261,7 +263,7 @@ class Record:
         for k, t in enumerate(tensors):
             dtype = self.interface.dtypes.get(t.dtype)
             self.fits &= dtype is not None
-            layouts += [self._object(type(t)), keys(t), t.requires_grad, dtype or 0, k in free, t.dim()]
+            layouts += [self._object(type(t)), keys(t), t.requires_grad, dtype or 0, free.get(k, 0), t.dim()]
             layouts += [*t.shape, *t.stride()]
         self._set("layouts", self._words(layouts))
 

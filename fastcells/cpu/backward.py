@@ -13,7 +13,7 @@ from ..plan import Plan
 from ..program import spread
 from .call import Call
 from .derived import hand_on
-from .direction import TOTAL, Direction, Operands, Ready, Sequences, fixed, rows_of_initial, view
+from .direction import BATCH, TOTAL, Direction, Operands, Ready, Sequences, fixed, rows_of_initial, view
 from .engine import Buffer, View, add, product
 from .forward import Saved
 from .gradients import LABEL, OverTime, shifted
@@ -93,20 +93,29 @@ class Backward(Call):
         feed: bool,
     ) -> None:
         super().__init__(r.dtype)
-        assert not sequences.ending, "what is past an end has no gradients"
         self.r, self.sequences = r, sequences
         operands, many = self.operands, sequences.most if sequences.packed else None
 
         def all_of(tensors: Sequence[Tensor | None], many: int | None = None) -> list[Any]:
             return [operands.given(t, many) for t in tensors]
 
-        first = operands.given(x, many), all_of(states or ()), all_of(inputs)
+        first = operands.given(x, many, sequences.takes), all_of(states or ()), all_of(inputs)
         directions = [Direction(r, all_of(q), first[2], k) for k, q in enumerate(parameters)]
         kept = operands.given(y, many), all_of(saved.slots, many), all_of(saved.series, many)
-        self.given = Given(*first, *kept, operands.given(dy, many), all_of(dfinals), all_of(dothers, many))
+        dy_ = operands.given(dy, many, sequences.gives)
+        self.given = Given(*first, *kept, dy_, all_of(dfinals), all_of(dothers, many))
         for d in directions:
             d.share(schedule, schedule.back, sequences.most)
         self.made = self._results(operands, directions[0], x, parameters, inputs, saved, wanted, overwrite, feed)
+        mover = None if sequences.tokens is None else directions[0].mover(self, sequences)
+        if sequences.takes and wanted.weights:
+            self.given = self.given._replace(x=self.collected(mover, self.given.x))
+        if sequences.gives and dy_ is not None:
+            self.given = self.given._replace(dy=self.collected(mover, dy_))
+        padded = self.made.dx
+        if sequences.takes and padded is not None:
+            rows = self.script.take(sequences.most * padded.shape[1] * r.item)
+            self.made = self.made._replace(dx=Buffer.new(rows, padded.shape, r.item))
         totals = [self._totals(d) for d in directions]
         launches = []
         for d, own in zip(directions, totals, strict=True):
@@ -115,9 +124,14 @@ class Backward(Call):
         for d, launch in zip(directions, launches, strict=True):
             options: dict[str, Any] = {"descending": not d.reverse, "number": self.number, "skip_first": True}
             d.launch(self.script, r.backward, sequences, *launch, **options)
-        for d, own in zip(directions, totals, strict=True):
+        for d in directions:
             if self.made.dx is not None:
                 self._input(d)
+            if wanted.weights:
+                self._weights(d)
+        if mover is not None and sequences.takes and padded is not None and self.made.dx is not None:
+            mover.spread(self.made.dx, padded)
+        for d, own in zip(directions, totals, strict=True):  # last, since these go on with another script
             if any(t is not None for t in self.made.dstates):
                 edge = self._edge(d)
                 for name, out in zip(r.programs.states, self.made.dstates, strict=True):
@@ -125,7 +139,6 @@ class Backward(Call):
                 if r.programs.derived:
                     self._derived(d, own)
             if wanted.weights:
-                self._weights(d)
                 self._own(d, own)
 
     def _results(
@@ -149,7 +162,7 @@ class Backward(Call):
         def made(shape: tuple[int, ...] | None) -> Any:
             return operands.given(None) if shape is None else operands.made(shape, sequences.most)
 
-        leading = (total,) if sequences.packed else tuple(x.shape[:-1])
+        leading = (BATCH,) if sequences.takes else (total,) if sequences.packed else tuple(x.shape[:-1])
         dx = (*leading, x.shape[-1]) if wanted.x else None
         states_wanted = wanted.states or bool(p.derived and (wanted.weights or feed))
         dstates = [(count, rows, hidden if j else width) if states_wanted else None for j in range(len(p.states))]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import again, blocks
-from .direction import TOTAL, Operands, Sequences
+from .direction import Operands, Sequences
+from .engine import Buffer
 from .script import At, Script, arena
 
 SMALL = 1 << 10  # numbers in a tensor, up to which one is kept to make others like it
@@ -33,7 +34,8 @@ class Call:
 
     def makes(self, shapes: Sequence[Any], own: int) -> None:
         """Note what the call makes, tensors of these shapes, or None for none; from number `own` on no caller sees
-        them. A shape begins with TOTAL where it has as many rows as a call's packed sequences."""
+        them. A shape begins with TOTAL where it has as many rows as a call's packed sequences, with BATCH where these
+        lie in a batch."""
         self.shapes = list(shapes)
         self.make = [maker(s, self.dtype, k >= own) for k, s in enumerate(shapes)]
 
@@ -41,6 +43,13 @@ class Call:
         """One more operand, after all tensors: a number that the script is told of the sequences of a call."""
         self.numbers.append(of)
         return self.operands.address()
+
+    def collected(self, mover: Any, tokens: Buffer) -> Buffer:
+        """Memory for the rows of packed sequences, to which their tokens are copied."""
+        shape = tokens.shape[0], tokens.shape[-1]
+        rows = Buffer.new(self.script.take(shape[0] * shape[1] * tokens.item), shape, tokens.item)
+        mover.collect(tokens, rows, wait=False)
+        return rows
 
     def then(self, function: Callable[[Sequence[Tensor | None]], None]) -> None:
         """Go on with a function of the operands, by number less 1."""
@@ -69,11 +78,14 @@ class Call:
                 return function
         there = [t is not None for t in tensors]
         present = [number for number, t in enumerate(tensors, 1) if t is not None]
-        free = [k for k, number in enumerate(present) if number in self.operands.free]
+        free = {k: self.operands.free.get(number, 0) for k, number in enumerate(present)}
+        batches = [k for k, sizes in free.items() if sizes > 1]
         alike = None if like is None else again.function(len(like), like, None, free) or (lambda *_: None)
 
         def in_python(*given: Tensor, sequences: Sequences | None = None) -> Any:
             if alike is not None and alike(*given) is None:
+                return None
+            if not all([given[k].is_contiguous() for k in batches]):
                 return None
             rest = iter(given)
             return result(self.begin([next(rest) if t else None for t in there], sequences))
@@ -87,7 +99,7 @@ class Call:
             self.run([*tensors, *made])
             return made
         made = [
-            make(sequences.total) if shape and shape[0] == TOTAL else make()
+            make(sequences.leading(shape)) if shape and shape[0] < 0 else make()
             for make, shape in zip(self.make, self.shapes, strict=True)
         ]
         self.run([*tensors, *made, *[of(sequences) for of in self.numbers]])
@@ -104,12 +116,13 @@ class Call:
 
 def maker(shape: Sequence[int] | None, dtype: torch.dtype, own: bool = False) -> Callable[..., Any]:
     """A function that makes a tensor of that shape, or None for no shape: for a small one, from another like it, which
-    is the quickest way. own: no caller sees it. Where the shape begins with TOTAL, it is a function of that number."""
+    is the quickest way. own: no caller sees it. A shape that begins with TOTAL or BATCH takes the sizes that there are.
+    """
     if shape is None:
         return _nothing
-    if shape and shape[0] == TOTAL:
+    if shape and shape[0] < 0:
         empty = blocks.empty if own else blocks.result
-        return lambda total: empty((total, *shape[1:]), dtype)
+        return lambda leading: empty((*leading, *shape[1:]), dtype)
     if torch.Size(shape).numel() <= SMALL:
         return partial(torch.empty_like, torch.empty(tuple(shape), dtype=dtype))
     if not own and not blocks.is_large(shape, dtype):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from copy import copy
 from functools import lru_cache
 from typing import Any
 
@@ -16,10 +17,11 @@ from ..program import Programs, Weights
 from . import team
 from .engine import Buffer, Product, Runner, Times, View, add
 from .host import host
-from .lengths import Tables
+from .lengths import Mover, Tables, Tokens
 from .script import Address, At, Script, zeros
 
-TOTAL = -1  # first in a shape: as many rows as all steps of a call's packed sequences have
+TOTAL = -1  # first in a shape: as many rows as all steps of a call's packed sequences have,
+BATCH = -2  # and in place of the two first sizes of the batch that these lie in
 APART_FLOPS = 20_000_000  # of a product, worth a team of its own
 
 
@@ -68,51 +70,58 @@ def roomy(count: int) -> int:
 
 
 class Sequences:
-    """How time steps and sequences are laid out: padded [T, N], or packed [total] with the number of rows of each step;
-    or padded, and only so many rows of each step are run, the first ones.
+    """How time steps and sequences are laid out: padded [T, N], or packed [total] with the number of rows of each step.
 
     steps: T; rows: N, of the fullest step; total: rows of all steps; counts: of each step, None if all have as many,
     and `Tables` of them, and of orders of the sequences, if there are any. most: rows of all steps that a call is made
     ready for: of packed sequences somewhat more than there are, so that the same call does for others; what differs
-    from one to the next is told at each call (`Call.number`).
+    from one to the next is told at each call (`Call.number`). tokens: where packed rows lie in a padded batch, which is
+    the input, the output, or both.
     """
 
-    def __init__(self, x: Tensor, counts: Tensor | None, orders: Sequence[Tensor] = ()) -> None:
-        self.counts, self.packed = counts, x.dim() == 2
+    def __init__(
+        self, x: Tensor, counts: Tensor | None, orders: Sequence[Tensor] = (), tokens: Tokens | None = None
+    ) -> None:
+        self.counts, self.tokens = counts, tokens
+        self.takes, self.gives = (False, False) if tokens is None else (tokens.takes, tokens.gives)
         self.tables = None if counts is None else Tables(counts, x.shape[:-1].numel(), orders)
-        if self.packed:
-            assert self.tables is not None, "packed sequences have counts"
-            self.steps, self.rows, self.total = self.tables.steps, self.tables.rows, x.shape[0]
+        self.packed = self.tables is not None
+        if self.tables is not None:
+            self.steps, self.rows, self.total = self.tables.steps, self.tables.rows, self.tables.total
             self.most = roomy(self.total)
         else:
             self.steps, self.rows = x.shape[0], x.shape[1]
             self.most = self.total = self.steps * self.rows
 
-    @property
-    def fit(self) -> bool:
+    def fit(self, x: Tensor) -> bool:
         """Whether packed rows have the counts and orders that they have to have."""
-        tables = self.tables
-        assert tables is not None, "packed sequences have counts"
-        return tables.rows > 0 and (tables.total, tables.steps) == (self.total, tables.given.shape[0])
+        assert self.tables is not None, "packed sequences have counts"
+        return self.rows > 0 and (self.total, self.steps) == (x.shape[0], self.tables.given.shape[0])
 
     @property
-    def few(self) -> tuple[int, int, bool]:
+    def few(self) -> tuple[int, int, bool, bool, bool]:
         """What packed sequences that the same call does for have in common."""
-        return self.most, self.rows, self.steps == 1
+        return self.most, self.rows, self.steps == 1, self.takes, self.gives
 
-    @property
-    def ending(self) -> bool:
-        """Whether steps of padded sequences have fewer and fewer rows."""
-        return self.tables is not None and not self.packed
+    def lying(self, takes: bool, gives: bool) -> Sequences:
+        """The same with the input, the output, or both in the batch."""
+        assert self.tokens is not None, "there is no batch"
+        other = copy(self)
+        other.tokens, other.takes, other.gives = self.tokens._replace(takes=takes, gives=gives), takes, gives
+        return other
+
+    def leading(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The first sizes of what begins with TOTAL or BATCH."""
+        return self.tokens.leading if shape[0] == BATCH and self.tokens is not None else (self.total,)
 
     def times(self, descending: bool, number: Number) -> Times:
         """Steps from the first to the last, or from the last to the first. number: `Call.number`."""
-        counts = None if self.tables is None else number(lambda s: s.tables.counts(descending))
         if self.packed:
+            counts = number(lambda s: s.tables.counts(descending))
             positions = number(lambda s: s.tables.positions(descending))
             return Times(number(lambda s: s.steps), self.rows, positions=positions, counts=counts)
         first, delta = (self.steps - 1, -1) if descending else (0, 1)
-        return Times(self.steps, self.rows, first, delta, counts=counts)
+        return Times(self.steps, self.rows, first, delta)
 
     def shares(self, threads: int, number: Number) -> Address:
         """Address of the threads' bounds; 0 for even shares."""
@@ -150,27 +159,30 @@ def usable(t: Any) -> Any:
 
 
 class Operands:
-    """The tensors of a call by number, the first of them 1: those that are given, then those that it makes. free: the
-    numbers of given ones that may have fewer rows."""
+    """The tensors of a call by number, the first of them 1: those that are given, then those that it makes. free: how
+    many first sizes of a given one may be others in other calls, by number."""
 
     def __init__(self, item: int) -> None:
-        self.item, self.count, self.free = item, 1, set[int]()
+        self.item, self.count, self.free = item, 1, dict[int, int]()
 
-    def given(self, t: Tensor | None, most: int | None = None) -> Any:
+    def given(self, t: Tensor | None, most: int | None = None, whole: bool = False) -> Any:
         """A tensor of the caller's as a Buffer; None, and a number skipped, where there is none. most: its rows, where
-        those of other calls may be others, and no more."""
+        those of other calls may be others, and no more. whole: these follow each other, by however many sizes."""
         at = At(self._next())
         if t is None:
             return None
         shape = tuple(t.shape)
+        if whole and most is not None:
+            self.free[at.operand] = len(shape) - 1
+            return Buffer.new(at, (most, shape[-1]), self.item)
         if most is not None:
-            self.free.add(at.operand)
+            self.free[at.operand] = 1
             shape = most, *shape[1:]
         return Buffer(at, shape, tuple([s * self.item for s in t.stride()]), self.item)
 
     def made(self, shape: Sequence[int], most: int) -> Any:
-        """A tensor that the call makes. most: rows in the place of TOTAL."""
-        return Buffer.new(At(self._next()), [most if n == TOTAL else n for n in shape], self.item)
+        """A tensor that the call makes. most: rows in the place of TOTAL and BATCH."""
+        return Buffer.new(At(self._next()), [most if n in (TOTAL, BATCH) else n for n in shape], self.item)
 
     def address(self) -> At:
         """A tensor of the caller's of which only the address is wanted."""
@@ -202,6 +214,11 @@ class Direction:
         flops = 2 * total * len(self.r.gates) * self.hidden * self.inputs
         shared = max(schedule.forward.threads, schedule.back.threads) > 1 or schedule.side_by_side
         self.team = team.size() if shared or flops > APART_FLOPS else 1
+
+    def mover(self, call: Any, sequences: Sequences) -> Mover:
+        """What moves packed rows in a call."""
+        shares = sequences.shares(self.threads, call.number) if self.split == "rows" else 0
+        return Mover(call.script, sequences.times(False, call.number), call.number, shares, self.threads, self.team)
 
     def own_views(self, sequences: Sequences) -> dict[str, View]:
         """Of the cell's own tensors, and of its extra inputs."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..plan import Plan
 from .call import Call
-from .direction import TOTAL, Direction, Ready, Sequences, fixed, planned, view
+from .direction import BATCH, TOTAL, Direction, Ready, Sequences, fixed, planned, view
 from .engine import Buffer, View, add, plain, product
 from .geometry import BESIDE_ROWS
 from .lengths import leave
@@ -19,8 +19,9 @@ from .script import Address, zeros
 
 @dataclass
 class Saved:
-    """What forward leaves to backward, tensors for each direction."""
+    """What forward leaves to backward: the output, packed if its sequences are, and tensors for each direction."""
 
+    y: Tensor
     slots: list[Tensor]  # [total, Programs.width]
     series: list[Tensor]  # [total, H], of each state but the hidden one
     plan: Plan
@@ -53,14 +54,15 @@ class Forward(Call):
         self.r, self.sequences, self.training = r, sequences, training
         self.plan = schedule = planned(r.cell, parameters[0], sequences, len(parameters), training)
         operands, many = self.operands, sequences.most if sequences.packed else None
-        x_, given = operands.given(x, many), [operands.given(s) for s in states or ()]
+        x_, given = operands.given(x, many, sequences.takes), [operands.given(s) for s in states or ()]
         fed = [operands.given(t) for t in inputs]
         directions = [Direction(r, [operands.given(t) for t in q], fed, k) for k, q in enumerate(parameters)]
         for d in directions:
             d.share(schedule, schedule.forward, sequences.most)
         self.made = self._results(x, directions)
-        if sequences.ending:  # zero where no step is run
-            add(self.script, r.dtype, self.made.y.flattened(), None, threads=directions[0].team, wait=False)
+        mover = None if sequences.tokens is None else directions[0].mover(self, sequences)
+        if sequences.takes:
+            x_ = self.collected(mover, x_)
         unused = ("x" if schedule.project_ahead else "", "before" if not given and sequences.steps == 1 else "")
         launches = []
         for d in directions:
@@ -77,6 +79,8 @@ class Forward(Call):
             for j, source in sources.items():
                 if j < len(self.made.finals):
                     self._final(d, source, self.made.finals[j], wait=d.index == 0 and j == 0)
+        if mover is not None and sequences.gives:
+            mover.spread(self.made.y, self.padded, wait=False)
 
     def _results(self, x: Tensor, directions: Sequence[Direction]) -> Made:
         """All that the call makes, by shapes that are the call's from now on."""
@@ -84,18 +88,24 @@ class Forward(Call):
         count, rows, most = len(directions), sequences.rows, sequences.most
         width, hidden = directions[0].depth, directions[0].hidden
         total = TOTAL if sequences.packed else most
-        self.y = (*((TOTAL,) if sequences.packed else x.shape[:-1]), count * width)
+        rows_of_y = (*((TOTAL,) if sequences.packed else x.shape[:-1]), count * width)
+        self.y = (BATCH, count * width) if sequences.gives else rows_of_y
         self.finals = [(count, rows, hidden if j else width) for j in range(len(self.r.cell.states))]
         self.slots, self.series = (total, p.width(hidden)), (total, hidden)
         # Other states are kept at every step for the backward pass, and for products.
         kinds = [j for j, name in enumerate(p.states) if j and (name in p.streams or not self.in_place)]
         self.many, slots = len(kinds), [self.slots] * (count if training else 0)
         own = 1 + len(self.finals)
-        self._end = own, own + len(slots)
-        self.makes([self.y, *self.finals, *slots, *[self.series] * count * self.many], own=own)
+        packed = [rows_of_y] * sequences.gives
+        self._end = own, own + len(packed), own + len(packed) + len(slots)
+        self.makes([self.y, *self.finals, *packed, *slots, *[self.series] * count * self.many], own=own)
+        y = operands.made(self.y, most)
+        finals = [operands.made(s, most) for s in self.finals]
+        if sequences.gives:
+            self.padded, y = y, operands.made(rows_of_y, most)
         return Made(
-            operands.made(self.y, most),
-            [operands.made(s, most) for s in self.finals],
+            y,
+            finals,
             [operands.made(s, most) for s in slots],
             [{j: operands.made(self.series, most) for j in kinds} for _ in directions],
         )
@@ -181,8 +191,9 @@ class Forward(Call):
     def start(self, tensors: Sequence[Tensor | None], sequences: Sequences) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
         """(y, final states, what backward needs) of the tensors in the order of `prepared`."""
         made = self.begin(tensors, sequences)
-        finals, slots = self._end
-        return made[0], tuple(made[1:finals]), Saved(made[finals:slots], made[slots:], self.plan)
+        finals, packed, slots = self._end
+        y = made[0] if packed == finals else made[finals]
+        return made[0], tuple(made[1:finals]), Saved(y, made[packed:slots], made[slots:], self.plan)
 
     def results(self, tensors: Sequence[Tensor | None], sequences: Sequences) -> list[Tensor]:
         """y and the final states, likewise."""

@@ -58,7 +58,17 @@ def _key(
         return _laid_out([*rows, *others])
     if r.cell.step_inputs:  # whose directions are so many rows apart
         return None
-    return sequences.few, tuple([t if t is None else (t.shape[1:], t.stride()) for t in rows]), _laid_out(others)
+    return sequences.few, tuple([t if t is None else (t.shape[-1], t.stride(-2)) for t in rows]), _laid_out(others)
+
+
+def _taken(x: Tensor, sequences: Sequences) -> Tensor:
+    """An input that is usable; of tokens, these follow each other."""
+    return usable(x).contiguous() if sequences.takes else usable(x)
+
+
+def _given(dy: Tensor | None, sequences: Sequences) -> Tensor | None:
+    """The same of the gradient of an output."""
+    return usable(dy) if dy is None or not sequences.gives else usable(dy).contiguous()
 
 
 def prepared(
@@ -73,12 +83,12 @@ def prepared(
 ) -> tuple[Forward, list[Tensor | None]]:
     """The forward call, and the tensors that it is given: x, the states, inputs, and parameters."""
     r = suited(cell, parameters[0], feed)
-    x, weights, inputs = usable(x), _flat(parameters), [usable(t) for t in inputs]
+    x, weights, inputs = _taken(x, sequences), _flat(parameters), [usable(t) for t in inputs]
     given = all_states(r, states, weights, inputs, sequences.rows)
     tensors = [x, *(given or ()), *inputs, *[t for q in weights for t in q]]
     key = _key(r, sequences, [x], tensors[1:])
     if key is not None:
-        key = r, len(parameters), training, team.size(), given is None, sequences.ending, key
+        key = r, len(parameters), training, team.size(), given is None, key
     return kept(key, lambda: Forward(r, x, given, weights, inputs, sequences, training)), tensors
 
 
@@ -94,7 +104,7 @@ def forward(
 ) -> tuple[Tensor, tuple[Tensor, ...], Saved]:
     """(y, final states, what backward needs). Shapes as `functional.layer`; nothing is saved unless training.
 
-    feed: backward will be asked for gradients of the inputs. There is none for sequences that are `ending`.
+    feed: backward will be asked for gradients of the inputs.
     """
     call, tensors = prepared(cell, x, states, parameters, sequences, training, inputs, feed)
     return call.start(tensors, sequences)
@@ -125,12 +135,12 @@ def prepared_backward(
     each = any([t is not None for t in dothers])
     dothers = [usable(t) for t in dothers] if each else []
     r = suited(cell, parameters[0], feed, each)
-    x, weights, inputs = usable(x), _flat(parameters), [usable(t) for t in inputs]
+    x, weights, inputs = _taken(x, sequences), _flat(parameters), [usable(t) for t in inputs]
     given = all_states(r, states, weights, inputs, sequences.rows)
     # As they were made; a saved-tensor hook may have returned others.
     y = y.contiguous()
-    saved = Saved([t.contiguous() for t in saved.slots], [t.contiguous() for t in saved.series], saved.plan)
-    dy, dfinals = usable(dy), [usable(t) for t in dfinals]
+    saved = Saved(y, [t.contiguous() for t in saved.slots], [t.contiguous() for t in saved.series], saved.plan)
+    dy, dfinals = _given(dy, sequences), [usable(t) for t in dfinals]
     tensors = [x, *(given or ()), *inputs, *[t for q in weights for t in q]]
     rows = [y, *saved.slots, *saved.series, dy]
     key = _key(r, sequences, [x, *rows, *dothers], [*tensors[1:], *dfinals])

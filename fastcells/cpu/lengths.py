@@ -7,9 +7,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from . import store, team
@@ -26,6 +28,28 @@ TABLES = (  # the frame of what fills tables in
     "threads",  # of the largest team whose shares are wanted
     "out",  # address of `TOLD` words and the tables
 )
+CUTS = (  # the frame of what cuts a padded batch into stretches
+    "ends",  # address of the steps of each sequence,
+    "batch",  # how many sequences these are,
+    "length",  # and their steps, at most
+    "resets",  # address of bytes: whether a sequence is cut before a step; 0: none is
+    "reset_time",  # bytes from step to step,
+    "reset_sequence",  # and from sequence to sequence
+    "time",  # tokens from step to step,
+    "sequence",  # and from sequence to sequence
+    "reverse",  # 1: stretches begin at their last steps
+    "most",  # stretches that there is room for
+    "out",  # address of `FOUND` and the tables
+)
+FOUND = (
+    "stretches",
+    "tokens",
+    "longest",  # steps of the longest stretch
+    "wrong",  # sequences whose steps are not 0 to `length`: then nothing else is told
+    "empty",  # sequences of no steps
+    "resets",  # 1: stretches begin after one,
+    "cuts",  # 1: or at a sequence's own
+)
 TOLD = 3  # sequences, or -1 where any of this is not so; rows of all steps; steps that have any
 TARGET_WORDS = (
     "target",  # address,
@@ -34,6 +58,79 @@ TARGET_WORDS = (
     "bytes",  # of which so many are copied
 )
 ROWS = (*HEADER, *BUFFER_WORDS, *TARGET_WORDS)  # the frame of what copies rows
+
+
+TOKENS = (  # the frame of what copies rows to tokens, and back
+    *HEADER,
+    "stretches",  # address of the first token of each sequence,
+    "along",  # tokens from step to step
+    "tokens",  # address,
+    "token",  # bytes from token to token
+    "packed",  # likewise of rows, which follow each other
+    "packed_row",
+    "bytes",  # of which so many are copied
+    "ends",  # address of the steps of each sequence of the batch, past which tokens are to be zero,
+    "batch",  # how many sequences these are; 0: tokens are only read
+    "length",  # their steps,
+    "time",  # and tokens from step to step
+    "sequence",  # and from sequence to sequence
+)
+
+
+class Tokens(NamedTuple):
+    """Where the rows of packed sequences lie in a padded batch.
+
+    first: address of the token of each sequence's first row; step: tokens from there to the next row. ends: address of
+    the steps of each of the batch's sequences, past which tokens are none's. int64; owner: has what these point to, and
+    moves rows by torch's operations. leading: sizes of the batch, [T, N] or [N, T]; batch, length: N and T; time,
+    sequence: tokens from step to step and from sequence to sequence. takes: the input of a layer is such a batch;
+    gives: its output is.
+    """
+
+    first: int
+    step: int
+    ends: int
+    owner: Any
+    leading: tuple[int, int]
+    batch: int
+    length: int
+    time: int
+    sequence: int
+    takes: bool = True
+    gives: bool = True
+
+
+class Stretches:
+    """The stretches of a padded batch between resets, longest first; of equally long ones those of earlier sequences,
+    then earlier ones.
+
+    ends: [N], int64; resets: bool [N, T], or None; time, sequence: tokens from step to step and from sequence to
+    sequence; reverse: stretches are run from their ends. A sequence without steps has none; where no sequence has any,
+    the first one has a step, which nobody sees. What `FOUND` names, and NumPy tables, int64: counts: of each step;
+    column: each one's sequence; first: its first token; after: which ones are entered after a reset, forward and
+    backward; leaves: the last one of each sequence, likewise.
+    """
+
+    def __init__(
+        self, ends: np.ndarray, resets: np.ndarray | None, steps: int, time: int, sequence: int, reverse: bool
+    ) -> None:
+        size = len(ends)
+        most = max(size, 1) + (0 if resets is None else int(np.count_nonzero(resets)))
+        sizes = (len(FOUND), steps + 1, steps + 1, most, most, most, most, size, size)
+        words = np.zeros(sum(sizes), np.int64)
+        reset = (0, 0, 0) if resets is None else (_address(resets), *resets.strides[::-1])
+        frame = _address(ends), size, steps, *reset, time, sequence, reverse, most, _address(words)
+        cutting().call(_cuts_frame(*frame), 0, 1)
+        self.found = dict(zip(FOUND, words[: len(FOUND)].tolist(), strict=True))
+        tables = [words[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
+        count = self.found["stretches"]
+        self.counts = tables[1][: self.found["longest"]]
+        self.column, self.first, *self.after = [t[:count] for t in tables[3:7]]
+        self.leaves = tables[7:]
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
 
 
 class Tables:
@@ -70,7 +167,19 @@ class Tables:
         return self._at + 8 * (TOLD + 3 * self._length + (threads + 3) * (threads - 2) // 2)
 
 
-_frame = Struct(f"{len(TABLES)}q").pack
+_frame, _cuts_frame = Struct(f"{len(TABLES)}q").pack, Struct(f"{len(CUTS)}q").pack
+
+
+@lru_cache(maxsize=1)
+def cutting() -> store.Kernel:
+    """The kernel that cuts a batch into stretches."""
+
+    def make() -> Callable:
+        from .counted import make_cutting
+
+        return make_cutting()
+
+    return store.kernel("cutting", [], make)
 
 
 @lru_cache(maxsize=1)
@@ -109,11 +218,74 @@ def leaving() -> store.Kernel:
     return store.kernel("leaving", [], make)
 
 
-def _rows(times: Times, source: View, target: View, size: int) -> list[Address]:
+@lru_cache(maxsize=1)
+def collecting() -> store.Kernel:
+    """The kernel that copies tokens to rows."""
+
+    def make() -> Callable:
+        from .counted import make_collecting
+
+        return make_collecting()
+
+    return store.kernel("collecting", [], make)
+
+
+@lru_cache(maxsize=1)
+def spreading() -> store.Kernel:
+    """The kernel that copies rows to tokens, and makes those zero that are none's."""
+
+    def make() -> Callable:
+        from .counted import make_spreading
+
+        return make_spreading()
+
+    return store.kernel("spreading", [], make)
+
+
+def _header(times: Times, shares: Address = 0, threads: int = 1) -> list[Address]:
     steps, rows, first, delta, positions, counts = times
     assert counts is not None, "steps have different numbers of rows"
     known = {"steps": steps, "rows": rows, "first": first, "delta": delta, "positions": positions, "counts": counts}
-    return [*[known.get(name, 0) for name in HEADER], *source, *target[:3], size]
+    known |= {"shares": shares, "threads": threads}
+    return [known.get(name, 0) for name in HEADER]
+
+
+class Mover:
+    """Adds to a script what moves the rows of all steps to tokens of a batch, which follow each other, and back.
+
+    number: `Call.number`. shares: address of the rows at which the shares of so many threads begin in the time loop, or
+    0; team: threads that move rows, the same ones if they are as many.
+    """
+
+    def __init__(
+        self, script: Script, times: Times, number: Any, shares: Address = 0, threads: int = 1, team: int = 1
+    ) -> None:
+        self.script, self.number, self.team = script, number, team
+        self.header = _header(times, shares, threads)
+
+    def collect(self, tokens: Buffer, rows: Buffer, **options: Any) -> None:
+        """Copy tokens to rows."""
+        self.script.launch(collecting(), [*self._frame(tokens, rows), 0, 0, 0, 0, 0], threads=self.team, **options)
+
+    def spread(self, rows: Buffer, tokens: Buffer, **options: Any) -> None:
+        """Copy rows to tokens, and make the others zero."""
+        batch = [
+            self.number(lambda s: s.tokens.ends),
+            self.number(lambda s: s.tokens.batch),
+            self.number(lambda s: s.tokens.length),
+            self.number(lambda s: s.tokens.time),
+            self.number(lambda s: s.tokens.sequence),
+        ]
+        self.script.launch(spreading(), [*self._frame(tokens, rows), *batch], threads=self.team, **options)
+
+    def _frame(self, tokens: Buffer, rows: Buffer) -> list[Address]:
+        size = rows.shape[1] * rows.item
+        where = [self.number(lambda s: s.tokens.first), self.number(lambda s: s.tokens.step)]
+        return [*self.header, *where, tokens.at, size, rows.at, rows.strides[0], size]
+
+
+def _rows(times: Times, source: View, target: View, size: int) -> list[Address]:
+    return [*_header(times), *source, *target[:3], size]
 
 
 def enter(script: Script, times: Times, source: View, out: View, size: int, **options: Any) -> None:

@@ -213,7 +213,8 @@ def alike(record, tensors, count):
         if not equal(peek(place, 0) + 8 * free, at + 8 * free, dimensions - free):
             return False
         strides_of(handle, place)
-        if not equal(peek(place, 0), at + 8 * dimensions, dimensions):
+        apart = free - 1 if free > 0 else 0  # which go by the sizes that follow
+        if not equal(peek(place, 0) + 8 * apart, at + 8 * (dimensions + apart), dimensions - apart):
             return False
         at += 16 * dimensions
     poke(place, 0, guarded(record))
