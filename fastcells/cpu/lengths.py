@@ -250,6 +250,9 @@ def _header(times: Times, shares: Address = 0, threads: int = 1) -> list[Address
     return [known.get(name, 0) for name in HEADER]
 
 
+LABEL = "packing of sequences"
+
+
 class Mover:
     """Adds to a script what moves the rows of all steps to tokens of a batch, which follow each other, and back.
 
@@ -265,7 +268,8 @@ class Mover:
 
     def collect(self, tokens: Buffer, rows: Buffer, **options: Any) -> None:
         """Copy tokens to rows."""
-        self.script.launch(collecting(), [*self._frame(tokens, rows), 0, 0, 0, 0, 0], threads=self.team, **options)
+        frame = [*self._frame(tokens, rows), 0, 0, 0, 0, 0]
+        self.script.launch(collecting(), frame, threads=self.team, label=LABEL, **options)
 
     def spread(self, rows: Buffer, tokens: Buffer, **options: Any) -> None:
         """Copy rows to tokens, and make the others zero."""
@@ -276,7 +280,8 @@ class Mover:
             self.number(lambda s: s.tokens.time),
             self.number(lambda s: s.tokens.sequence),
         ]
-        self.script.launch(spreading(), [*self._frame(tokens, rows), *batch], threads=self.team, **options)
+        frame = [*self._frame(tokens, rows), *batch]
+        self.script.launch(spreading(), frame, threads=self.team, label=LABEL, **options)
 
     def _frame(self, tokens: Buffer, rows: Buffer) -> list[Address]:
         size = rows.shape[1] * rows.item

@@ -20,7 +20,8 @@ from ..roof import using_threads
 INPUT, PRODUCT, POINTWISE, BARRIER = "input projection", "recurrent product", "pointwise", "barrier"
 BACK_PRODUCT, BACK_POINTWISE = "backward recurrent product", "backward pointwise"
 INPUT_GRADIENT, WEIGHT_GRADIENTS = "input gradient", "weight gradients"
-PACKING, COPIES, REST = "packing of weights", "biases and final states", "torch and Python"
+PACKING, TOKENS, COPIES = "packing of weights", "packing of sequences", "biases and final states"
+REST = "torch and Python"
 PARTS = (
     INPUT,
     PRODUCT,
@@ -31,6 +32,7 @@ PARTS = (
     INPUT_GRADIENT,
     WEIGHT_GRADIENTS,
     PACKING,
+    TOKENS,
     COPIES,
     REST,
 )
