@@ -248,6 +248,8 @@ class Packed(Rest):
 
         states = self.states(tensors)
         if states is not None:
+            if states[0].shape[1] != sequences.rows:  # which is wrong
+                return None
             states = reordered(states, input.sorted_indices)
         return self.of_layers(module, input, rows, states, tensors, sequences)
 
@@ -292,8 +294,9 @@ class InBatch(Packed):
         ragged = Ragged(steps, size, lengths, None, batch_first=module.batch_first)
         if ragged.whole or not ragged.tokens:
             return None
-        states = tensors[self.first : self.first + len(self.shapes)] or None
-        directions = len(self.numbers[0])
+        states, directions = tensors[self.first : self.first + len(self.shapes)] or None, len(self.numbers[0])
+        if states is not None and states[0].shape[1] != size:  # which is wrong
+            return None
         sequences = cpu.Sequences(input, ragged.batch_sizes, tokens=ragged.layout)
         entered = ragged.enter(states, None, directions)
         y, finals = self.of_layers(module, input, input, entered, tensors, sequences)

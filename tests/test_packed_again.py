@@ -110,6 +110,23 @@ def test_wrong_ones_are_what_they_were(part, change, grad):
         assert outcome(module, wrong) == first
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_states_of_another_batch_are_an_error(grad):
+    """Also where the tensors are those of a call before, one by one."""
+    module = fastcells.nn.GRU(4, 6, dtype=torch.float64)
+    x, hx = torch.randn(9, 5, 4, dtype=torch.float64), torch.randn(1, 5, 6, dtype=torch.float64)
+    with torch.set_grad_enabled(grad):
+        for _ in range(3):
+            module(pack_padded_sequence(x, [9, 7, 4, 2, 1]), hx)
+            module(x, hx, lengths=[9, 7, 4, 2, 1])
+        assert is_made_again(module, pack_padded_sequence(x, [9, 9, 4, 2, 1]), hx)
+        assert module._replays.within
+        with pytest.raises(RuntimeError, match="hx"):
+            module(pack_padded_sequence(x[:, :3], [9, 7, 4]), hx)
+        with pytest.raises(RuntimeError, match="hx"):
+            module(x[:, :3].contiguous(), hx, lengths=[9, 7, 4])
+
+
 def test_other_calls_between():
     """Padded input, lengths in order or not, weights that change: each result is torch's; a hook sees each call."""
     module, x = fastcells.nn.LSTM(4, 6, dtype=torch.float64), torch.randn(9, 5, 4, dtype=torch.float64)
