@@ -116,7 +116,7 @@ class OverTime(regularise.Dropping, DropIn):
         if lengths is not None and reset is None and reset_to is None and not (reverse or return_cell_states):
             for again in self._replays.within:
                 if (result := again(self, input, hx, lengths=lengths)) is not None:
-                    return result
+                    return super().forward(input, hx) if result is replay.PLAIN else result
         input, hx, within, finish = self._resolved(input, hx, **options, return_cell_states=return_cell_states)
         if within is not None:
             return finish(self._run(input, *within))

@@ -284,6 +284,9 @@ class Packed(Rest):
         return made
 
 
+PLAIN = object()  # in place of a result: that of the call without lengths
+
+
 class InBatch(Packed):
     """Of padded sequences with lengths, which the layers pack."""
 
@@ -292,7 +295,9 @@ class InBatch(Packed):
             return None
         steps, size = input.shape[1::-1] if module.batch_first else input.shape[:2]
         ragged = Ragged(steps, size, lengths, None, batch_first=module.batch_first)
-        if ragged.whole or not ragged.tokens:
+        if ragged.whole:
+            return PLAIN
+        if not ragged.tokens:
             return None
         states, directions = tensors[self.first : self.first + len(self.shapes)] or None, len(self.numbers[0])
         if states is not None and states[0].shape[1] != size:  # which is wrong
