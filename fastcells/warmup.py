@@ -67,12 +67,7 @@ class Wanted(NamedTuple):
 ONCE: dict[str, Callable[[Wanted], store.Kernel]] = {
     "driver": lambda _: script.driver(),
     **({"recall": lambda _: again.kernel()} if again.interface() else {}),
-    "tables": lambda _: lengths.filling(),
-    "entering": lambda _: lengths.entering(),
-    "leaving": lambda _: lengths.leaving(),
-    "cutting": lambda _: lengths.cutting(),
-    "collecting": lambda _: lengths.collecting(),
-    "spreading": lambda _: lengths.spreading(),
+    **{name: lambda want: lengths.kernel(want.part) for name in lengths.KERNELS},
     **({"lead": lambda _: team.leader()} if team.library() else {}),
 }
 EACH: dict[str, Callable[[Wanted], store.Kernel]] = {

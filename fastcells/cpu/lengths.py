@@ -58,8 +58,6 @@ TARGET_WORDS = (
     "bytes",  # of which so many are copied
 )
 ROWS = (*HEADER, *BUFFER_WORDS, *TARGET_WORDS)  # the frame of what copies rows
-
-
 TOKENS = (  # the frame of what copies rows to tokens, and back
     *HEADER,
     "stretches",  # address of the first token of each sequence,
@@ -75,6 +73,21 @@ TOKENS = (  # the frame of what copies rows to tokens, and back
     "time",  # and tokens from step to step
     "sequence",  # and from sequence to sequence
 )
+
+
+KERNELS = ("tables", "cutting", "entering", "leaving", "collecting", "spreading")
+
+
+@lru_cache
+def kernel(name: str) -> store.Kernel:
+    """One of those."""
+
+    def make() -> Callable:
+        from . import counted
+
+        return getattr(counted, f"make_{name}")()
+
+    return store.kernel(name, [], make)
 
 
 class Tokens(NamedTuple):
@@ -120,7 +133,7 @@ class Stretches:
         words = np.zeros(sum(sizes), np.int64)
         reset = (0, 0, 0) if resets is None else (_address(resets), *resets.strides[::-1])
         frame = _address(ends), size, steps, *reset, time, sequence, reverse, most, _address(words)
-        cutting().call(_cuts_frame(*frame), 0, 1)
+        kernel("cutting").call(_cuts_frame(*frame), 0, 1)
         self.found = dict(zip(FOUND, words[: len(FOUND)].tolist(), strict=True))
         tables = [words[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
         count = self.found["stretches"]
@@ -151,7 +164,7 @@ class Tables:
         given = array("q", [word for t in orders for word in (t.data_ptr(), t.shape[0])])
         at = given.buffer_info()[0]
         frame = counts.data_ptr(), self._length, most, at, at + 8 * len(given), threads, self._at
-        filling().call(_frame(*frame), 0, 1)
+        kernel("tables").call(_frame(*frame), 0, 1)
         self.rows, self.total, self.steps = self._words[:TOLD]
 
     def positions(self, descending: bool) -> int:
@@ -168,78 +181,6 @@ class Tables:
 
 
 _frame, _cuts_frame = Struct(f"{len(TABLES)}q").pack, Struct(f"{len(CUTS)}q").pack
-
-
-@lru_cache(maxsize=1)
-def cutting() -> store.Kernel:
-    """The kernel that cuts a batch into stretches."""
-
-    def make() -> Callable:
-        from .counted import make_cutting
-
-        return make_cutting()
-
-    return store.kernel("cutting", [], make)
-
-
-@lru_cache(maxsize=1)
-def filling() -> store.Kernel:
-    """The kernel that fills tables in."""
-
-    def make() -> Callable:
-        from .counted import make_tables
-
-        return make_tables()
-
-    return store.kernel("tables", [], make)
-
-
-@lru_cache(maxsize=1)
-def entering() -> store.Kernel:
-    """The kernel that copies, to the place of each step's rows, what these are before it."""
-
-    def make() -> Callable:
-        from .counted import make_entering
-
-        return make_entering()
-
-    return store.kernel("entering", [], make)
-
-
-@lru_cache(maxsize=1)
-def leaving() -> store.Kernel:
-    """The kernel that copies, to each sequence's place, its row of the last step that it has."""
-
-    def make() -> Callable:
-        from .counted import make_leaving
-
-        return make_leaving()
-
-    return store.kernel("leaving", [], make)
-
-
-@lru_cache(maxsize=1)
-def collecting() -> store.Kernel:
-    """The kernel that copies tokens to rows."""
-
-    def make() -> Callable:
-        from .counted import make_collecting
-
-        return make_collecting()
-
-    return store.kernel("collecting", [], make)
-
-
-@lru_cache(maxsize=1)
-def spreading() -> store.Kernel:
-    """The kernel that copies rows to tokens, and makes those zero that are none's."""
-
-    def make() -> Callable:
-        from .counted import make_spreading
-
-        return make_spreading()
-
-    return store.kernel("spreading", [], make)
 
 
 def _header(times: Times, shares: Address = 0, threads: int = 1) -> list[Address]:
@@ -269,7 +210,7 @@ class Mover:
     def collect(self, tokens: Buffer, rows: Buffer, **options: Any) -> None:
         """Copy tokens to rows."""
         frame = [*self._frame(tokens, rows), 0, 0, 0, 0, 0]
-        self.script.launch(collecting(), frame, threads=self.team, label=LABEL, **options)
+        self.script.launch(kernel("collecting"), frame, threads=self.team, label=LABEL, **options)
 
     def spread(self, rows: Buffer, tokens: Buffer, **options: Any) -> None:
         """Copy rows to tokens, and make the others zero."""
@@ -281,7 +222,7 @@ class Mover:
             self.number(lambda s: s.tokens.sequence),
         ]
         frame = [*self._frame(tokens, rows), *batch]
-        self.script.launch(spreading(), frame, threads=self.team, label=LABEL, **options)
+        self.script.launch(kernel("spreading"), frame, threads=self.team, label=LABEL, **options)
 
     def _frame(self, tokens: Buffer, rows: Buffer) -> list[Address]:
         size = rows.shape[1] * rows.item
@@ -295,10 +236,10 @@ def _rows(times: Times, source: View, target: View, size: int) -> list[Address]:
 
 def enter(script: Script, times: Times, source: View, out: View, size: int, **options: Any) -> None:
     """Add to a script: copy, to the place of each step's rows, what these are before it, `size` bytes of each."""
-    script.launch(entering(), _rows(times, source, out, size), **options)
+    script.launch(kernel("entering"), _rows(times, source, out, size), **options)
 
 
 def leave(script: Script, times: Times, source: View, out: Buffer, **options: Any) -> None:
     """Add to a script: copy, to `out`, [N, width], each sequence's row of the last step that it has."""
     target = View(out.at, 0, out.strides[0])
-    script.launch(leaving(), _rows(times, source, target, out.shape[1] * out.item), **options)
+    script.launch(kernel("leaving"), _rows(times, source, target, out.shape[1] * out.item), **options)
