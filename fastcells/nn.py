@@ -195,10 +195,6 @@ class OverTime(regularise.Dropping, DropIn):
             raise mistake.error(f"{type(self).__name__}: {mistake}") from None
 
         try:
-            call: Call | None = self._read(input, hx)
-        except NotTaken:
-            call = None
-        try:
             batch = self._batch(input)
             states = None if hx is None else self._states(cell, input, batch, hx, out)
         except Mistake as mistake:
@@ -217,9 +213,7 @@ class OverTime(regularise.Dropping, DropIn):
         steps, size, _ = batch.x.shape
         batched, directions = input.dim() == 3, 2 if self.bidirectional else 1
         reset, batch_first = _with_batch(reset, batched), self.batch_first and batched
-        masks = self.training and self._random()  # as long as packed rows
-        if call is not None and (call.dtype is not None or masks or third or observer() is not None):
-            call = None
+        call = None if third else self._by_engine(input, hx)
         if call is not None and reset is not None and not reverse:
             marked = self._marked(call, *ends_and_resets(steps, size, lengths, reset, batch_first), reset_to)
             if marked is not None:
@@ -248,6 +242,17 @@ class OverTime(regularise.Dropping, DropIn):
         if reset is None and batched and not reverse and self._steady():
             replay.remember(self, input, hx, call)
         return input, hx, (call,), finish
+
+    def _by_engine(self, input: Any, hx: Any) -> Call | None:
+        """The call without lengths and resets, where the engine takes it with them."""
+        masks = self.training and self._random()  # as long as packed rows
+        if masks or observer() is not None:
+            return None
+        try:
+            call = self._read(input, hx)
+        except NotTaken:
+            return None
+        return call if call.dtype is None else None
 
     def _marked(self, call: Call, ends: np.ndarray, resets: Any, reset_to: Any) -> Marked | None:
         """What runs the layers of a call with resets inside the time loop, where this is the quicker way."""

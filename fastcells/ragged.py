@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu.lengths import Stretches, Tokens
+from .cpu.lengths import Stretches, Tokens, address
 
 Lengths = Tensor | Sequence[int] | int
 States = tuple[Tensor, ...]
@@ -92,7 +92,7 @@ class Ragged:
     def layout(self) -> Tokens:
         """Where packed rows lie in the batch, for layers that take it or give it as it is."""
         sizes = self._shape, *self._sizes, *self._strides
-        return Tokens(self._cut.first.ctypes.data, self._step, self._ends.ctypes.data, self, *sizes)
+        return Tokens(address(self._cut.first), self._step, address(self._ends), self, *sizes)
 
     def pack(self, x: Tensor) -> Tensor:
         """Tokens [T, N, F] ([N, T, F] with batch_first) -> packed rows [rows, F]."""

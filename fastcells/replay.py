@@ -123,7 +123,8 @@ class Stack:
                 ]
                 self.operands.append([*at, *[None if t is None else again.Operand(numbers[id(t)]) for t in used]])
             self.forwards.append(forward)
-            x = x.new_empty(*([sequences.total] if sequences.packed else x.shape[:-1]), forward.y[-1])
+            if k + 1 < len(layers):
+                x = x.new_empty(*([sequences.total] if sequences.packed else x.shape[:-1]), forward.y[-1])
 
     def made(self, module: DropIn) -> list[again.Made]:
         """What the call makes, and how; and how while another thread's call has the memory that is kept."""
@@ -383,9 +384,9 @@ def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:
     within = call.batch.tokens is not None
     kind = torch.is_grad_enabled(), within
     seen = replays.seen.get(kind)
-    shape: tuple[int, ...] = input.shape[-1:] if within else (call.batch.size, *call.batch.x.shape[1:])
-    if call.batch.batch_sizes is None:
-        shape = input.shape
+    shape: tuple[int, ...] = input.shape if call.batch.batch_sizes is None else call.batch.x.shape[-1:]
+    if call.batch.batch_sizes is not None and not within:
+        shape = call.batch.size, *shape
     if seen is None or seen.shape != shape or seen.replay is not None:
         replays[kind] = Seen(shape)
         return

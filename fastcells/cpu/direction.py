@@ -83,7 +83,6 @@ class Sequences:
         self, x: Tensor, counts: Tensor | None, orders: Sequence[Tensor] = (), tokens: Tokens | None = None
     ) -> None:
         self.counts, self.tokens = counts, tokens
-        self.takes, self.gives = (False, False) if tokens is None else (tokens.takes, tokens.gives)
         self.tables = None if counts is None else Tables(counts, x.shape[:-1].numel(), orders)
         self.packed = self.tables is not None
         if self.tables is not None:
@@ -99,6 +98,16 @@ class Sequences:
         return self.rows > 0 and (self.total, self.steps) == (x.shape[0], self.tables.given.shape[0])
 
     @property
+    def takes(self) -> bool:
+        """Whether the input is a padded batch, with packed rows somewhere in it."""
+        return self.tokens is not None and self.tokens.takes
+
+    @property
+    def gives(self) -> bool:
+        """Whether the output is."""
+        return self.tokens is not None and self.tokens.gives
+
+    @property
     def few(self) -> tuple[int, int, bool, bool, bool]:
         """What packed sequences that the same call does for have in common."""
         return self.most, self.rows, self.steps == 1, self.takes, self.gives
@@ -107,7 +116,7 @@ class Sequences:
         """The same with the input, the output, or both in the batch."""
         assert self.tokens is not None, "there is no batch"
         other = copy(self)
-        other.tokens, other.takes, other.gives = self.tokens._replace(takes=takes, gives=gives), takes, gives
+        other.tokens = self.tokens._replace(takes=takes, gives=gives)
         return other
 
     def leading(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -185,7 +194,7 @@ class Operands:
         return Buffer.new(At(self._next()), [most if n in (TOTAL, BATCH) else n for n in shape], self.item)
 
     def address(self) -> At:
-        """A tensor of the caller's of which only the address is wanted."""
+        """One that is an address, or a number."""
         return At(self._next())
 
     def _next(self) -> int:

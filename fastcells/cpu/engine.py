@@ -36,8 +36,7 @@ DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 class Times(NamedTuple):
     """Positions of the time steps in processing order, and how many sequences each one has.
 
-    Padded: position first + step * delta, all rows at every step, or as many as counts say. Packed: addresses of tables
-    of int64.
+    Padded: position first + step * delta, all rows at every step. Packed: addresses of tables of int64.
     """
 
     steps: Address

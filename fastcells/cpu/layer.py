@@ -61,14 +61,10 @@ def _key(
     return sequences.few, tuple([t if t is None else (t.shape[-1], t.stride(-2)) for t in rows]), _laid_out(others)
 
 
-def _taken(x: Tensor, sequences: Sequences) -> Tensor:
-    """An input that is usable; of tokens, these follow each other."""
-    return usable(x).contiguous() if sequences.takes else usable(x)
-
-
-def _given(dy: Tensor | None, sequences: Sequences) -> Tensor | None:
-    """The same of the gradient of an output."""
-    return usable(dy) if dy is None or not sequences.gives else usable(dy).contiguous()
+def _usable(t: Any, batch: bool) -> Any:
+    """`usable`; of a batch in which packed rows lie, tokens follow each other."""
+    t = usable(t)
+    return t.contiguous() if batch and t is not None else t
 
 
 def prepared(
@@ -83,7 +79,7 @@ def prepared(
 ) -> tuple[Forward, list[Tensor | None]]:
     """The forward call, and the tensors that it is given: x, the states, inputs, and parameters."""
     r = suited(cell, parameters[0], feed)
-    x, weights, inputs = _taken(x, sequences), _flat(parameters), [usable(t) for t in inputs]
+    x, weights, inputs = _usable(x, sequences.takes), _flat(parameters), [usable(t) for t in inputs]
     given = all_states(r, states, weights, inputs, sequences.rows)
     tensors = [x, *(given or ()), *inputs, *[t for q in weights for t in q]]
     key = _key(r, sequences, [x], tensors[1:])
@@ -135,12 +131,12 @@ def prepared_backward(
     each = any([t is not None for t in dothers])
     dothers = [usable(t) for t in dothers] if each else []
     r = suited(cell, parameters[0], feed, each)
-    x, weights, inputs = _taken(x, sequences), _flat(parameters), [usable(t) for t in inputs]
+    x, weights, inputs = _usable(x, sequences.takes), _flat(parameters), [usable(t) for t in inputs]
     given = all_states(r, states, weights, inputs, sequences.rows)
     # As they were made; a saved-tensor hook may have returned others.
     y = y.contiguous()
     saved = Saved(y, [t.contiguous() for t in saved.slots], [t.contiguous() for t in saved.series], saved.plan)
-    dy, dfinals = _given(dy, sequences), [usable(t) for t in dfinals]
+    dy, dfinals = _usable(dy, sequences.gives), [usable(t) for t in dfinals]
     tensors = [x, *(given or ()), *inputs, *[t for q in weights for t in q]]
     rows = [y, *saved.slots, *saved.series, dy]
     key = _key(r, sequences, [x, *rows, *dothers], [*tensors[1:], *dfinals])

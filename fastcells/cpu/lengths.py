@@ -131,8 +131,8 @@ class Stretches:
         most = max(size, 1) + (0 if resets is None else int(np.count_nonzero(resets)))
         sizes = (len(FOUND), steps + 1, steps + 1, most, most, most, most, size, size)
         words = np.zeros(sum(sizes), np.int64)
-        reset = (0, 0, 0) if resets is None else (_address(resets), *resets.strides[::-1])
-        frame = _address(ends), size, steps, *reset, time, sequence, reverse, most, _address(words)
+        reset = (0, 0, 0) if resets is None else (address(resets), *resets.strides[::-1])
+        frame = address(ends), size, steps, *reset, time, sequence, reverse, most, address(words)
         kernel("cutting").call(_cuts_frame(*frame), 0, 1)
         self.found = dict(zip(FOUND, words[: len(FOUND)].tolist(), strict=True))
         tables = [words[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
@@ -142,7 +142,8 @@ class Stretches:
         self.leaves = tables[7:]
 
 
-def _address(array: np.ndarray) -> int:
+def address(array: np.ndarray) -> int:
+    """Of an array's first number: its `ctypes` take a microsecond."""
     return array.__array_interface__["data"][0]
 
 
