@@ -103,12 +103,14 @@ def busy() -> bool:
 
 
 def expected(prepared: Prepared) -> float:
-    """Seconds a call, the fastest within some turns' time: with the first one's a turn would be too few calls."""
+    """Seconds a call, the fastest of two at least within some turns' time: with the first one's, which may compile what
+    repeated calls need, a turn would be too few calls."""
     settle()
-    begin, least = perf_counter(), float("inf")
-    while perf_counter() - begin < 3 * WARM:
+    begin, least = perf_counter(), sample(prepared, 1)
+    while True:
         least = min(least, sample(prepared, 1))
-    return least
+        if perf_counter() - begin > 3 * WARM:
+            return least
 
 
 def turn(prepared: Prepared, estimate: float) -> float:

@@ -426,6 +426,12 @@ def test_agendas_have_the_room_that_they_take(which, lengths, steps, inputs, hid
         ("forked.py", {}),
         ("page_faults.py", {}),
         ("plain_processor.py", {"NUMBA_CPU_NAME": "generic"}),
+        ("far_weights.py", {}),
+        pytest.param(
+            "far_weights.py",
+            {"NUMBA_CPU_NAME": "znver5" if host().distant else "cascadelake"},
+            marks=pytest.mark.skipif(host().vector_bytes != 64, reason="code with vectors of 64 bytes"),
+        ),
         pytest.param(
             "half_vectors.py",
             {"NUMBA_CPU_NAME": "znver4"},
@@ -435,8 +441,8 @@ def test_agendas_have_the_room_that_they_take(which, lengths, steps, inputs, hid
 )
 def test_in_a_process_of_its_own(script, environment):
     """Buffers that end at an unreadable page; layers in forked workers after the parent ran one with a thread team;
-    pages taken from the system; a processor without wide vectors or fused multiply-adds; one whose wide vectors pass
-    in halves."""
+    pages taken from the system; a processor without wide vectors or fused multiply-adds; weights that are asked for
+    ahead, here and on a processor that does so in another way; one whose wide vectors pass in halves."""
     result = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "scripts" / script)],
         capture_output=True,

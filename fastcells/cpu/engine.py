@@ -22,6 +22,7 @@ from .geometry import (
     WORD,
     Layout,
     agenda_bytes,
+    asking,
     halved,
     is_direct,
     rides,
@@ -119,6 +120,11 @@ class Product(NamedTuple):
     grow: int = 0
     k: int = 0
 
+    @property
+    def packed(self) -> bool:
+        """Whether a panel follows on the one before."""
+        return self.line == 0
+
 
 assert Product._fields == SEGMENT_WORDS
 
@@ -153,13 +159,16 @@ class Runner:
 
         return make_recurrence(self.program, DTYPES[self.dtype], host().registers, self.lanes)
 
-    def _weight_bytes(self, products: Sequence[Sequence[Product]], units: Sequence[int]) -> int:
-        """Of all products of a step."""
-        return self.item * sum(
+    def _far(self, products: Sequence[Sequence[Product]], units: Sequence[int]) -> bool:
+        """Whether tiles ask for weights ahead: those of a step are more than a near cache holds. The next ones are
+        known where they lie side by side."""
+        weight_bytes = self.item * sum(
             part.depth * len(segment.targets) * unit
             for stage, parts, unit in zip(self.program.stages, products, units, strict=True)
             for segment, part in zip(stage.segments, parts, strict=True)
         )
+        packed = all(part.packed for parts in products for part in parts)
+        return weight_bytes > AHEAD_BYTES and (packed or not asking().shared)
 
     def _sums(self, stage: int, rows: int) -> int:
         """Bytes of the sums that products may leave."""
@@ -237,7 +246,7 @@ class Runner:
             agenda,
             slot * self.item,
             training,
-            self._weight_bytes(products, units) > AHEAD_BYTES,
+            self._far(products, units),
             *beside,
         )
         arrivals = WORD["arrivals"] if split == "units" and threads > 1 and self.chained else None

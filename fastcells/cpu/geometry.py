@@ -112,7 +112,7 @@ ITEM = (
     "sums",  # of the first row,
     "row_bytes",  # and to the next row's
     *("begin", "end", "fresh", "last"),  # see tile.TILE_ARGUMENTS
-    "far",  # 1: the weights are
+    "next",  # vectors of units to those whose weights are multiplied next; 0: these are not asked for ahead
     "along",  # 1: a single row's tile takes input projections of later steps along
 )
 ITEM_BYTES = -(-8 * len(ITEM) // LINE) * LINE
@@ -191,11 +191,26 @@ def agenda_bytes(
     return items * ITEM_BYTES
 
 
-MAX_ROWS = 9  # variants are numbered ((stage * MAX_WIDTHS) + width) * MAX_ROWS + rows; rows 0 is a single row,
+MAX_ROWS = 16  # variants are numbered ((stage * MAX_WIDTHS) + width) * MAX_ROWS + rows; rows 0 is a single row,
 DOT = 7  # this a single row whose products are dot products with the rows of a weight matrix as it is,
-FAR = 8  # and this a full tile that asks for its weights ahead
+FAR = 8  # and this + rows a tile that asks for weights ahead
 MAX_WIDTHS = 8
 DOTS = 6  # in place of a width: several rows' dot products; one more where not all lanes exist, and it matters
+
+
+class Asking(NamedTuple):
+    """Which tiles ask for weights that are far: the first `tiles` of those that multiply the same ones, if they have no
+    more than `lacking` rows less than a full one. shared: each asks for a share of the next weights, a line for each
+    step of the depth; else for its own, a page ahead."""
+
+    tiles: int
+    lacking: int
+    shared: bool
+
+
+def asking() -> Asking:
+    """Where weights come slowly, a tile would wait for its own most of the time."""
+    return Asking(4, 2, True) if host().distant else Asking(1, 0, False)
 
 
 class Variant(NamedTuple):
@@ -250,7 +265,8 @@ def variants(stage: Stage, shape: Shape, index: int) -> list[Variant]:
             found += tall(width if vectors < block else 0, vectors, "rest", direct)
     if halved(stage, shape):  # heights of tiles that HALF_ROWS and more are cut into
         found += tall(after, 1, "half", direct, 2 if shape.rows < 5 else 3)
-    found.append(Variant(number(1, FAR), shape.rows, block, "far"))
+    least = max(1, shape.rows - asking().lacking)
+    found += [Variant(number(1, FAR + r), r, block, "far") for r in range(least, shape.rows + 1)]
     if any(not s.weights.transposed for s in stage.segments):
         found += [Variant(number(w, DOT), 1, 1, "dot", n == 0) for w, n in enumerate(shape.widths) if n <= 1]
         for odd in (False, True) if direct else (False,):

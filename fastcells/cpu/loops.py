@@ -42,6 +42,7 @@ from .geometry import (
     WIDEST,
     WORD,
     Layout,
+    asking,
     epilogue_parts,
     halved,
     rest_of_block,
@@ -61,9 +62,10 @@ ROW_BLOCK, FAR_AT = WORD["row_block"], WORD["far"]
 BESIDE_AT, COLUMNS = WORD["beside"], WORD["beside_units"]
 BESIDE_DEPTH, PANEL = WORD["beside_depth"], WORD["beside_weights"]
 SCRATCH, SCRATCH_THREAD, AGENDA_BYTES = WORD["scratch"], WORD["scratch_thread"], WORD["agenda"]
-KIND, VARIANT, MOST, ROW, ROW_END, FAR_WEIGHTS, TAKES_ALONG = (
-    ITEM.index(name) for name in ("kind", "variant", "most", "row", "row_end", "far", "along")
+KIND, VARIANT, MOST, ROW, ROW_END, NEXT, TAKES_ALONG = (
+    ITEM.index(name) for name in ("kind", "variant", "most", "row", "row_end", "next", "along")
 )
+ASKING, LACKING, _ = asking()
 DONE, TILES, EPILOGUES_OF, REST, BARRIER = range(5)
 
 # Of the program, read from tables that are linked in: numbers, then one for each stage (widths: MAX_WIDTHS for each).
@@ -352,17 +354,17 @@ def _of_item(b, item, row) -> dict:
 
 
 @intrinsic
-def tile(typingctx, frame, item, variant, row, now, before, after, later, vector, panel, line):
+def tile(typingctx, frame, item, variant, row, now, before, after, number, later, vector, panel, line):
     """One tile of the program, by `TILE_ARGUMENTS`."""
 
     def emit(context, b, signature, args):
-        names = ("frame", "item", "variant", "row", "now", "before", "after", *BESIDE_ARGUMENTS)
+        names = ("frame", "item", "variant", "row", "now", "before", "after", "number", *BESIDE_ARGUMENTS)
         given = dict(zip(names, args, strict=True))
         known = _of_item(b, given["item"], given["row"]) | given
         _linked(b, TILE, [known[name] for name in TILE_ARGUMENTS])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * (7 + len(BESIDE_ARGUMENTS))), emit
+    return types.void(*[types.int64] * (8 + len(BESIDE_ARGUMENTS))), emit
 
 
 @intrinsic
@@ -417,7 +419,7 @@ def panel_of(frame, vector, width):
 @intrinsic
 def note(
     typingctx, item,
-    kind, variant, most, row, row_end, unit, is_first, is_last, sums, row_bytes, begin, end, fresh, last, far, along,
+    kind, variant, most, row, row_end, unit, is_first, is_last, sums, row_bytes, begin, end, fresh, last, next_, along,
 ):  # fmt: skip
     """Put an ITEM on an agenda; where the next one goes."""
 
@@ -475,7 +477,7 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
                 item = note(
                     item, TILES, variant, most, row, row_end, at, is_first, is_last, sums,
                     row_sums(stage), begin, end, begin == start, end >= depth,
-                    far and width == 1, takes and begin == start,
+                    (-piece if back else piece) if far and width == 1 else 0, takes and begin == start,
                 )  # fmt: skip
                 if end >= depth:
                     break
@@ -558,7 +560,7 @@ def count(typingctx, frame, step):
 def do_tiles(frame, item, now, before, after, later, vector, vectors):
     """The tiles of an item. Those that take input projections of later steps along begin with column `vector`, and the
     first that none has taken is returned."""
-    n, end, most = peek(item, ROW), peek(item, ROW_END), peek(item, MOST)
+    n, end, most, number = peek(item, ROW), peek(item, ROW_END), peek(item, MOST), 0
     while n < end:
         variant, tall = peek(item, VARIANT), 1
         if most > 0:
@@ -567,15 +569,16 @@ def do_tiles(frame, item, now, before, after, later, vector, vectors):
                 tall = most
             elif tall > most:
                 tall = (tall + 1) >> 1  # even: 4 rows are 2 + 2, not 3 + 1
-            first = n == peek(item, ROW) and tall == most  # the others find the weights near
-            variant += FAR if first and peek(item, FAR_WEIGHTS) == 1 else tall
+            asks = number < ASKING and tall + LACKING >= most and peek(item, NEXT) != 0
+            variant += FAR + tall if asks else tall
         other, panel, line = -1, 0, 0
         if takes_along(0) == 1 and peek(item, TAKES_ALONG) == 1 and vector < vectors:
             other, width = vector, panel_width(frame, vector)
             panel, line = panel_of(frame, vector, width), width * vector_bytes(0)
             vector += 1
-        tile(frame, item, variant, n, now, before, after, later, other, panel, line)
+        tile(frame, item, variant, n, now, before, after, number, later, other, panel, line)
         n += tall
+        number += 1
     return vector
 
 

@@ -135,12 +135,12 @@ class Vector:
         function = cgutils.get_or_insert_function(self.b.module, kind, name)
         self.b.call(function, [value, pointer, ir.Constant(I32, self.fmt.bytes), mask])
 
-    def prefetch(self, address):
-        """Ask for the line of cache at an address, which need not be one of this process."""
+    def prefetch(self, address, level: int = 1):
+        """Ask for the line of cache at an address, which need not be one of this process, for a level of cache."""
         byte, one = ir.IntType(8).as_pointer(), ir.Constant(I32, 1)
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
-        self.b.call(function, [self.b.inttoptr(address, byte), ir.Constant(I32, 0), ir.Constant(I32, 3), one])
+        self.b.call(function, [self.b.inttoptr(address, byte), ir.Constant(I32, 0), ir.Constant(I32, 4 - level), one])
 
     def first_lanes(self, count):
         """A mask of the lanes below `count` (i64)."""

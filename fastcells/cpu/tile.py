@@ -25,6 +25,7 @@ from .geometry import (
     Layout,
     Shape,
     Variant,
+    asking,
     is_direct,
     rides,
     variants,
@@ -38,11 +39,13 @@ TILE_ARGUMENTS = (
     "end",
     "fresh",  # 1: the first part of the depth, 0: there are sums of the parts before
     "last",  # 1: no part follows
+    "next",  # vectors of units to those whose weights are multiplied next,
+    "number",  # and which of the tiles that multiply these weights this is
     *BESIDE_ARGUMENTS,
 )
 
-UNROLL = 2  # steps of the depth in one turn of the inner loop of full tiles, whose loads and multiply-adds alone almost
-# fill the pipeline; the others are used less than they take to compile
+UNROLL = 2  # steps of the depth in one turn of the inner loop, whose loads and multiply-adds almost fill the pipeline,
+UNROLLED_ROWS = 4  # of tiles of so many rows and more; lower ones are used less than they take to compile
 ALONG_ROW = 4  # vectors of a row that a dot product reads one after the other, before those of the next row
 AHEAD = 4096  # bytes of weights that a tile asks for ahead: a page, where a processor that looks ahead itself stops
 
@@ -73,7 +76,7 @@ class Tile(Emitter):
         self.gates = program.gates  # in the order of the weights' blocks of rows
         whole = self.width >= self.block and self.kind != "rest"
         self.panel = self.block if whole else 1  # vectors side by side in it
-        self.full = self.kind in ("rows", "far") and variant.rows == shape.rows
+        self.unrolled = self.kind in ("rows", "far") and variant.rows >= min(UNROLLED_ROWS, shape.rows)
         self.several = self.kind not in ("single", "dot")
         self.direct = is_direct(self.stage) or not self.several
         beside = self.kind == "single" and self.width in shape.widths[:BESIDE_WIDTHS] and not self.partial
@@ -195,8 +198,11 @@ class Tile(Emitter):
         address = b.add(self.segment_word(j, "weights"), b.mul(self.arg["unit"], vector))
         panels = [b.add(address, b.mul(vector, i64(p * self.panel))) for p in range(self.width // self.panel)]
         step = self.segment_word(j, "k") if segment.strided else i64(self.bytes)
-        stride = UNROLL if self.full else interleave
-        add = self.multiplied(segment, keys, panels, line, step)
+        stride = UNROLL if self.unrolled else interleave
+        asked = None
+        if self.kind == "far" and asking().shared:
+            asked = self.share_of_next(b.add(panels[0], b.mul(self.arg["next"], vector)), begin, end, line)
+        add = self.multiplied(segment, keys, panels, line, step, asked)
         if beside is not None:
             begin, chain = self.together(beside, add, chain, keys, begin, end, stride)
         begin, chain, _ = self.loop(add, chain, keys, begin, end, stride)
@@ -365,13 +371,31 @@ class Tile(Emitter):
         new = [dict(zip(keys, values[i * len(keys) :], strict=False)) for i in range(len(sums))]
         return reached, new, values[size:]
 
-    def multiplied(self, segment, keys, panels, line, step) -> Callable:
-        """A function of k and sums: these with what step k of the depth adds."""
+    def opaque(self, value):
+        """A number of which LLVM does not know what it is made of, and keeps it in a register: it would make the
+        address of each row from the one before, with an instruction more, and lay sums on the stack meanwhile."""
+        return self.b.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], False)
+
+    def share_of_next(self, panel, begin, end, line) -> tuple:
+        """Of the same depth of the panel that is multiplied next, by its address: where step 0's line of what this tile
+        asks for would be, and bytes to the next step's."""
+        b = self.b
+        first = b.sub(b.mul(self.arg["number"], b.sub(end, begin)), begin)
+        at = b.add(panel, b.add(b.mul(begin, line), b.mul(first, i64(LINE))))
+        return self.opaque(at), self.opaque(i64(LINE))
+
+    def multiplied(self, segment, keys, panels, line, step, asked: tuple | None) -> Callable:
+        """A function of k and sums: these with what step k of the depth adds. asked: see share_of_next."""
         b, v = self.b, self.v
         rows = self.row_addresses(segment.rows)
+        if not segment.strided:
+            first, *others = rows
+            rows = [first, *(b.add(first, self.opaque(b.sub(r, first))) for r in others)]
 
         def add(k, sums: dict) -> dict:
             at = b.mul(k, step)
+            if asked is not None:
+                v.prefetch(b.add(asked[0], b.mul(k, asked[1])), level=2)
             scalar = [v.splat(b.load(v.pointer(b.add(r, at), v.fmt.scalar))) for r in rows]
             out = {}
             for w in range(self.width):
@@ -379,7 +403,7 @@ class Tile(Emitter):
                 for t, a in enumerate(segment.targets):
                     inner = ((w % self.panel) * len(segment.targets) + t) * self.vector_bytes
                     weight = v.load(b.add(base, i64(inner)))
-                    if self.kind == "far":
+                    if self.kind == "far" and asked is None:
                         for byte in range(0, self.vector_bytes, LINE):
                             v.prefetch(b.add(base, i64(inner + AHEAD + byte)))
                     for m in range(self.rows):
