@@ -7,10 +7,10 @@ import torch
 
 from fastcells import cells
 from fastcells.cpu import store
-from fastcells.cpu.geometry import DOT_UNITS, LATENCY_CHAINS, tile_shape
+from fastcells.cpu.geometry import DOT_UNITS, LATENCY_CHAINS, UNROLL, tile_shape
 from fastcells.cpu.host import host
 from fastcells.cpu.layer import ready
-from fastcells.cpu.tile import ALONG_ROW, UNROLL
+from fastcells.cpu.tile import ALONG_ROW
 
 REGISTER = {32: "ymm", 64: "zmm"}.get(host().vector_bytes)  # the name of a vector's
 known = host().triple.startswith("x86_64") and REGISTER is not None and "fma" in host().features

@@ -19,6 +19,7 @@ from .geometry import (
     LINE,
     SEGMENT_WORDS,
     STAGE_WORDS,
+    UNROLL,
     WORD,
     Layout,
     agenda_bytes,
@@ -159,16 +160,16 @@ class Runner:
 
         return make_recurrence(self.program, DTYPES[self.dtype], host().registers, self.lanes)
 
-    def _far(self, products: Sequence[Sequence[Product]], units: Sequence[int]) -> bool:
-        """Whether tiles ask for weights ahead: those of a step are more than a near cache holds. The next ones are
-        known where they lie side by side."""
+    def _far(self, products: Sequence[Sequence[Product]], units: Sequence[int], told: bool) -> bool:
+        """Whether tiles ask for weights ahead: those of a step are more than a near cache holds. Where tiles share the
+        asking, the next ones have to lie side by side, and steps of the depth to pass in pairs."""
         weight_bytes = self.item * sum(
             part.depth * len(segment.targets) * unit
             for stage, parts, unit in zip(self.program.stages, products, units, strict=True)
             for segment, part in zip(stage.segments, parts, strict=True)
         )
-        packed = all(part.packed for parts in products for part in parts)
-        return weight_bytes > AHEAD_BYTES and (packed or not asking().shared)
+        pairs = all(part.packed and part.depth % UNROLL == 0 for parts in products for part in parts)
+        return weight_bytes > AHEAD_BYTES and (not asking().shared or (pairs and not told))
 
     def _sums(self, stage: int, rows: int) -> int:
         """Bytes of the sums that products may leave."""
@@ -246,7 +247,7 @@ class Runner:
             agenda,
             slot * self.item,
             training,
-            self._far(products, units),
+            self._far(products, units, depth is not None),
             *beside,
         )
         arrivals = WORD["arrivals"] if split == "units" and threads > 1 and self.chained else None

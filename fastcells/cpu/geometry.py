@@ -165,6 +165,8 @@ HALF_ROWS = 3  # from which on half a vector takes less time than a whole one; f
 WIDEST = 4  # vectors of units in a tile for several rows,
 REST_WIDTH = 2  # and at most in one for the rest
 DOT_ROWS = 4  # in a tile of dot products: enough for each number of the weights to be multiplied while others are read
+UNROLL = 2  # steps of the depth in one turn of the inner loop, whose loads and multiply-adds almost fill the pipeline,
+UNROLLED_ROWS = 4  # of tiles of so many rows and more; lower ones are used less than they take to compile
 LATENCY_CHAINS = 8  # independent sums that hide the latency of a fused multiply-add: 4 cycles x 2 units
 
 

@@ -21,6 +21,8 @@ from .geometry import (
     LATENCY_CHAINS,
     LINE,
     SEGMENT_WORDS,
+    UNROLL,
+    UNROLLED_ROWS,
     WORD,
     Layout,
     Shape,
@@ -44,8 +46,6 @@ TILE_ARGUMENTS = (
     *BESIDE_ARGUMENTS,
 )
 
-UNROLL = 2  # steps of the depth in one turn of the inner loop, whose loads and multiply-adds almost fill the pipeline,
-UNROLLED_ROWS = 4  # of tiles of so many rows and more; lower ones are used less than they take to compile
 ALONG_ROW = 4  # vectors of a row that a dot product reads one after the other, before those of the next row
 AHEAD = 4096  # bytes of weights that a tile asks for ahead: a page, where a processor that looks ahead itself stops
 
@@ -207,7 +207,7 @@ class Tile(Emitter):
             begin, chain = self.together(beside, add, chain, keys, begin, end, stride)
         begin, chain, _ = self.loop(add, chain, keys, begin, end, stride)
         rest = chain[:1]
-        if stride > 1:
+        if stride > 1 and asked is None:  # depths are even where the next weights are asked for
             _, rest, _ = self.loop(add, rest, keys, begin, end, 1)
         total = rest + chain[1:]
         while len(total) > 1:

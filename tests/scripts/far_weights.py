@@ -14,7 +14,7 @@ from fastcells.cpu import engine, layer
 
 
 def main():
-    sizes = [(6, 45, 40), (16, 40, 75), (20, 33, 112), (33, 700, 40)]
+    sizes = [(6, 46, 40), (16, 40, 76), (20, 33, 112), (33, 700, 40)]
     for c in (*BUILT_IN, normed):
         for rows, inputs, hidden in sizes:
             arguments, leaves, _ = problem(c, 3, rows, inputs, hidden, dtype=torch.float32)
