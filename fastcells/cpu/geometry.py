@@ -34,7 +34,7 @@ HEADER = (
     "agenda",  # and of an agenda, of which it has two
     "slot",  # bytes of one vector of the hidden size
     "training",  # 1: store what only training needs
-    "far",  # 1: the weights are more than a near cache holds
+    "far",  # 1: tiles ask for weights ahead
     "beside",  # how often BESIDE_ROWS rows of later steps are multiplied by the input's weights on the way,
     "beside_units",  # columns,
     "beside_depth",

@@ -32,7 +32,7 @@ class Host:
         return lanes // 2 if half <= 0.75 * whole else lanes  # twice as many instructions cost something, too
 
 
-# Intel's for servers: 20 to 30 GB/s a core from the third-level cache, as measured, where AMD's have 75 to 115.
+# Intel's for servers: 7 to 30 GB/s a core from the third-level cache, as measured on two, where AMD's have 75 to 115.
 MESHED = ("skylake-avx512", "cascadelake", "cooperlake", "icelake-server", "sapphirerapids", "emeraldrapids")
 
 

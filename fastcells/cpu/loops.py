@@ -443,10 +443,11 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
     dot = peek(frame, words + DOT_AT) == 1
     by_rows, dots = not (single or dot), dot and not single
     most = max_rows(stage) if by_rows else dot_rows(stage) if dots else 0
-    far = by_rows and peek(frame, FAR_AT) == 1
     alone = peek(frame, words + UNITS_AT) - full * lanes(0) <= half(stage)  # the last vector, whatever rows there are
     narrow = alone and row_end - row >= HALF_ROWS
-    piece = piece_of(frame, stage, single)
+    piece, following = piece_of(frame, stage, single), 0
+    if by_rows and peek(frame, FAR_AT) == 1:
+        following = -piece if back else piece
     pieces = (unit_end - unit + piece - 1) // piece
     for p in range(pieces):
         begin_unit = unit + (pieces - 1 - p if back else p) * piece
@@ -477,7 +478,7 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
                 item = note(
                     item, TILES, variant, most, row, row_end, at, is_first, is_last, sums,
                     row_sums(stage), begin, end, begin == start, end >= depth,
-                    (-piece if back else piece) if far and width == 1 else 0, takes and begin == start,
+                    following if width == 1 else 0, takes and begin == start,
                 )  # fmt: skip
                 if end >= depth:
                     break
