@@ -72,6 +72,7 @@ ONCE: dict[str, Callable[[Wanted], store.Kernel]] = {
 }
 EACH: dict[str, Callable[[Wanted], store.Kernel]] = {
     "pack": lambda want: engine.packing(want.dtype, want.lanes),
+    "turn": lambda want: engine.turning(want.dtype, want.lanes),
     "sum": lambda want: engine.plain(want.dtype)[1].kernel,
     "product": lambda want: engine.plain(want.dtype)[0].kernel,
 }

@@ -387,7 +387,7 @@ def test_agendas_have_the_room_that_they_take(which, lengths, steps, inputs, hid
 
     def look(launch, run):
         nonlocal written
-        if launch.kernel.name in ("entering", "leaving") or launch.kernel.name.startswith("pack"):  # which have none
+        if launch.kernel.name.startswith(("entering", "leaving", "pack", "turn")):  # which have none
             run()
             return
         scratch, each, agenda = (launch.frame[geometry.WORD[n]] for n in ("scratch", "scratch_thread", "agenda"))

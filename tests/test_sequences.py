@@ -598,8 +598,8 @@ def test_packed_batches_of_other_lengths_share_what_was_made_ready(kind, options
         (plan, "THREAD_FLOPS", 0),
         (gradients, "NEAR_BYTES", 0),
         (gradients, "STRETCH", 7),
-        (gradients, "COPIED_STRETCH", 7),
-        (gradients, "WIDE_BYTES", 0),
+        (gradients, "NEAR_STRETCH", 7),
+        (gradients, "TURNED_WIDTH", 0),
     ):
         monkeypatch.setattr(module, name, value)
     made = []

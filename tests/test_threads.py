@@ -27,7 +27,7 @@ def one_thread_after_the_other(order):
         for launch in script.launches:
             words = [bases[w.operand] + w.offset if isinstance(w, At) else int(w) for w in launch.frame]
             frames.append((ctypes.c_int64 * len(words))(*words))
-            if launch.threads > 1 and not launch.kernel.name.startswith("pack"):
+            if launch.threads > 1 and not launch.kernel.name.startswith(("pack", "turn")):
                 assert not words[WORD["arrivals"]], "these threads wait for each other"
             if launch.wait or not groups:
                 groups.append([])
@@ -95,12 +95,12 @@ def test_threads_in_any_order(kind, options, order, monkeypatch):
 
 
 @ORDERS
-@pytest.mark.parametrize("wide", [0, 1 << 30], ids=["copied", "there"])
+@pytest.mark.parametrize("width", [0, 1 << 30], ids=["packed", "there"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_threads_in_any_order_where_gradients_are_large(kind, wide, order, monkeypatch):
-    """What they meet is read where it is, or copied: by all threads, before any reads it and after all have read what
+def test_threads_in_any_order_where_gradients_are_large(kind, width, order, monkeypatch):
+    """What they meet is read where it is, or packed: by all threads, before any reads it and after all have read what
     was there. Of whole vectors, since packing the last one has threads wait."""
-    for name, value in {"NEAR_BYTES": 0, "STRETCH": 7, "COPIED_STRETCH": 7, "WIDE_BYTES": wide}.items():
+    for name, value in {"NEAR_BYTES": 0, "STRETCH": 7, "NEAR_STRETCH": 7, "TURNED_WIDTH": width}.items():
         monkeypatch.setattr(gradients, name, value)
     layer = getattr(fastcells.nn, kind)(72, 72, dtype=torch.float64)
     x = torch.randn(STEPS, ROWS, INPUTS, dtype=torch.float64)[..., :72]

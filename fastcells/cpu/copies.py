@@ -10,7 +10,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .geometry import DIGEST, DIGEST_BYTES, LINE, PACK
+from .emitter import joined
+from .geometry import DIGEST, DIGEST_BYTES, LINE, PACK, TURN
 from .loops import least, peek, poke
 from .routine import routine
 from .simd import FORMATS, I64, Vector, i64
@@ -18,10 +19,9 @@ from .simd import FORMATS, I64, Vector, i64
 AHEAD = 256  # bytes along a row that is read by squares, to be fetched early: rows are too many to be foreseen
 
 
-def moves(dtype: str, lanes: int) -> tuple[Any, Any, Any]:
-    """Vectors moved as they are, gathered, and a square of them turned."""
+def moves(dtype: str, lanes: int) -> tuple[Any, Any]:
+    """Vectors moved as they are, and a square of them turned."""
     fmt = FORMATS[dtype]
-    size = fmt.bytes
 
     @intrinsic
     def copy(typingctx, target, source, count):
@@ -41,30 +41,22 @@ def moves(dtype: str, lanes: int) -> tuple[Any, Any, Any]:
         return types.void(types.int64, types.int64, types.int64), emit
 
     @intrinsic
-    def gather(typingctx, target, source, stride, count):
-        """Copy `count` (0 to lanes) numbers `stride` bytes apart; the rest of the vector is zero."""
+    def transpose(typingctx, target, target_stride, source, source_stride, rows, columns):
+        """Copy a square of `lanes` rows, turned, of which so many rows and columns are there; else numbers are zero."""
 
         def emit(context, b, signature, args):
             v = Vector(b, fmt, lanes)
-            target, source, stride, count = args
-            v.store(v.const(0.0), target)
-            for k in range(lanes):
-                with b.if_then(b.icmp_signed("<", i64(k), count)):
-                    number = b.load(v.pointer(b.add(source, b.mul(stride, i64(k))), fmt.scalar))
-                    b.store(number, v.pointer(b.add(target, i64(k * size)), fmt.scalar))
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64, types.int64), emit
-
-    @intrinsic
-    def transpose(typingctx, target, target_stride, source, source_stride):
-        """Copy a square of `lanes` rows, turned."""
-
-        def emit(context, b, signature, args):
-            v = Vector(b, fmt, lanes)
-            target, target_stride, source, source_stride = args
+            target, target_stride, source, source_stride, count, columns = args
             at = [b.add(source, b.mul(source_stride, i64(k))) for k in range(lanes)]
-            rows = [v.load(address) for address in at]
+            whole = b.and_(b.icmp_signed("==", count, i64(lanes)), b.icmp_signed("==", columns, i64(lanes)))
+            with b.if_else(whole) as (then, otherwise):
+                with then:
+                    full, all_there = [v.load(address) for address in at], b.block
+                with otherwise:
+                    there = [b.select(b.icmp_signed("<", i64(k), count), columns, i64(0)) for k in range(lanes)]
+                    some = [v.load(address, v.first_lanes(n)) for address, n in zip(at, there, strict=True)]
+                    some_there = b.block
+            rows = [joined(b, (x, all_there), (y, some_there)) for x, y in zip(full, some, strict=True)]
             for address in at:
                 v.prefetch(b.add(address, i64(AHEAD)))
             distance = lanes // 2
@@ -75,13 +67,20 @@ def moves(dtype: str, lanes: int) -> tuple[Any, Any, Any]:
                     high = [j + distance if not j & distance else lanes + j for j in range(lanes)]
                     rows[i], rows[i + distance] = v.shuffle(upper, lower, low), v.shuffle(upper, lower, high)
                 distance //= 2
-            for k, row in enumerate(rows):
-                v.store(row, b.add(target, b.mul(target_stride, i64(k))))
+            into = [b.add(target, b.mul(target_stride, i64(k))) for k in range(lanes)]
+            with b.if_else(b.icmp_signed("==", columns, i64(lanes))) as (then, otherwise):
+                with then:
+                    for row, address in zip(rows, into, strict=True):
+                        v.store(row, address)
+                with otherwise:
+                    for k, (row, address) in enumerate(zip(rows, into, strict=True)):
+                        with b.if_then(b.icmp_signed("<", i64(k), columns)):
+                            v.store(row, address)
             return context.get_dummy_value()
 
-        return types.void(types.int64, types.int64, types.int64, types.int64), emit
+        return types.void(*[types.int64] * 6), emit
 
-    return copy, gather, transpose
+    return copy, transpose
 
 
 STREAMS = 4  # that are read side by side: memory that is far has more under way so, 30 GB/s instead of 23
@@ -189,18 +188,18 @@ def make_pack(dtype: str, lanes: int) -> Callable:
     """
     fmt = FORMATS[dtype]
     size = fmt.bytes
-    panel_at, source_at, units_at, depth_at, unit_stride_at, depth_stride_at, *rest = range(len(PACK))
+    panel_at, source_at, units_at, depth_at, room_at, unit_stride_at, depth_stride_at, *rest = range(len(PACK))
     block_at, gates_at, shares_at, digests_at, keeps_at = rest
     offsets = len(PACK)
 
-    copy, gather, transpose = moves(dtype, lanes)
+    copy, transpose = moves(dtype, lanes)
     room, digest = digesting(dtype, lanes)
 
     @routine
     def piece(frame, unit, width, begin, stop):
         """Some k of one block of vectors of units."""
         panel, source = peek(frame, panel_at), peek(frame, source_at)
-        units, depth, gates = peek(frame, units_at), peek(frame, depth_at), peek(frame, gates_at)
+        units, room, gates = peek(frame, units_at), peek(frame, room_at), peek(frame, gates_at)
         unit_stride, depth_stride = peek(frame, unit_stride_at), peek(frame, depth_stride_at)
         line = width * gates * lanes * size
         for w in range(width):
@@ -208,19 +207,16 @@ def make_pack(dtype: str, lanes: int) -> Callable:
             number = least(lanes, units - first)
             for g in range(gates):
                 origin = source + peek(frame, offsets + g) + first * unit_stride
-                target = panel + unit * depth * gates * lanes * size + (w * gates + g) * lanes * size
+                target = panel + unit * room * gates * lanes * size + (w * gates + g) * lanes * size
                 k = begin
                 while k < stop:
                     into, out_of = target + k * line, origin + k * depth_stride
                     if unit_stride == size:
                         copy(into, out_of, number)
                         k += 1
-                    elif number == lanes and k + lanes <= stop and depth_stride == size:
-                        transpose(into, line, out_of, unit_stride)
-                        k += lanes
                     else:
-                        gather(into, out_of, unit_stride, number)
-                        k += 1
+                        transpose(into, line, out_of, unit_stride, number, least(lanes, stop - k))
+                        k += lanes
 
     @routine
     def known(frame, first, last, begin, end, kept):
@@ -283,5 +279,29 @@ def make_pack(dtype: str, lanes: int) -> Callable:
                 poke(kept, DIGEST - 1, 1)
                 known(frame, first, last, begin, end, kept)
             share += team
+
+    return member
+
+
+def make_turn(dtype: str, lanes: int) -> Callable:
+    """The kernel that exchanges the rows and the columns of a matrix. Threads share its columns."""
+    size = FORMATS[dtype].bytes
+    target_at, target_row_at, source_at, source_row_at, rows_at, columns_at = range(len(TURN))
+    _, transpose = moves(dtype, lanes)
+
+    def member(frame, thread, team):
+        target, target_row = peek(frame, target_at), peek(frame, target_row_at)
+        source, source_row = peek(frame, source_at), peek(frame, source_row_at)
+        rows, columns = peek(frame, rows_at), peek(frame, columns_at)
+        squares = (columns + lanes - 1) // lanes
+        begin, end = squares * thread // team * lanes, least(squares * (thread + 1) // team * lanes, columns)
+        row = 0
+        while row < rows:
+            column = begin
+            while column < end:
+                into, out_of = target + column * target_row + row * size, source + row * source_row + column * size
+                transpose(into, target_row, out_of, source_row, least(lanes, rows - row), least(lanes, end - column))
+                column += lanes
+            row += lanes
 
     return member

@@ -265,18 +265,21 @@ class Runner:
         threads: int = 1,
         first: int = 0,
         told: Address | None = None,
+        at: Address | None = None,
+        wait: bool = False,
+        label: str = "",
     ) -> Product:
         """Weights packed for a segment of a stage, once whoever makes a copy of the call's own is done.
 
         weight: [rows, columns] with adjacent columns. Forward, units are rows from `offsets` (one for each gate) on
-        and depth runs over columns; transposed, the other way round. told: the depth that there is, where
-        that is told at each call: of no more than a vector of units.
+        and depth runs over columns; transposed, the other way round. told: the depth that there is, where that is
+        told at each call; no more than `depth`. at: where to, of what is packed anew each time. wait: in any case.
         """
-        assert told is None or units <= self.lanes, "where a vector begins depends on the depth"
-        gates = len(offsets)
-        count = -(-units // self.lanes) * depth * gates * self.lanes
+        gates, keeps = len(offsets), at is None
+        count = self.panel_size(units, depth, gates)
         threads = threads if count > 1 << 14 else 1
-        address, digests = script.keep(count * self.item), script.keep(threads * DIGEST_BYTES)
+        address = script.keep(count * self.item) if at is None else at
+        digests = script.keep(threads * DIGEST_BYTES) if keeps else 0
         row = weight.strides[0]
         strides = (self.item, row) if transposed else (row, self.item)
         words: list[Address] = [
@@ -284,14 +287,20 @@ class Runner:
             weight.at,
             units,
             depth if told is None else told,
+            depth,
             *strides,
             self.shapes[stage].block,
             gates,
         ]
-        words += [threads, digests, At(KEEPS), *(o * row for o in offsets)]
-        made = isinstance(weight.at, At) and weight.at.operand == MEMORY
-        script.launch(packing(self.dtype, self.lanes), words, threads=threads, first=first, wait=made)
+        words += [threads, digests, At(KEEPS) if keeps else 0, *(o * row for o in offsets)]
+        wait = wait or (isinstance(weight.at, At) and weight.at.operand == MEMORY)
+        kernel = packing(self.dtype, self.lanes)
+        script.launch(kernel, words, threads=threads, first=first, wait=wait, label=label)
         return Product(depth, address, depth * gates * self.vector, 0, gates * self.vector)
+
+    def panel_size(self, units: int, depth: int, gates: int = 1) -> int:
+        """Numbers in a panel."""
+        return -(-units // self.lanes) * depth * gates * self.lanes
 
     def readable(self, transposed: bool, units: int) -> bool:
         """Whether a tile may read such weights where they are: whole vectors of units, or dot products."""
@@ -314,6 +323,16 @@ def packing(dtype: torch.dtype, lanes: int) -> store.Kernel:
         return make_pack(DTYPES[dtype], lanes)
 
     return store.kernel(f"pack_{DTYPES[dtype]}", [str(lanes)], make)
+
+
+@lru_cache
+def turning(dtype: torch.dtype, lanes: int) -> store.Kernel:
+    def make():
+        from .copies import make_turn
+
+        return make_turn(DTYPES[dtype], lanes)
+
+    return store.kernel(f"turn_{DTYPES[dtype]}", [str(lanes)], make)
 
 
 # ---- plain linear algebra, of the same tiles ----
@@ -364,6 +383,16 @@ def add(
     run.launch(script, times, views, [[]], [units], row_block=rows, **options)
 
 
+def turn(
+    script: Script, dtype: torch.dtype, out: Buffer, source: Buffer, told: Address | None = None, **options: Any
+) -> None:
+    """out = source.T. out: rows with room for whole vectors. told: rows of the source, where that is told at each
+    call."""
+    rows, columns = source.shape
+    words = [out.at, out.strides[0], source.at, source.strides[0], rows if told is None else told, columns]
+    script.launch(turning(dtype, host().lanes(dtype.itemsize)), words, **options)
+
+
 def product(
     script: Script,
     dtype: torch.dtype,
@@ -378,6 +407,8 @@ def product(
     split: str = "rows",
     pack: bool = True,
     wait: bool = True,
+    first: int = 0,
+    row_block: int = ROW_BLOCK,
     count: Address | None = None,
     told: Address | None = None,
     label: str = "",
@@ -423,9 +454,10 @@ def product(
         [units],
         depth=told,
         threads=threads,
+        first=first,
         split=split,
         shares=shares,
-        row_block=min(rows, ROW_BLOCK),
+        row_block=min(rows, row_block),
         dot=dot,
         wait=wait,
         label=label,

@@ -321,12 +321,14 @@ def epilogue_parts(stage: Stage) -> tuple[str, ...]:
     return () if is_direct(stage) else ("early", "late") if early(stage) else ("whole",)
 
 
-# The frame of a packing kernel; then the offset in bytes of each gate. keeps: 1 where the panel is what an earlier run
-# left of it; then `digests` has for each of so many shares, of the units or of the depth, what it was packed from, and
-# whether it was.
+# The frame of a packing kernel; then the offset in bytes of each gate. room: the depth that the panel has room for.
+# keeps: 1 where it is what an earlier run left of it; then `digests` has for each of so many shares, of the units or of
+# the depth, what it was packed from, and whether it was.
 PACK = (
-    *("panel", "source", "units", "depth", "unit_stride", "depth_stride", "block", "gates"),
+    *("panel", "source", "units", "depth", "room", "unit_stride", "depth_stride", "block", "gates"),
     *("shares", "digests", "keeps"),
 )
+TURN = ("target", "target_row", "source", "source_row", "rows", "columns")  # of what exchanges rows and columns: of the
+# source, whose columns become rows of the target, with room for whole vectors; strides in bytes
 DIGEST = 65  # words of a digest; the last is 1 once the panel is whole
 DIGEST_BYTES = -(-8 * DIGEST // LINE) * LINE

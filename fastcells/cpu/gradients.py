@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 from ..plan import share
 from ..program import spread
 from .call import Call
 from .direction import Direction
-from .engine import Buffer, add, plain, product
-from .geometry import LINE
-from .host import host
+from .engine import Buffer, Product, add, plain, product, turn
 from .script import Address, ones, zeros
 
 LABEL = "weight gradients"
-STRETCH = 256  # rows of all steps taken at a time, which stay in the second-level cache
-COPIED_STRETCH = 768  # and where copies are made of their lines
+NEAR_STRETCH = 256  # rows of all steps taken at a time, which stay in the second-level cache as they are,
+STRETCH = 512  # and where it pays to turn them, and to pack what meets them:
+TURNED_WIDTH = 192  # columns of either, from which on it does,
+PIECE_BYTES = 1 << 19  # and half of such a cache, which what is turned fills
 NEAR_BYTES = 1 << 19  # of gradients, which are there as they are
 TURNED = 1 << 14  # numbers of gradients, from which on it pays to turn what is less than a vector
-WIDE_BYTES = 1 << 10  # of a row, from which on it pays to copy what is torn
 
 
 def shifted(d: Direction, rows: int, series: Buffer, initial: Buffer | None) -> list[tuple[int, Buffer]]:
@@ -36,11 +35,6 @@ def shifted(d: Direction, rows: int, series: Buffer, initial: Buffer | None) -> 
     return parts
 
 
-def torn(rows: Buffer) -> bool:
-    """Whether rows are wide, and vectors of most of them lie in two lines of a cache each."""
-    return rows.strides[-2] >= WIDE_BYTES and rows.strides[-2] % LINE != 0
-
-
 class OverTime:
     """Products of `grad`.T, which is gradients [total, width], with what was there at the same rows.
 
@@ -51,7 +45,8 @@ class OverTime:
     def __init__(self, call: Call, packed: bool, d: Direction, grad: Buffer) -> None:
         """packed: of packed sequences, which have as many rows as `grad` says, or fewer, as is told at each call."""
         self.call, self.packed, self.script, self.d, self.grad = call, packed, call.script, d, grad
-        self.lanes = host().lanes(grad.item)
+        self.run, _ = plain(d.r.dtype)
+        self.lanes = self.run.lanes
         self.threads, self.wait = 1, True  # of the next launch
         self.begun: set[Buffer] = set()  # targets that are set
         # (first column, columns, first row, [rows, width] or [steps, rows, width], target)
@@ -113,13 +108,12 @@ class OverTime:
         shares = self._shares(used)
         self.threads, self.wait = len(shares) - 1, True
         large = used > 0 and total * self.grad.strides[0] > NEAR_BYTES
-        # What is copied before it is read: rows that are apart by two distances, or torn.
-        copied = {o: first for *_, first, o, _ in self.terms if len(o.shape) == 3 or (large and torn(o))}
-        length = self._length(copied) if large else total
-        near = {}
-        for other in copied:
-            width, row = other.shape[-1], spread(other.shape[-1])
-            near[other] = Buffer.new(script.take(length * row * item), (length, row), item).columns(0, width)
+        # Whether columns of `grad` are turned, and what meets them is packed: either is read as often as the other is
+        # wide.
+        turns = large and used >= TURNED_WIDTH and self._work() >= TURNED_WIDTH * used * total
+        torn = {o: first for *_, first, o, _ in self.terms if len(o.shape) == 3}  # rows that are apart by two distances
+        length = self._length(torn, STRETCH if turns else NEAR_STRETCH) if large else total
+        near = {o: self._room(length, o.shape[-1]) for o in torn}
         # The last columns of a target, fewer than a vector, come about turned: as rows as wide as `grad`, whose vectors
         # are full.
         turned = {
@@ -127,46 +121,99 @@ class OverTime:
             for begin, count, *_, target in self.terms
             if target.shape[1] % lanes and total * count > TURNED
         }
-        # A thread's share are columns of `grad`: no thread needs what another one does, but for copies that all read.
-        shares_of = {
-            target: [script.table([min(max(c - begin, 0), count) for c in shares])]
-            for begin, count, *_, target in self.terms
-        }
-        for here, begin, _ in turned.values():
-            shares_of[here] = self._vectors(shares, begin, here, most=1)  # sums leave it to the later one
-        if sums is not None:
-            shares_of[sums] = self._vectors(shares, 0, sums)
+        rests = {o: self._room(o.shape[-1] % lanes, length) for *_, o, target in self.terms if target in turned}
+        direct = {o: o.shape[-1] // lanes * lanes if o in rests else o.shape[-1] for *_, o, _ in self.terms}
+        packed = {o: n for o, n in direct.items() if turns or n % lanes}
+        panels = {o: script.take(self.run.panel_size(n, length) * item) for o, n in packed.items()}
+        # A thread's share are columns of `grad`, of which it takes some at a time.
+        pieces = list(self._pieces(shares, length if turns else 1))
+        widest = max([count for *_, count in pieces], default=0)
+        rows_of = [self._room(widest, length) for _ in range(self.threads)] if turns else []
+        options = {"row_block": widest} if turns else {}
         for begin in range(0, total, length):
             end = min(begin + length, total)
             told = self._told(begin, end)
             stretch = self.grad.narrow(0, begin, end - begin)
-            self._copy(near, copied, begin, end, told)
-            for column, count, first, other, target in self.terms:
+            shared = bool(near or panels or rests)  # memory that all threads read, and have read before it is written
+            self.wait = self.wait or shared
+            self._copy(near, torn, begin, end, told)
+            read = {}
+            for _, _, first, other, _ in self.terms:
                 low, high = self._part(begin, end, first, other)
-                if low >= high:
-                    continue
-                grad = stretch.narrow(0, low - begin, high - low)
-                source, at = (near[other], begin) if other in near else (other, first)
-                x = source.narrow(0, low - at, high - low)
-                rest = turned[target][0] if target in turned else None
-                direct = target.shape[1] - (0 if rest is None else rest.shape[0])
-                if direct:
-                    rows, into = grad.columns(column, count).turned(), target.columns(0, direct)
-                    self._product(rows, x.columns(0, direct), into, shares_of[target], "rows", told)
-                if rest is not None:
-                    rows, units = x.columns(direct, rest.shape[0]).turned(), grad.columns(column, rest.shape[1])
-                    self._product(rows, units, rest, shares_of[rest], "units", told)
+                if low < high and other not in read:
+                    source, at = (near[other], begin) if other in near else (other, first)
+                    x = source.narrow(0, low - at, high - low)
+                    read[other] = self._weights(x, direct[other], panels.get(other), rests.get(other), told)
+            self.wait = self.wait or shared
+            for thread, column, count in pieces:
+                rows = stretch.columns(column, count)
+                rows = self._turned(rows, rows_of[thread], told, thread) if turns else rows.turned()
+                for first_column, columns, first, other, target in self.terms:
+                    low, high = self._part(begin, end, first, other)
+                    left, right = max(column, first_column), min(column + count, first_column + columns)
+                    if low < high and left < right and direct[other]:
+                        part = rows.narrow(0, left - column, right - left).columns(low - begin, high - low)
+                        into = target.narrow(0, left - first_column, right - left).columns(0, direct[other])
+                        self._product(part, read[other], into, told, threads=1, first=thread, **options)
+            for first_column, _, first, other, target in self.terms:
+                low, high = self._part(begin, end, first, other)
+                if low < high and target in turned:
+                    here = turned[target][0]
+                    units = stretch.narrow(0, low - begin, high - low).columns(first_column, here.shape[1])
+                    self._units(rests[other].columns(0, high - low), units, here, shares, first_column, told, 1)
             if sums is not None:
                 unit = Buffer.new(ones(end - begin, dtype), (1, end - begin), item)
-                self._product(unit, stretch.columns(0, sums.shape[1]), sums, shares_of[sums], "units", told)
+                self._units(unit, stretch.columns(0, sums.shape[1]), sums, shares, 0, told)
         for target, (here, _, count) in turned.items():
             self._put(here.columns(0, count), target.columns(target.shape[1] - here.shape[0], here.shape[0]))
 
-    def _length(self, copied: Iterable[Buffer]) -> int:
+    def _pieces(self, shares: Sequence[int], length: int) -> Iterator[tuple[int, int, int]]:
+        """(thread, first column, columns) of so many rows of `grad` that are taken at a time."""
+        most = max(PIECE_BYTES // (length * self.grad.item) // self.lanes, 1) * self.lanes
+        for thread, (begin, end) in enumerate(pairwise(shares)):
+            for column in range(begin, end, most):
+                yield thread, column, min(most, end - column)
+
+    def _room(self, rows: int, width: int) -> Buffer:
+        """Memory of the call for rows that are `spread`, with room for whole vectors."""
+        item, row = self.grad.item, spread(-(-width // self.lanes) * self.lanes)
+        return Buffer.new(self.script.take(rows * row * item), (rows, row), item).columns(0, width)
+
+    def _waited(self) -> bool:
+        wait, self.wait = self.wait, False
+        return wait
+
+    def _weights(
+        self, x: Buffer, direct: int, panel: Address | None, rest: Buffer | None, told: Address | None
+    ) -> Buffer | Product:
+        """What rows of `grad`, turned, are multiplied by: the first columns of x, in place, or packed where there is
+        memory for that; rest: memory for the last ones, turned."""
+        if rest is not None:
+            last = x.columns(direct, rest.shape[0])
+            into = rest.columns(0, x.shape[0])
+            turn(self.script, self.d.r.dtype, into, last, told, wait=self._waited(), label=LABEL)
+        weights = x.columns(0, direct)
+        if panel is None or not direct:
+            return weights
+        return self.run.panel(
+            self.script, weights, 0, True, [0], direct, x.shape[0], self.threads, told=told, at=panel,
+            wait=self._waited(), label=LABEL,
+        )  # fmt: skip
+
+    def _turned(self, grad: Buffer, rows: Buffer, told: Address | None, thread: int) -> Buffer:
+        """Columns of `grad` as rows that lie together."""
+        out = rows.narrow(0, 0, grad.shape[1]).columns(0, grad.shape[0])
+        turn(self.script, self.d.r.dtype, out, grad, told, first=thread, wait=self._waited(), label=LABEL)
+        return out
+
+    def _length(self, torn: Iterable[Buffer], most: int) -> int:
         """Rows of a large `grad` that are taken at a time: whole time steps, if there are two distances."""
-        total, whole = self.grad.shape[0], max([o.shape[1] for o in copied if len(o.shape) == 3], default=1)
-        most = COPIED_STRETCH if any(map(torn, copied)) else STRETCH
+        total, whole = self.grad.shape[0], max([o.shape[1] for o in torn], default=1)
         return -(-total // -(-total // most) // whole) * whole
+
+    def _work(self) -> int:
+        """Multiply-adds of all terms."""
+        return sum([count * self._rows(other) * other.shape[-1] for _, count, _, other, _ in self.terms])
 
     def _scratch(self, rows: int, begin: int, count: int) -> Buffer:
         """Memory of the call for rows of so many columns, those of `grad` from `begin` on: whole vectors of them, where
@@ -179,48 +226,59 @@ class OverTime:
         self, near: dict[Buffer, Buffer], copied: dict[Buffer, int], begin: int, end: int, told: Address | None
     ) -> None:
         """Make the copies of rows from `begin` to `end`, for which what comes next waits."""
-        waited = True
         for other, here in near.items():
             low, high = self._part(begin, end, copied[other], other)
             if low < high:
                 part = self._narrowed(other, low - copied[other], high - low)
                 into = here.narrow(0, low - begin, high - low).by_time(part.shape[:-1])
-                options: dict[str, Any] = {"threads": self.threads, "wait": waited, "label": LABEL}
+                options: dict[str, Any] = {"threads": self.threads, "wait": self._waited(), "label": LABEL}
                 add(self.script, self.d.r.dtype, into, part, count=told, **options)
-                waited, self.wait = False, True
+        self.wait = self.wait or bool(near)
 
     def _product(
-        self, x: Buffer, weight: Buffer, target: Buffer, shares: list[int], split: str, told: Address | None
+        self, x: Buffer, weight: Buffer | Product, target: Buffer, told: Address | None, **options: Any
     ) -> None:
-        """Add x @ weight to a target, whose first product sets it. shares: tables for whole vectors of it, which read
-        weights where they are, and for what is left."""
-        whole, item = target.shape[1] // self.lanes * self.lanes, target.item
-        for first, count, table in ((0, whole, shares[0]), (whole, target.shape[1] - whole, shares[-1])):
-            if count:
-                product(
-                    self.script, self.d.r.dtype, x.by_time(), weight.columns(first, count),
-                    target.columns(first, count).by_time(), None if target in self.begun else zeros(count * item),
-                    transposed=True, pack=False, threads=self.threads, shares=table, split=split, wait=self.wait,
-                    told=told, label=LABEL,
-                )  # fmt: skip
-                self.wait = False
+        """Add x @ weight to a target, whose first product sets it."""
+        start = None if target in self.begun else zeros(target.shape[1] * target.item)
+        product(
+            self.script, self.d.r.dtype, x.by_time(), weight, target.by_time(), start,
+            transposed=True, pack=False, wait=self._waited(), told=told, label=LABEL, **options,
+        )  # fmt: skip
         self.begun.add(target)
 
-    def _put(self, turned: Buffer, target: Buffer) -> None:
-        """Put in a target's place what came about turned, by way of a panel of packed weights, which is turned, too."""
-        dtype, (rest, count) = self.d.r.dtype, turned.shape
-        panel = plain(dtype)[0].panel(self.script, turned, 0, False, [0], rest, count, self.threads)
-        back = Buffer(panel.weights, (count, rest), (panel.grow, turned.item), turned.item)
-        add(self.script, dtype, target, back, threads=self.threads, label=LABEL)
-
-    def _vectors(self, shares: list[int], begin: int, target: Buffer, most: int = 0) -> list[int]:
-        """Tables of the threads' shares of a target's columns, which are those of `grad` from `begin` on, as units: of
-        whole tiles, for sums to be the same. most: 1 if what is no whole tile is the earlier thread's."""
-        widths = plain(self.d.r.dtype)[0].shapes[0].widths
+    def _units(
+        self,
+        x: Buffer,
+        weight: Buffer,
+        target: Buffer,
+        shares: list[int],
+        begin: int,
+        told: Address | None,
+        most: int = 0,
+    ) -> None:
+        """The same where units, which are columns of `grad` from `begin` on, are shared: in whole tiles, for sums to be
+        the same. most: 1 if what is no whole tile is the earlier thread's."""
+        widths = self.run.shapes[0].widths
         tile, whole = widths[0 if target.shape[0] == 1 else 1], target.shape[1] // self.lanes
         vectors = [max(c - begin, 0) // self.lanes + most * (tile - 1) for c in shares[:-1]]
         cuts = [min(k // tile * tile, whole) for k in vectors]
-        return [self.script.table([*cuts, whole]), self.script.table([*[0] * self.threads, 1])]
+        whole *= self.lanes
+        for first, count, table in (
+            (0, whole, [*cuts, whole // self.lanes]),
+            (whole, target.shape[1] - whole, [*[0] * self.threads, 1]),
+        ):
+            if count:
+                part = target.columns(first, count)
+                self._product(
+                    x, weight.columns(first, count), part, told, threads=self.threads, shares=self.script.table(table),
+                    split="units",
+                )  # fmt: skip
+
+    def _put(self, turned: Buffer, target: Buffer) -> None:
+        """Put in a target's place what came about turned."""
+        back = self._room(turned.shape[1], turned.shape[0])
+        turn(self.script, self.d.r.dtype, back, turned, threads=self.threads, label=LABEL)
+        add(self.script, self.d.r.dtype, target, back, threads=self.threads, label=LABEL)
 
     def _shares(self, columns: int) -> list[int]:
         """Whole vectors of columns of `grad` at which the threads' shares begin, and the end: as much for each."""
