@@ -51,3 +51,11 @@ def test_gradients_of_weights_where_input_comes_in_batches(monkeypatch, width):
     batches = x.detach().transpose(0, 1).contiguous().requires_grad_()
     agree((c, batches.transpose(0, 1), *rest), [batches, *leaves[1:]], names)
     layer.forget()
+
+
+def test_gradients_of_weights_where_gates_have_blocks_of_their_own(monkeypatch):
+    """All blocks have the last columns of what they meet, however many rows a block has."""
+    monkeypatch.setattr(gradients, "TURNED", 27 * 13 + 1)  # more than one gate has, and less than two
+    layer.forget()
+    agree(*problem(cells.gru, 9, 3, 4, 13))
+    layer.forget()

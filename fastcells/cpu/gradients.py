@@ -119,7 +119,7 @@ class OverTime:
         turned = {
             target: (self._scratch(target.shape[1] % lanes, begin, count), begin, count)
             for begin, count, *_, target in self.terms
-            if target.shape[1] % lanes and total * count > TURNED
+            if target.shape[1] % lanes and total * used > TURNED
         }
         rests = {o: self._room(o.shape[-1] % lanes, length) for *_, o, target in self.terms if target in turned}
         direct = {o: o.shape[-1] // lanes * lanes if o in rests else o.shape[-1] for *_, o, _ in self.terms}
