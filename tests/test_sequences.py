@@ -598,7 +598,7 @@ def test_packed_batches_of_other_lengths_share_what_was_made_ready(kind, options
         (plan, "THREAD_FLOPS", 0),
         (gradients, "NEAR_BYTES", 0),
         (gradients, "STRETCH", 7),
-        (gradients, "NEAR_STRETCH", 7),
+        (gradients, "TURNED_STRETCH", 7),
         (gradients, "TURNED_WIDTH", 0),
     ):
         monkeypatch.setattr(module, name, value)

@@ -95,13 +95,17 @@ def test_threads_in_any_order(kind, options, order, monkeypatch):
 
 
 @ORDERS
-@pytest.mark.parametrize("width", [0, 1 << 30], ids=["packed", "there"])
+@pytest.mark.parametrize(
+    ("width", "wide"), [(0, 0), (1 << 30, 0), (1 << 30, 1 << 30)], ids=["packed", "copied", "there"]
+)
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_threads_in_any_order_where_gradients_are_large(kind, width, order, monkeypatch):
-    """What they meet is read where it is, or packed: by all threads, before any reads it and after all have read what
-    was there. Of whole vectors, since packing the last one has threads wait."""
-    for name, value in {"NEAR_BYTES": 0, "STRETCH": 7, "NEAR_STRETCH": 7, "TURNED_WIDTH": width}.items():
+def test_threads_in_any_order_where_gradients_are_large(kind, width, wide, order, monkeypatch):
+    """What they meet is read where it is, copied, or packed: by all threads, before any reads it and after all
+    have read what was there. Of whole vectors, since packing the last one has threads wait."""
+    for name, value in {"NEAR_BYTES": 0, "TURNED_WIDTH": width, "WIDE_BYTES": wide}.items():
         monkeypatch.setattr(gradients, name, value)
+    for name in ("STRETCH", "COPIED_STRETCH", "TURNED_STRETCH"):
+        monkeypatch.setattr(gradients, name, 7)
     layer = getattr(fastcells.nn, kind)(72, 72, dtype=torch.float64)
     x = torch.randn(STEPS, ROWS, INPUTS, dtype=torch.float64)[..., :72]
     same_in_any_order(monkeypatch, layer, x, order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
@@ -12,15 +13,19 @@ from ..program import spread
 from .call import Call
 from .direction import Direction
 from .engine import Buffer, Product, add, plain, product, turn
+from .geometry import LINE
+from .host import host
 from .script import Address, ones, zeros
 
 LABEL = "weight gradients"
-NEAR_STRETCH = 256  # rows of all steps taken at a time, which stay in the second-level cache as they are,
-STRETCH = 512  # and where it pays to turn them, and to pack what meets them:
-TURNED_WIDTH = 192  # columns of either, from which on it does,
+STRETCH = 256  # rows of all steps taken at a time, which stay in the second-level cache,
+COPIED_STRETCH = 768  # where copies are made of their lines,
+TURNED_STRETCH = 512  # and where rows become columns, and what meets them is packed:
+TURNED_WIDTH = 192 if host().distant else sys.maxsize  # columns of either, from which on that pays,
 PIECE_BYTES = 1 << 19  # and half of such a cache, which what is turned fills
 NEAR_BYTES = 1 << 19  # of gradients, which are there as they are
 TURNED = 1 << 14  # numbers of gradients, from which on it pays to turn what is less than a vector
+WIDE_BYTES = 1 << 10  # of a row, from which on it pays to copy what is torn
 
 
 def shifted(d: Direction, rows: int, series: Buffer, initial: Buffer | None) -> list[tuple[int, Buffer]]:
@@ -33,6 +38,11 @@ def shifted(d: Direction, rows: int, series: Buffer, initial: Buffer | None) -> 
     if initial is not None:
         parts.append((later if d.reverse else 0, initial))
     return parts
+
+
+def torn(rows: Buffer) -> bool:
+    """Whether rows are wide, and vectors of most of them lie in two lines of a cache each."""
+    return rows.strides[-2] >= WIDE_BYTES and rows.strides[-2] % LINE != 0
 
 
 class OverTime:
@@ -111,9 +121,12 @@ class OverTime:
         # Whether columns of `grad` are turned, and what meets them is packed: either is read as often as the other is
         # wide.
         turns = large and used >= TURNED_WIDTH and self._work() >= TURNED_WIDTH * used * total
-        torn = {o: first for *_, first, o, _ in self.terms if len(o.shape) == 3}  # rows that are apart by two distances
-        length = self._length(torn, STRETCH if turns else NEAR_STRETCH) if large else total
-        near = {o: self._room(length, o.shape[-1]) for o in torn}
+        # What is copied before it is read: rows that are apart by two distances, or torn.
+        copies = large and not turns
+        copied = {o: first for *_, first, o, _ in self.terms if len(o.shape) == 3 or (copies and torn(o))}
+        most = TURNED_STRETCH if turns else COPIED_STRETCH if any(map(torn, copied)) else STRETCH
+        length = self._length(copied, most) if large else total
+        near = {o: self._room(length, o.shape[-1]) for o in copied}
         # The last columns of a target, fewer than a vector, come about turned: as rows as wide as `grad`, whose vectors
         # are full.
         turned = {
@@ -136,7 +149,7 @@ class OverTime:
             stretch = self.grad.narrow(0, begin, end - begin)
             shared = bool(near or panels or rests)  # memory that all threads read, and have read before it is written
             self.wait = self.wait or shared
-            self._copy(near, torn, begin, end, told)
+            self._copy(near, copied, begin, end, told)
             read = {}
             for _, _, first, other, _ in self.terms:
                 low, high = self._part(begin, end, first, other)
@@ -206,9 +219,9 @@ class OverTime:
         turn(self.script, self.d.r.dtype, out, grad, told, first=thread, wait=self._waited(), label=LABEL)
         return out
 
-    def _length(self, torn: Iterable[Buffer], most: int) -> int:
+    def _length(self, copied: Iterable[Buffer], most: int) -> int:
         """Rows of a large `grad` that are taken at a time: whole time steps, if there are two distances."""
-        total, whole = self.grad.shape[0], max([o.shape[1] for o in torn], default=1)
+        total, whole = self.grad.shape[0], max([o.shape[1] for o in copied if len(o.shape) == 3], default=1)
         return -(-total // -(-total // most) // whole) * whole
 
     def _work(self) -> int:
