@@ -442,6 +442,7 @@ def test_the_life_of_a_cache(tmp_path, monkeypatch, capsys, quick):
         "collecting",
         "spreading",
         "pack_float32",
+        "turn_float32",
         "product_float32",
         "sum_float32",
         "rnn_relu_forward_float32",
