@@ -71,8 +71,8 @@ ONCE: dict[str, Callable[[Wanted], store.Kernel]] = {
     **({"lead": lambda _: team.leader()} if team.library() else {}),
 }
 EACH: dict[str, Callable[[Wanted], store.Kernel]] = {
-    "pack": lambda want: engine.packing(want.dtype, want.lanes),
-    "turn": lambda want: engine.turning(want.dtype, want.lanes),
+    "pack": lambda want: engine.copying(want.part, want.dtype, want.lanes),
+    "turn": lambda want: engine.copying(want.part, want.dtype, want.lanes),
     "sum": lambda want: engine.plain(want.dtype)[1].kernel,
     "product": lambda want: engine.plain(want.dtype)[0].kernel,
 }
@@ -81,8 +81,9 @@ EACH: dict[str, Callable[[Wanted], store.Kernel]] = {
 def wanted(
     names: Sequence[str], dtypes: Sequence[torch.dtype], project: bool, sizes: Sequence[int] = ()
 ) -> list[Wanted]:
-    """Every kernel of layers of these cells, those that take longest to compile first. sizes: the hidden sizes, where
-    they are known."""
+    """Every kernel of layers of these cells, those that take longest to compile first: but after the first of them
+    those that have no loops over time, which are lowered meanwhile, once for all that have. sizes: the hidden sizes,
+    where they are known."""
     widest = {dtype: host().lanes(dtype.itemsize) for dtype in dtypes}
     widths = {dtype: {host().lanes(dtype.itemsize, size) for size in sizes} or {widest[dtype]} for dtype in dtypes}
     found = [
@@ -98,7 +99,8 @@ def wanted(
         for part in reversed(EACH)
         for lanes in (sorted(widths[dtype] | {widest[dtype]}) if part == "pack" else [widest[dtype]])
     ]
-    return found + [Wanted(part, dtypes[0], widest[dtypes[0]]) for part in reversed(ONCE)]
+    once = [Wanted(part, dtypes[0], widest[dtypes[0]]) for part in reversed(ONCE)]
+    return [*found[:1], *once, *found[1:]]
 
 
 def obtain(want: Wanted) -> tuple[str, float]:

@@ -16,7 +16,7 @@ from .derived import hand_on
 from .direction import BATCH, TOTAL, Direction, Operands, Ready, Sequences, fixed, rows_of_initial, view
 from .engine import Buffer, View, add, product
 from .forward import Saved
-from .gradients import LABEL, OverTime, shifted
+from .gradients import LABEL, WeightGradients, shifted
 from .lengths import enter, leave
 from .script import zeros
 
@@ -268,12 +268,12 @@ class Backward(Call):
                 before[name] = shifted(d, sequences.rows, known[name], entered[name])
         dw_ih, dw_hh, db_ih, db_hh, dw_hr = made.dparameters[k][:5]
         assert dw_ih is not None
-        OverTime(self, sequences.packed, d, made.grads[k]).weights(
+        WeightGradients(self, sequences.packed, d, made.grads[k]).weights(
             given.x, before, given.slots[k], dw_ih, dw_hh, db_ih, db_hh
         )
         if (projected := made.projected[k]) is not None:
             assert dw_hr is not None
-            OverTime(self, sequences.packed, d, projected).projection(given.slots[k], dw_hr)
+            WeightGradients(self, sequences.packed, d, projected).projection(given.slots[k], dw_hr)
 
     def finish(self, tensors: Sequence[Tensor | None], sequences: Sequences) -> Gradients:
         """The gradients, of tensors in the order of `prepared_backward`."""

@@ -294,7 +294,7 @@ class Runner:
         ]
         words += [threads, digests, At(KEEPS) if keeps else 0, *(o * row for o in offsets)]
         wait = wait or (isinstance(weight.at, At) and weight.at.operand == MEMORY)
-        kernel = packing(self.dtype, self.lanes)
+        kernel = copying("pack", self.dtype, self.lanes)
         script.launch(kernel, words, threads=threads, first=first, wait=wait, label=label)
         return Product(depth, address, depth * gates * self.vector, 0, gates * self.vector)
 
@@ -316,23 +316,15 @@ class Runner:
 
 
 @lru_cache
-def packing(dtype: torch.dtype, lanes: int) -> store.Kernel:
+def copying(name: str, dtype: torch.dtype, lanes: int) -> store.Kernel:
+    """A kernel of `copies`: "pack" or "turn"."""
+
     def make():
-        from .copies import make_pack
+        from . import copies
 
-        return make_pack(DTYPES[dtype], lanes)
+        return getattr(copies, f"make_{name}")(DTYPES[dtype], lanes)
 
-    return store.kernel(f"pack_{DTYPES[dtype]}", [str(lanes)], make)
-
-
-@lru_cache
-def turning(dtype: torch.dtype, lanes: int) -> store.Kernel:
-    def make():
-        from .copies import make_turn
-
-        return make_turn(DTYPES[dtype], lanes)
-
-    return store.kernel(f"turn_{DTYPES[dtype]}", [str(lanes)], make)
+    return store.kernel(f"{name}_{DTYPES[dtype]}", [str(lanes)], make)
 
 
 # ---- plain linear algebra, of the same tiles ----
@@ -390,7 +382,7 @@ def turn(
     call."""
     rows, columns = source.shape
     words = [out.at, out.strides[0], source.at, source.strides[0], rows if told is None else told, columns]
-    script.launch(turning(dtype, host().lanes(dtype.itemsize)), words, **options)
+    script.launch(copying("turn", dtype, host().lanes(dtype.itemsize)), words, **options)
 
 
 def product(

@@ -6,7 +6,8 @@ import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 from ..plan import share
 from ..program import spread
@@ -45,11 +46,63 @@ def torn(rows: Buffer) -> bool:
     return rows.strides[-2] >= WIDE_BYTES and rows.strides[-2] % LINE != 0
 
 
-class OverTime:
+class Operand:
+    """Rows that meet those of gradients, and how products read them."""
+
+    def __init__(self, first: int, matrix: Buffer) -> None:
+        """matrix: [rows, width] or [steps, rows, width]. first: the row of all steps at which it begins."""
+        self.first, self.matrix = first, matrix
+        *steps, self.width = matrix.shape
+        self.rows = prod(steps)
+        self.direct = self.width  # columns that are read as rows; the others, fewer than a vector, are turned
+        self.near: Buffer | None = None  # memory for a copy of some rows,
+        self.panel: Address | None = None  # for these packed,
+        self.rest: Buffer | None = None  # and for what is turned
+
+    def part(self, begin: int, end: int) -> tuple[int, int]:
+        """Which rows of all steps from `begin` to `end` there are."""
+        return max(begin, self.first), min(end, self.first + self.rows)
+
+    def narrow(self, low: int, high: int) -> Buffer:
+        """Rows of all steps, from one to another: whole steps, if rows are apart by two distances."""
+        whole = self.matrix.shape[1] if len(self.matrix.shape) == 3 else 1
+        return self.matrix.narrow(0, (low - self.first) // whole, (high - low) // whole)
+
+
+class Term(NamedTuple):
+    """A product to be added to a target: of columns of gradients, which become its rows."""
+
+    column: int
+    columns: int
+    operand: Operand
+    target: Buffer  # [columns, the operand's width]
+
+    @property
+    def end(self) -> int:
+        return self.column + self.columns
+
+
+class Units(NamedTuple):
+    """Columns of a target whose units threads share, and where each one's begin."""
+
+    column: int
+    columns: int
+    shares: Address
+
+
+class Rest(NamedTuple):
+    """The last columns of a term's target, fewer than a vector, which come about turned. rows: memory for that."""
+
+    term: Term
+    rows: Buffer
+    units: list[Units]
+
+
+class WeightGradients:
     """Products of `grad`.T, which is gradients [total, width], with what was there at the same rows.
 
-    A large `grad` is taken some rows at a time, with all products of these, which read a few columns of every row: its
-    rows are `spread`, so that these lie in all sets of a cache; so are those of copies.
+    A large `grad` is taken a stretch of rows at a time, with all products of these, which read a few columns of every
+    row: its rows are `spread`, so that these lie in all sets of a cache; so are those of copies.
     """
 
     def __init__(self, call: Call, packed: bool, d: Direction, grad: Buffer) -> None:
@@ -57,10 +110,10 @@ class OverTime:
         self.call, self.packed, self.script, self.d, self.grad = call, packed, call.script, d, grad
         self.run, _ = plain(d.r.dtype)
         self.lanes = self.run.lanes
-        self.threads, self.wait = 1, True  # of the next launch
+        self.wait = True  # the next launch
         self.begun: set[Buffer] = set()  # targets that are set
-        # (first column, columns, first row, [rows, width] or [steps, rows, width], target)
-        self.terms: list[tuple[int, int, int, Buffer, Buffer]] = []
+        self.terms: list[Term] = []
+        self.operands: dict[Buffer, Operand] = {}
 
     def weights(
         self,
@@ -86,7 +139,7 @@ class OverTime:
         sums = None
         if db_ih is not None:
             sums = self._scratch(1, 0, d.r.used_slots * d.hidden)
-        self._run(sums)
+        self._multiply(sums)
         for target, slot in ((dw_ih, slot_x), (dw_hh, slot_u)):
             for gate, row in d.r.gates.items():
                 if gate not in slot and target is not None:
@@ -98,8 +151,8 @@ class OverTime:
         """Of the projection's weights; `grad` is that of its result."""
         slot, hidden = self.d.r.programs.gradients.projected, self.d.hidden
         assert slot is not None
-        self.terms.append((0, self.d.depth, 0, slots.columns(slot * hidden, hidden), dw_hr))
-        self._run()
+        self._term(0, self.d.depth, 0, slots.columns(slot * hidden, hidden), dw_hr)
+        self._multiply()
 
     def _blocks(
         self, target: Buffer, gates: Sequence[str], slot: dict[str, int], parts: Sequence[tuple[int, Buffer]]
@@ -107,83 +160,79 @@ class OverTime:
         h = self.d.hidden
         for k, row, count in self.d.blocks(gates, slot):
             rows = target.narrow(0, row * h, count * h)
-            self.terms += [(slot[gates[k]] * h, count * h, first, other, rows) for first, other in parts]
+            for first, matrix in parts:
+                self._term(slot[gates[k]] * h, count * h, first, matrix, rows)
             if not parts:
                 add(self.script, self.d.r.dtype, rows, None)
 
-    def _run(self, sums: Buffer | None = None) -> None:
+    def _term(self, column: int, columns: int, first: int, matrix: Buffer, target: Buffer) -> None:
+        operand = self.operands.setdefault(matrix, Operand(first, matrix))
+        self.terms.append(Term(column, columns, operand, target))
+
+    def _multiply(self, sums: Buffer | None = None) -> None:
         """Compute all terms; sums: what becomes the sum of the first columns over all rows, [1, columns]."""
-        script, dtype, item, lanes = self.script, self.d.r.dtype, self.grad.item, self.lanes
-        total, used = self.grad.shape[0], max([begin + count for begin, count, *_ in self.terms], default=0)
-        shares = self._shares(used)
-        self.threads, self.wait = len(shares) - 1, True
+        self._lay_out()
+        sum_units = [] if sums is None else self._units(sums, 0)
+        for begin in range(0, self.grad.shape[0], self.length):
+            end = min(begin + self.length, self.grad.shape[0])
+            rows, told = self.grad.narrow(0, begin, end - begin), self._told(begin, end)
+            read = self._read(begin, end, told)
+            self._rows(begin, end, rows, read, told)
+            for t in self.terms:
+                low, high = t.operand.part(begin, end)
+                if t.operand.rest is not None and low < high:
+                    rest = self.rests[t.target]
+                    columns = rows.narrow(0, low - begin, high - low).columns(t.column, rest.rows.shape[1])
+                    self._shared(t.operand.rest.columns(0, high - low), columns, rest.rows, rest.units, told)
+            if sums is not None:
+                unit = Buffer.new(ones(end - begin, self.d.r.dtype), (1, end - begin), rows.item)
+                self._shared(unit, rows.columns(0, sums.shape[1]), sums, sum_units, told)
+        for rest in self.rests.values():
+            self._put(rest)
+
+    def _lay_out(self) -> None:
+        """Decide how the terms are computed, and take the memory for it."""
+        item, lanes, operands = self.grad.item, self.lanes, self.operands.values()
+        total, used = self.grad.shape[0], max([t.end for t in self.terms], default=0)
+        self.shares = self._shares(used)
+        self.threads = len(self.shares) - 1
         large = used > 0 and total * self.grad.strides[0] > NEAR_BYTES
         # Whether columns of `grad` are turned, and what meets them is packed: either is read as often as the other is
         # wide.
-        turns = large and used >= TURNED_WIDTH and self._work() >= TURNED_WIDTH * used * total
+        work = sum([t.columns * t.operand.rows * t.operand.width for t in self.terms])
+        self.turns = large and used >= TURNED_WIDTH and work >= TURNED_WIDTH * used * total
         # What is copied before it is read: rows that are apart by two distances, or torn.
-        copies = large and not turns
-        copied = {o: first for *_, first, o, _ in self.terms if len(o.shape) == 3 or (copies and torn(o))}
-        most = TURNED_STRETCH if turns else COPIED_STRETCH if any(map(torn, copied)) else STRETCH
-        length = self._length(copied, most) if large else total
-        near = {o: self._room(length, o.shape[-1]) for o in copied}
-        # The last columns of a target, fewer than a vector, come about turned: as rows as wide as `grad`, whose vectors
-        # are full.
-        turned = {
-            target: (self._scratch(target.shape[1] % lanes, begin, count), begin, count)
-            for begin, count, *_, target in self.terms
-            if target.shape[1] % lanes and total * used > TURNED
-        }
-        rests = {o: self._room(o.shape[-1] % lanes, length) for *_, o, target in self.terms if target in turned}
-        direct = {o: o.shape[-1] // lanes * lanes if o in rests else o.shape[-1] for *_, o, _ in self.terms}
-        packed = {o: n for o, n in direct.items() if turns or n % lanes}
-        panels = {o: script.take(self.run.panel_size(n, length) * item) for o, n in packed.items()}
+        tears = large and not self.turns
+        copied = [o for o in operands if len(o.matrix.shape) == 3 or (tears and torn(o.matrix))]
+        most = COPIED_STRETCH if any(torn(o.matrix) for o in copied) else STRETCH
+        self.length = self._length(copied, TURNED_STRETCH if self.turns else most) if large else total
+        for o in copied:
+            o.near = self._room(self.length, o.width)
+        # Where gradients are few, what is no whole vector is packed, with the whole ones.
+        self.rests = dict[Buffer, Rest]()
+        if total * used > TURNED:
+            for o in operands:
+                o.direct = o.width // lanes * lanes
+                o.rest = self._room(o.width - o.direct, self.length) if o.direct < o.width else None
+            for t in self.terms:
+                if t.operand.rest is not None and t.target not in self.rests:
+                    rows = self._scratch(t.operand.width - t.operand.direct, t.column, t.columns)
+                    self.rests[t.target] = Rest(t, rows, self._units(rows, t.column, later=True))
+        for o in operands:
+            if self.turns or o.direct % lanes:
+                o.panel = self.script.take(self.run.panel_size(o.direct, self.length) * item)
         # A thread's share are columns of `grad`, of which it takes some at a time.
-        pieces = list(self._pieces(shares, length if turns else 1))
-        widest = max([count for *_, count in pieces], default=0)
-        rows_of = [self._room(widest, length) for _ in range(self.threads)] if turns else []
-        options = {"row_block": widest} if turns else {}
-        for begin in range(0, total, length):
-            end = min(begin + length, total)
-            told = self._told(begin, end)
-            stretch = self.grad.narrow(0, begin, end - begin)
-            shared = bool(near or panels or rests)  # memory that all threads read, and have read before it is written
-            self.wait = self.wait or shared
-            self._copy(near, copied, begin, end, told)
-            read = {}
-            for _, _, first, other, _ in self.terms:
-                low, high = self._part(begin, end, first, other)
-                if low < high and other not in read:
-                    source, at = (near[other], begin) if other in near else (other, first)
-                    x = source.narrow(0, low - at, high - low)
-                    read[other] = self._weights(x, direct[other], panels.get(other), rests.get(other), told)
-            self.wait = self.wait or shared
-            for thread, column, count in pieces:
-                rows = stretch.columns(column, count)
-                rows = self._turned(rows, rows_of[thread], told, thread) if turns else rows.turned()
-                for first_column, columns, first, other, target in self.terms:
-                    low, high = self._part(begin, end, first, other)
-                    left, right = max(column, first_column), min(column + count, first_column + columns)
-                    if low < high and left < right and direct[other]:
-                        part = rows.narrow(0, left - column, right - left).columns(low - begin, high - low)
-                        into = target.narrow(0, left - first_column, right - left).columns(0, direct[other])
-                        self._product(part, read[other], into, told, threads=1, first=thread, **options)
-            for first_column, _, first, other, target in self.terms:
-                low, high = self._part(begin, end, first, other)
-                if low < high and target in turned:
-                    here = turned[target][0]
-                    units = stretch.narrow(0, low - begin, high - low).columns(first_column, here.shape[1])
-                    self._units(rests[other].columns(0, high - low), units, here, shares, first_column, told, 1)
-            if sums is not None:
-                unit = Buffer.new(ones(end - begin, dtype), (1, end - begin), item)
-                self._units(unit, stretch.columns(0, sums.shape[1]), sums, shares, 0, told)
-        for target, (here, _, count) in turned.items():
-            self._put(here.columns(0, count), target.columns(target.shape[1] - here.shape[0], here.shape[0]))
+        self.pieces = list(self._pieces())
+        self.widest = max([count for *_, count in self.pieces], default=0)
+        self.turned = [self._room(self.widest, self.length) for _ in range(self.threads)] if self.turns else []
+        # Memory that all threads read, and have read before it is written.
+        self.common = any(o.near or o.panel or o.rest for o in operands)
 
-    def _pieces(self, shares: Sequence[int], length: int) -> Iterator[tuple[int, int, int]]:
-        """(thread, first column, columns) of so many rows of `grad` that are taken at a time."""
+    def _pieces(self) -> Iterator[tuple[int, int, int]]:
+        """(thread, first column, columns) of a stretch that are taken at a time."""
+        length = self.length if self.turns else 1
         most = max(PIECE_BYTES // (length * self.grad.item) // self.lanes, 1) * self.lanes
-        for thread, (begin, end) in enumerate(pairwise(shares)):
+        for thread, (begin, end) in enumerate(pairwise(self.shares)):
             for column in range(begin, end, most):
                 yield thread, column, min(most, end - column)
 
@@ -196,37 +245,57 @@ class OverTime:
         wait, self.wait = self.wait, False
         return wait
 
-    def _weights(
-        self, x: Buffer, direct: int, panel: Address | None, rest: Buffer | None, told: Address | None
-    ) -> Buffer | Product:
-        """What rows of `grad`, turned, are multiplied by: the first columns of x, in place, or packed where there is
-        memory for that; rest: memory for the last ones, turned."""
-        if rest is not None:
-            last = x.columns(direct, rest.shape[0])
-            into = rest.columns(0, x.shape[0])
-            turn(self.script, self.d.r.dtype, into, last, told, wait=self._waited(), label=LABEL)
-        weights = x.columns(0, direct)
-        if panel is None or not direct:
-            return weights
-        return self.run.panel(
-            self.script, weights, 0, True, [0], direct, x.shape[0], self.threads, told=told, at=panel,
-            wait=self._waited(), label=LABEL,
-        )  # fmt: skip
+    def _read(self, begin: int, end: int, told: Address | None) -> dict[Operand, Buffer | Product]:
+        """What a stretch of rows, turned, is multiplied by: columns in place, or packed. Others are turned."""
+        dtype, options = self.d.r.dtype, dict[str, Any](threads=self.threads, label=LABEL)
+        there = [(o, low, high) for o in self.operands.values() for low, high in [o.part(begin, end)] if low < high]
+        self.wait = self.wait or self.common
+        for o, low, high in there:
+            if o.near is not None:
+                part = o.narrow(low, high)
+                into = o.near.narrow(0, low - begin, high - low).by_time(part.shape[:-1])
+                add(self.script, dtype, into, part, count=told, wait=self._waited(), **options)
+        self.wait = self.wait or any(o.near is not None for o, *_ in there)
+        read = dict[Operand, Buffer | Product]()
+        for o, low, high in there:
+            x = o.narrow(low, high) if o.near is None else o.near.narrow(0, low - begin, high - low)
+            if o.rest is not None:
+                into, last = o.rest.columns(0, high - low), x.columns(o.direct, o.width - o.direct)
+                turn(self.script, dtype, into, last, told, wait=self._waited(), label=LABEL)
+            if o.direct:
+                columns = read[o] = x.columns(0, o.direct)
+                if o.panel is not None:
+                    read[o] = self.run.panel(
+                        self.script, columns, 0, True, [0], o.direct, high - low, told=told, at=o.panel,
+                        wait=self._waited(), **options,
+                    )  # fmt: skip
+        self.wait = self.wait or self.common
+        return read
 
-    def _turned(self, grad: Buffer, rows: Buffer, told: Address | None, thread: int) -> Buffer:
-        """Columns of `grad` as rows that lie together."""
-        out = rows.narrow(0, 0, grad.shape[1]).columns(0, grad.shape[0])
-        turn(self.script, self.d.r.dtype, out, grad, told, first=thread, wait=self._waited(), label=LABEL)
-        return out
+    def _rows(
+        self, begin: int, end: int, grad: Buffer, read: dict[Operand, Buffer | Product], told: Address | None
+    ) -> None:
+        """Add to all targets what a stretch of rows, from `begin` to `end`, adds: each thread to its own."""
+        options = {"row_block": self.widest} if self.turns else {}
+        for thread, column, count in self.pieces:
+            columns = grad.columns(column, count)
+            units = columns.turned()
+            if self.turns:
+                units, wait = self.turned[thread].narrow(0, 0, count).columns(0, end - begin), self._waited()
+                turn(self.script, self.d.r.dtype, units, columns, told, first=thread, wait=wait, label=LABEL)
+            for t in self.terms:
+                low, high = t.operand.part(begin, end)
+                left, right = max(column, t.column), min(column + count, t.end)
+                if t.operand in read and left < right:
+                    part = units.narrow(0, left - column, right - left).columns(low - begin, high - low)
+                    into = t.target.narrow(0, left - t.column, right - left).columns(0, t.operand.direct)
+                    self._product(part, read[t.operand], into, told, threads=1, first=thread, **options)
 
-    def _length(self, copied: Iterable[Buffer], most: int) -> int:
+    def _length(self, copied: Iterable[Operand], most: int) -> int:
         """Rows of a large `grad` that are taken at a time: whole time steps, if there are two distances."""
-        total, whole = self.grad.shape[0], max([o.shape[1] for o in copied if len(o.shape) == 3], default=1)
+        total = self.grad.shape[0]
+        whole = max([o.matrix.shape[1] for o in copied if len(o.matrix.shape) == 3], default=1)
         return -(-total // -(-total // most) // whole) * whole
-
-    def _work(self) -> int:
-        """Multiply-adds of all terms."""
-        return sum([count * self._rows(other) * other.shape[-1] for _, count, _, other, _ in self.terms])
 
     def _scratch(self, rows: int, begin: int, count: int) -> Buffer:
         """Memory of the call for rows of so many columns, those of `grad` from `begin` on: whole vectors of them, where
@@ -234,19 +303,6 @@ class OverTime:
         item, full = self.grad.item, -(-count // self.lanes) * self.lanes
         columns = full if (begin + full) * item <= self.grad.strides[0] else count
         return Buffer.new(self.script.take(rows * columns * item), (rows, columns), item)
-
-    def _copy(
-        self, near: dict[Buffer, Buffer], copied: dict[Buffer, int], begin: int, end: int, told: Address | None
-    ) -> None:
-        """Make the copies of rows from `begin` to `end`, for which what comes next waits."""
-        for other, here in near.items():
-            low, high = self._part(begin, end, copied[other], other)
-            if low < high:
-                part = self._narrowed(other, low - copied[other], high - low)
-                into = here.narrow(0, low - begin, high - low).by_time(part.shape[:-1])
-                options: dict[str, Any] = {"threads": self.threads, "wait": self._waited(), "label": LABEL}
-                add(self.script, self.d.r.dtype, into, part, count=told, **options)
-        self.wait = self.wait or bool(near)
 
     def _product(
         self, x: Buffer, weight: Buffer | Product, target: Buffer, told: Address | None, **options: Any
@@ -259,47 +315,39 @@ class OverTime:
         )  # fmt: skip
         self.begun.add(target)
 
-    def _units(
-        self,
-        x: Buffer,
-        weight: Buffer,
-        target: Buffer,
-        shares: list[int],
-        begin: int,
-        told: Address | None,
-        most: int = 0,
-    ) -> None:
-        """The same where units, which are columns of `grad` from `begin` on, are shared: in whole tiles, for sums to be
-        the same. most: 1 if what is no whole tile is the earlier thread's."""
+    def _units(self, target: Buffer, begin: int, later: bool = False) -> list[Units]:
+        """How units, which are columns of `grad` from `begin` on, are shared: in whole tiles, for sums to be the same,
+        of which a thread has those that begin in its share of `grad`, or end there, if later."""
         widths = self.run.shapes[0].widths
         tile, whole = widths[0 if target.shape[0] == 1 else 1], target.shape[1] // self.lanes
-        vectors = [max(c - begin, 0) // self.lanes + most * (tile - 1) for c in shares[:-1]]
+        vectors = [max(c - begin, 0) // self.lanes + later * (tile - 1) for c in self.shares[:-1]]
         cuts = [min(k // tile * tile, whole) for k in vectors]
-        whole *= self.lanes
-        for first, count, table in (
-            (0, whole, [*cuts, whole // self.lanes]),
-            (whole, target.shape[1] - whole, [*[0] * self.threads, 1]),
-        ):
-            if count:
-                part = target.columns(first, count)
-                self._product(
-                    x, weight.columns(first, count), part, told, threads=self.threads, shares=self.script.table(table),
-                    split="units",
-                )  # fmt: skip
+        full = whole * self.lanes
+        parts = (0, full, [*cuts, whole]), (full, target.shape[1] - full, [*[0] * self.threads, 1])
+        return [Units(column, columns, self.script.table(table)) for column, columns, table in parts if columns]
 
-    def _put(self, turned: Buffer, target: Buffer) -> None:
+    def _shared(self, x: Buffer, weight: Buffer, target: Buffer, units: list[Units], told: Address | None) -> None:
+        """Add x @ weight to a target, with units shared."""
+        options = {"threads": self.threads, "split": "units"}
+        for column, columns, shares in units:
+            part = weight.columns(column, columns)
+            self._product(x, part, target.columns(column, columns), told, shares=shares, **options)
+
+    def _put(self, rest: Rest) -> None:
         """Put in a target's place what came about turned."""
-        back = self._room(turned.shape[1], turned.shape[0])
-        turn(self.script, self.d.r.dtype, back, turned, threads=self.threads, label=LABEL)
-        add(self.script, self.d.r.dtype, target, back, threads=self.threads, label=LABEL)
+        operand, target, dtype = rest.term.operand, rest.term.target, self.d.r.dtype
+        rows = rest.rows.columns(0, rest.term.columns)
+        back = self._room(rest.term.columns, rows.shape[0])
+        turn(self.script, dtype, back, rows, threads=self.threads, label=LABEL)
+        add(self.script, dtype, target.columns(operand.direct, rows.shape[0]), back, threads=self.threads, label=LABEL)
 
     def _shares(self, columns: int) -> list[int]:
         """Whole vectors of columns of `grad` at which the threads' shares begin, and the end: as much for each."""
         lanes = self.lanes
         costs = [0] * -(-columns // lanes)
-        for begin, count, _, other, _ in self.terms:
-            for k in range(begin // lanes, -(-(begin + count) // lanes)):
-                costs[k] += self._rows(other) * other.shape[-1]
+        for t in self.terms:
+            for k in range(t.column // lanes, -(-t.end // lanes)):
+                costs[k] += t.operand.rows * t.operand.width
         done = list(accumulate(costs, initial=0))
         threads = min(share(columns, 2 * lanes * done[-1], self.d.team).threads, len(costs))
         goals = [done[-1] * k / threads for k in range(1, threads)]
@@ -310,21 +358,6 @@ class OverTime:
         if not self.packed:
             return None
         return self.call.number(lambda s: min(max(s.total - begin, 0), end - begin))
-
-    def _part(self, begin: int, end: int, first: int, other: Buffer) -> tuple[int, int]:
-        """Which rows of all steps from `begin` to `end` there are of what begins at row `first`."""
-        return max(begin, first), min(end, first + self._rows(other))
-
-    @staticmethod
-    def _narrowed(other: Buffer, begin: int, count: int) -> Buffer:
-        """`count` rows of all steps, from one on."""
-        if len(other.shape) == 2:
-            return other.narrow(0, begin, count)
-        return other.narrow(0, begin // other.shape[1], count // other.shape[1])
-
-    @staticmethod
-    def _rows(other: Buffer) -> int:
-        return other.shape[0] if len(other.shape) == 2 else other.shape[0] * other.shape[1]
 
     def _biases(self, sums: Buffer, targets: Sequence[tuple[Buffer, dict[str, int]]]) -> None:
         """Gradients of biases out of the sums over all rows."""

@@ -18,6 +18,8 @@ from numba.core import cgutils
 I1, I32, I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
 
 
+# Constants are kept, with their text: to write them out again and again was half the time that it took to emit code.
+@lru_cache(maxsize=4096)
 def i64(n: int) -> ir.Constant:
     """A 64-bit constant."""
     return ir.Constant(I64, n)
@@ -78,9 +80,18 @@ def polynomial(name: str, degree: int, centred: bool = False) -> tuple[float, ..
 
 @lru_cache(maxsize=4096)
 def _splat(scalar: ir.Type, lanes: int, number: float, negative: bool) -> ir.Constant:
-    """The same number in all lanes, which is written out once: constants were half the time that it took to emit code.
-    negative: its sign, which tells the zeros apart."""
+    """The same number in all lanes. negative: its sign, which tells the zeros apart."""
     return ir.Constant(ir.VectorType(scalar, lanes), [ir.Constant(scalar, number)] * lanes)
+
+
+@lru_cache(maxsize=4096)
+def _lanes(*lanes: int) -> ir.Constant:
+    return ir.Constant(ir.VectorType(I32, len(lanes)), lanes)
+
+
+@lru_cache
+def _undefined(kind: ir.Type) -> ir.Constant:
+    return ir.Constant(kind, ir.Undefined)
 
 
 class Vector:
@@ -106,12 +117,12 @@ class Vector:
         return self.b.call(function, args)
 
     def splat(self, scalar):
-        one = self.b.insert_element(ir.Constant(self.type, ir.Undefined), scalar, ir.Constant(I32, 0))
+        one = self.b.insert_element(_undefined(self.type), scalar, ir.Constant(I32, 0))
         return self.shuffle(one, one, [0] * self.lanes)
 
     def shuffle(self, a, b, lanes: list[int]):
         """The given lanes of a (0 to lanes - 1) and b (from `lanes` on)."""
-        return self.b.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+        return self.b.shuffle_vector(a, b, _lanes(*lanes))
 
     def pointer(self, address, element):
         return self.b.inttoptr(address, element.as_pointer())

@@ -211,8 +211,18 @@ def _compile(source: Callable | Linked) -> tuple[Any, Any]:
     # The tile is vector code already; unrolling or vectorising around it only costs registers.
     tuning = llvm.create_pipeline_tuning_options(speed_level=1)
     tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False
-    passes = llvm.create_pass_builder(machine, tuning)
-    passes.getModulePassManager().run(module, passes)
+    builder = llvm.create_pass_builder(machine, tuning)
+    # First all is put together: LLVM's own order works through a function before it is inlined, and after that again.
+    whole = llvm.create_new_module_pass_manager()
+    whole.add_always_inliner_pass()
+    whole.add_sroa_pass()
+    whole.add_ipsccp_pass()
+    whole.add_global_opt_pass()
+    whole.add_global_dead_code_eliminate_pass()
+    whole.run(module, builder)
+    for function in module.functions:
+        if not function.is_declaration:
+            builder.getFunctionPassManager().run(function, builder)
     return machine, module
 
 

@@ -220,31 +220,57 @@ class Tile(Emitter):
     def dots(self, sums: dict, parts: list) -> dict:
         """sums + rows @ weights for one row and one vector of units, by dot products with the weight matrices'
         own rows. parts: of the depth, (number of a segment, segment, begin, end)."""
-        b, v, found = self.b, self.v, dict(sums)
-        for a in sorted(self.summed):
+        b, v = self.b, self.v
+
+        def found(number) -> list:
             lanes = [v.const(0.0)] * v.lanes
             for j, segment, begin, end in parts:
-                if a in segment.targets:
-                    pointers = self.weight_rows(a, j, segment, [i64(i) for i in range(v.lanes)])
-                    lanes = self.dot(self.row_addresses(segment.rows)[0], pointers, begin, end, lanes)
-            found[0, 0, a] = b.fadd(found[0, 0, a], v.sums(lanes))
-        return found
+                pointers, end = self.weight_rows(number, j, segment, [i64(i) for i in range(v.lanes)], begin, end)
+                lanes = self.dot(self.row_addresses(segment.rows)[0], pointers, begin, end, lanes)
+            return [v.sums(lanes)]
 
-    def weight_rows(self, a: int, j: int, segment, units: list) -> list:
-        """Where the rows of a weight matrix begin that an accumulator takes up from a segment, for some of a vector's
-        units: those that do not exist repeat the last one that does, and nobody stores their results."""
+        more = self.of_each_gate(found)
+        return {key: b.fadd(x, more[key]) for key, x in sums.items()}
+
+    def of_each_gate(self, found: Callable) -> dict:
+        """What `found` returns for each accumulator's number, a list of a sum for each row. A loop: code for each of
+        them would be half of a kernel."""
+        b, numbers = self.b, i64(len(self.summed))
+        with b.goto_entry_block():
+            sums = b.alloca(ir.ArrayType(ir.ArrayType(self.v.type, self.rows), len(self.summed)))
+
+        def some(number, _):
+            for m, x in enumerate(found(number)):
+                b.store(x, b.gep(sums, [i64(0), number, i64(m)]))
+            return []
+
+        counted(b, i64(0), numbers, 1, [], some)
+        places = {(m, 0, a): (i64(n), i64(m)) for n, a in enumerate(sorted(self.summed)) for m in range(self.rows)}
+        return {key: b.load(b.gep(sums, [i64(0), *place])) for key, place in places.items()}
+
+    def weight_rows(self, number, j: int, segment, units: list, begin, end) -> tuple:
+        """Where the rows of a weight matrix begin that an accumulator, by its number, takes up from a segment, for some
+        of a vector's units, and where the depth ends. Units that do not exist repeat the last one that does, and nobody
+        stores their results; an accumulator may take up nothing."""
         b = self.b
-        gate = segment.weights.gates[segment.targets.index(a)]
-        block = self.gates.index(gate) if gate in self.gates else 0
+        blocks = list[int]()
+        for a in sorted(self.summed):
+            gate = segment.weights.gates[segment.targets.index(a)] if a in segment.targets else None
+            blocks.append(-1 if gate is None else self.gates.index(gate) if gate in self.gates else 0)
+        block = i64(blocks[-1])
+        for n, one in enumerate(blocks[:-1]):
+            block = b.select(b.icmp_signed("==", number, i64(n)), i64(one), block)
+        if -1 in blocks:
+            end = b.select(b.icmp_signed("<", block, i64(0)), begin, end)
         weights, vector, line, grow = (self.segment_word(j, n) for n in ("weights", "vector", "line", "grow"))
-        base = b.add(b.add(weights, b.mul(self.arg["unit"], vector)), b.mul(grow, i64(block)))
+        base = b.add(b.add(weights, b.mul(self.arg["unit"], vector)), b.mul(grow, block))
         if self.last_unit is not None:
             units = [b.select(b.icmp_signed("<", i, self.last_unit), i, self.last_unit) for i in units]
-        return [b.add(base, b.mul(unit, line)) for unit in units]
+        return [b.add(base, b.mul(unit, line)) for unit in units], end
 
     def dots_of_rows(self, sums: dict, parts: list) -> dict:
         """The same for several rows, of a few units at a time: of the weights, each number is read for all rows."""
-        b, v, found = self.b, self.v, dict(sums)
+        b, v = self.b, self.v
         count, rows = min(DOT_UNITS, v.lanes), range(self.rows)
         groups = v.lanes // count
         with b.goto_entry_block():
@@ -256,16 +282,15 @@ class Tile(Emitter):
         there = i64(groups)
         if self.partial:  # groups of units that do not exist are left out: nobody stores what comes of their places
             there = b.udiv(b.add(self.last_unit, i64(count)), i64(count))
-        for a in sorted(self.summed):
 
-            def some(group, _, a=a, ahead=False):
+        def found(number) -> list:
+            def some(group, _, ahead=False):
                 units = [b.add(b.mul(group, i64(count)), i64(i)) for i in range(count)]
                 keys = [(m, i) for m in rows for i in range(count)]
                 dots = dict.fromkeys(keys, v.const(0.0))
                 for j, segment, begin, end in parts:
-                    if a in segment.targets:
-                        pointers = self.weight_rows(a, j, segment, units)
-                        dots = self.dots_along(self.row_addresses(segment.rows), pointers, begin, end, dots, ahead)
+                    pointers, end = self.weight_rows(number, j, segment, units, begin, end)
+                    dots = self.dots_along(self.row_addresses(segment.rows), pointers, begin, end, dots, ahead)
                 for m in rows:
                     b.store(v.sums([dots[m, i] for i in range(count)]), place(m, group))
                 return []
@@ -273,10 +298,10 @@ class Tile(Emitter):
             if self.partial:  # an input of few columns may be far; a first group reads it, others find it near
                 some(i64(0), [], ahead=True)
             counted(b, i64(int(self.partial)), there, 1, [], some)
-            for m in rows:
-                whole = v.sums([b.load(place(m, i64(group))) for group in range(groups)], count)
-                found[m, 0, a] = b.fadd(found[m, 0, a], whole)
-        return found
+            return [v.sums([b.load(place(m, i64(group))) for group in range(groups)], count) for m in rows]
+
+        more = self.of_each_gate(found)
+        return {key: b.fadd(x, more[key]) for key, x in sums.items()}
 
     def dots_along(self, rows: list, pointers: list, begin, end, sums: dict, ahead: bool) -> dict:
         """sums, by row and pointer, + row[begin:end] * the numbers that the pointer points to. ahead: the rows of the
