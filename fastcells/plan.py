@@ -12,6 +12,7 @@ NEAR_BYTES = 1 << 15  # that a first-level cache may hold
 BESIDE_STEPS = 32  # from which on most input projections of one sequence can be made beside its recurrence
 FAR_BYTES = 1 << 23  # of all weights, which a process's share of a third-level cache still holds
 FUSED_ROWS = 12  # of a step, from which on reading the input's weights at each costs less than to store its products
+FETCHED_INPUTS = 18  # for each of these rows, from which on it costs more where the weights are far, and slow to come
 STORED_DEPTH = 10  # of a product, that takes as long as to store its result and to load it again
 FOLDED_DEPTH = 64  # of a dot product, that takes as long as to fold its sums
 DOT_UNITS = 4  # whose dot products with several rows are made at a time
@@ -37,7 +38,7 @@ class Shape(NamedTuple):
     blocks of weight rows; depth: of the recurrent product (H, or the projected size); item: bytes of a number; threads:
     at most, of all directions; training: weights are new at each call, and backward products follow; apart: the cell
     needs its input projections before the time loop; rides: kernels can make them beside the recurrence of a single
-    sequence; lanes: units to whose multiples tiles fill up each gate."""
+    sequence; lanes: units to whose multiples tiles fill up each gate; distant: a third-level cache is slow."""
 
     steps: int
     rows: int
@@ -53,6 +54,7 @@ class Shape(NamedTuple):
     apart: bool = False
     rides: bool = False
     lanes: int = 1
+    distant: bool = False
 
 
 class Share(NamedTuple):
@@ -106,6 +108,8 @@ def plan(shape: Shape) -> Plan:
         project_ahead, why = True, "its weights are read once, as they are"
     elif shape.rows < FUSED_ROWS:
         project_ahead, why = True, f"{shape.rows} row(s) a step do not pay for reading the input weights each time"
+    elif shape.distant and weight_bytes > AHEAD_BYTES and shape.inputs > FETCHED_INPUTS * shape.rows:
+        project_ahead, why = True, f"{shape.rows} rows a step do not pay for fetching weights of {shape.inputs} inputs"
     elif weight_bytes > FAR_BYTES:
         project_ahead, why = True, f"all {weight_bytes:,} bytes of weights are more than caches keep from step to step"
     elif fills(shape) * shape.inputs > STORED_DEPTH * shape.gates * shape.hidden:

@@ -67,6 +67,20 @@ def test_gates_of_few_units_meet_a_wide_input_side_by_side(changes, ahead):
 
 
 @pytest.mark.parametrize(
+    ("changes", "ahead"),
+    [
+        ({}, True),
+        ({"distant": False}, False),
+        ({"rows": 48}, False),  # as many for each weight as it takes to fetch it
+        ({"hidden": 100, "depth": 100}, False),  # near, all of them
+    ],
+)
+def test_weights_of_the_input_that_are_slow_to_come_are_not_fetched_at_each_step(changes, ahead):
+    sizes = {"inputs": 600, "hidden": 600, "depth": 600, "gates": 1, "distant": True} | changes
+    assert plan(shape(**sizes)).project_ahead == ahead
+
+
+@pytest.mark.parametrize(
     ("changes", "dots"),
     [
         ({"inputs": 512, "hidden": 3}, True),

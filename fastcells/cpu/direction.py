@@ -377,5 +377,6 @@ def planned(
             r.programs.ahead,
             sequences.tables is None and r.forward.rides,
             r.forward.grain,
+            host().distant,
         )
     )
