@@ -82,8 +82,8 @@ def wanted(
     names: Sequence[str], dtypes: Sequence[torch.dtype], project: bool, sizes: Sequence[int] = ()
 ) -> list[Wanted]:
     """Every kernel of layers of these cells, those that take longest to compile first: but after the first of them
-    those that have no loops over time, which are lowered meanwhile, once for all that have. sizes: the hidden sizes,
-    where they are known."""
+    those of `ONCE`. They have no loops over time, which are lowered meanwhile, once for all that have. sizes: the
+    hidden sizes, where they are known."""
     widest = {dtype: host().lanes(dtype.itemsize) for dtype in dtypes}
     widths = {dtype: {host().lanes(dtype.itemsize, size) for size in sizes} or {widest[dtype]} for dtype in dtypes}
     found = [

@@ -591,15 +591,21 @@ def test_explain_counts_the_tokens(monkeypatch):
     [("LSTM", {"bidirectional": True}), ("LSTM", {"proj_size": 5}), ("GRU", {"num_layers": 2}), ("RNN", {})],
     ids=str,
 )
-def test_packed_batches_of_other_lengths_share_what_was_made_ready(kind, options, training, threads, monkeypatch):
+@pytest.mark.parametrize("turned", [0, 1 << 30], ids=["turned", "copied"])
+def test_packed_batches_of_other_lengths_share_what_was_made_ready(
+    kind, options, training, threads, turned, monkeypatch
+):
     """Of as many sequences and about as many steps of all of them: told at each call, they give what torch.nn gives,
-    also where gradients of weights are summed up some rows at a time, of which the last ones may not be there."""
+    also where gradients of weights are summed up some rows at a time, of which the last ones may not be there: turned,
+    or what meets them copied."""
     for module, name, value in (
         (plan, "THREAD_FLOPS", 0),
         (gradients, "NEAR_BYTES", 0),
         (gradients, "STRETCH", 7),
+        (gradients, "COPIED_STRETCH", 7),
+        (gradients, "WIDE_BYTES", 0),
         (gradients, "TURNED_STRETCH", 7),
-        (gradients, "TURNED_WIDTH", 0),
+        (gradients, "TURNED_WIDTH", turned),
     ):
         monkeypatch.setattr(module, name, value)
     made = []

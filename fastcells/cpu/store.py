@@ -220,9 +220,10 @@ def _compile(source: Callable | Linked) -> tuple[Any, Any]:
     whole.add_global_opt_pass()
     whole.add_global_dead_code_eliminate_pass()
     whole.run(module, builder)
+    each = builder.getFunctionPassManager()
     for function in module.functions:
         if not function.is_declaration:
-            builder.getFunctionPassManager().run(function, builder)
+            each.run(function, builder)
     return machine, module
 
 

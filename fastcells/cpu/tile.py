@@ -220,7 +220,7 @@ class Tile(Emitter):
     def dots(self, sums: dict, parts: list) -> dict:
         """sums + rows @ weights for one row and one vector of units, by dot products with the weight matrices'
         own rows. parts: of the depth, (number of a segment, segment, begin, end)."""
-        b, v = self.b, self.v
+        v = self.v
 
         def found(number) -> list:
             lanes = [v.const(0.0)] * v.lanes
@@ -229,24 +229,23 @@ class Tile(Emitter):
                 lanes = self.dot(self.row_addresses(segment.rows)[0], pointers, begin, end, lanes)
             return [v.sums(lanes)]
 
-        more = self.of_each_gate(found)
-        return {key: b.fadd(x, more[key]) for key, x in sums.items()}
+        return self.with_each_gate(sums, found)
 
-    def of_each_gate(self, found: Callable) -> dict:
-        """What `found` returns for each accumulator's number, a list of a sum for each row. A loop: code for each of
-        them would be half of a kernel."""
+    def with_each_gate(self, sums: dict, found: Callable) -> dict:
+        """sums + what `found` returns for each accumulator's number, a list of a sum for each row. A loop: code for
+        each of them would be half of a kernel."""
         b, numbers = self.b, i64(len(self.summed))
         with b.goto_entry_block():
-            sums = b.alloca(ir.ArrayType(ir.ArrayType(self.v.type, self.rows), len(self.summed)))
+            more = b.alloca(ir.ArrayType(ir.ArrayType(self.v.type, self.rows), len(self.summed)))
 
         def some(number, _):
             for m, x in enumerate(found(number)):
-                b.store(x, b.gep(sums, [i64(0), number, i64(m)]))
+                b.store(x, b.gep(more, [i64(0), number, i64(m)]))
             return []
 
         counted(b, i64(0), numbers, 1, [], some)
         places = {(m, 0, a): (i64(n), i64(m)) for n, a in enumerate(sorted(self.summed)) for m in range(self.rows)}
-        return {key: b.load(b.gep(sums, [i64(0), *place])) for key, place in places.items()}
+        return {key: b.fadd(sums[key], b.load(b.gep(more, [i64(0), *place]))) for key, place in places.items()}
 
     def weight_rows(self, number, j: int, segment, units: list, begin, end) -> tuple:
         """Where the rows of a weight matrix begin that an accumulator, by its number, takes up from a segment, for some
@@ -300,8 +299,7 @@ class Tile(Emitter):
             counted(b, i64(int(self.partial)), there, 1, [], some)
             return [v.sums([b.load(place(m, i64(group))) for group in range(groups)], count) for m in rows]
 
-        more = self.of_each_gate(found)
-        return {key: b.fadd(x, more[key]) for key, x in sums.items()}
+        return self.with_each_gate(sums, found)
 
     def dots_along(self, rows: list, pointers: list, begin, end, sums: dict, ahead: bool) -> dict:
         """sums, by row and pointer, + row[begin:end] * the numbers that the pointer points to. ahead: the rows of the
