@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -28,11 +30,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         status = arguments.run(arguments)
+        sys.stdout.flush()
     except ModuleNotFoundError as error:
         said = extras.hint(error)
         if said is None:
             raise
         sys.exit(said)
+    except BrokenPipeError:  # whoever reads has enough; nothing is left to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"cannot write: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
     if status:

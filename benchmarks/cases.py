@@ -275,6 +275,11 @@ class Kept(NamedTuple):
     suite: str
     threads: int | None
 
+    def cases(self) -> list[Case]:
+        """Those that are shown."""
+        cases = SUITES[self.suite].cases()
+        return cases if self.threads is None else [replace(case, threads=self.threads) for case in cases]
+
 
 FIGURES = {
     "core_one_thread": Kept("core", 1),

@@ -39,8 +39,8 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run_run, fail=parser.error)
 
     parser = commands.add_parser("compare", help="what moved between two files of results, beyond the noise of both")
-    parser.add_argument("before", type=Path, metavar="A")
-    parser.add_argument("after", type=Path, metavar="B")
+    parser.add_argument("before", type=Path, metavar="A", help="results of run, before a change")
+    parser.add_argument("after", type=Path, metavar="B", help="and after it")
     parser.add_argument("--all", action="store_true", help="also what did not move")
     steady = "provider by whose time all others are divided, so that the machine's own drift cancels out"
     parser.add_argument("--reference", metavar="NAME", default="torch.nn", help=f"{steady}; default: torch.nn")
@@ -48,7 +48,7 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run_compare, fail=parser.error)
 
     parser = commands.add_parser("report", help="Markdown and plots of a file of results")
-    parser.add_argument("results", type=Path, metavar="FILE")
+    parser.add_argument("results", type=Path, metavar="FILE", help="results of run")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: that of FILE, named like it")
     parser.set_defaults(run=run_report, fail=parser.error)
 
@@ -159,22 +159,30 @@ def minutes(cases: list[Case], suite: str) -> float:
 def execute(
     cases: list[Case], names: list[str] | None, suite: str, limit: float, out: Path, arguments: argparse.Namespace
 ) -> tuple[Any, bool]:
-    """(results, whether Ctrl-C stopped it) of measuring the cases, which are written to `out` line by line."""
+    """(results, whether Ctrl-C stopped it) of measuring the cases, which are written to `out` line by line. What is
+    there before stays until there is a measurement."""
     from benchmarks import results, runner, show
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        file = out.open("w")
+        file = out.open("a")
     except OSError as error:
         arguments.fail(f"argument --out: cannot write {str(out)!r}: {error.strerror}")
-    measured = results.Results({}, [])
-    stopped = False
+    measured, waiting = results.Results({}, []), list[str]()
+    begun = stopped = False
     with file, show.Progress(cases) as progress:
         try:
             for text in runner.run(cases, names, suite, limit, progress.done):
-                file.write(text)
-                file.flush()
                 row = measured.add(text)
+                waiting.append(text)
+                if not begun and row is not None and row.status != "late":
+                    begun = True
+                    if out.stat().st_size:
+                        file.truncate(0)
+                if begun:
+                    file.writelines(waiting)
+                    file.flush()
+                    waiting.clear()
                 if row is not None:
                     progress.now(row.case)
         except KeyboardInterrupt:
@@ -182,7 +190,10 @@ def execute(
         except runner.Broken as error:
             sys.exit(f"{error}; what was measured before is in {os.fspath(out)}")
     show.results(measured)
-    print(f"results: {os.fspath(out)}" + (", up to where it was stopped" if stopped else ""))
+    if begun:
+        print(f"results: {os.fspath(out)}" + (", up to where it was stopped" if stopped else ""))
+    else:
+        print(f"nothing was measured: {os.fspath(out)} is as it was")
     return measured, stopped
 
 
@@ -222,9 +233,14 @@ def run_figures(arguments: argparse.Namespace) -> int | None:
     kept = FIGURES[arguments.name]
     if arguments.results is not None:
         measured = read(arguments, arguments.results)
+        if missing := set(kept.cases()) - measured.by_case.keys():
+            arguments.fail(
+                f"argument --results: {len(missing)} cases of {arguments.name} are not in {str(arguments.results)!r}, "
+                f"such as {min(map(str, missing))}"
+            )
     else:
         arguments.threads = kept.threads
-        cases = at_threads(SUITES[kept.suite].cases(), arguments)
+        cases = at_threads(kept.cases(), arguments)
         out = Path("results") / f"{arguments.name}.jsonl"
         measured, stopped = execute(cases, None, kept.suite, SUITES[kept.suite].minutes, out, arguments)
         if stopped:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import sleep
@@ -25,8 +26,8 @@ def idlest(count: int, seconds: float = 0.3) -> list[int]:
     """Those cores of this process on which the least else is running."""
 
     def idle() -> dict[int, int]:
-        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line[:4] > "cpu "]
-        return {int(line[0][3:]): int(line[4]) for line in lines if line[0].startswith("cpu")}
+        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines() if re.match(r"cpu\d", line)]
+        return {int(line[0][3:]): int(line[4]) for line in lines}
 
     if not Path("/proc/stat").exists():
         return cores()[:count]
@@ -37,7 +38,7 @@ def idlest(count: int, seconds: float = 0.3) -> list[int]:
 
 
 def pin(threads: int) -> None:
-    """Give this process that many cores and threads. To be called before anything that starts threads is imported."""
+    """Give this process that many cores and threads. Libraries see the number only if they are imported later."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, idlest(threads))
     for library in "OMP", "MKL", "OPENBLAS":

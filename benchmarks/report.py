@@ -151,7 +151,7 @@ def plain(results: Results) -> Figure | None:
 
 
 def scaling(results: Results) -> Figure | None:
-    """Time against T, N, H and threads, each where at least three cases (two for threads) differ in that alone."""
+    """Time against T, N, H and threads, each where at least four cases (two for threads) differ in that alone."""
     drawn: list[tuple[str, str, list[Case]]] = []
     modes: dict[str, list[Case]] = {}
     for case in results.by_case:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
 import json
 import math
@@ -184,7 +185,10 @@ def check_plot(arguments: argparse.Namespace) -> None:
         arguments.fail(f"argument --plot: cannot write {str(plot)!r}; endings: {', '.join(sorted(endings))}")
     try:
         plot.parent.mkdir(parents=True, exist_ok=True)
+        there = plot.exists()
         plot.open("ab").close()
+        if not there:
+            plot.unlink()
     except OSError as error:
         arguments.fail(f"argument --plot: cannot write {str(plot)!r}: {error.strerror}")
 
@@ -399,10 +403,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
-        sys.exit("matplotlib is not installed: pip install fastcells[bench]")
+        sys.exit("matplotlib is not installed: pip install matplotlib")
     except BrokenPipeError:  # whoever reads has enough; nothing is left to be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"cannot write: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -13,7 +13,19 @@ from functools import partial
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
-from .expression import Node, Value, bare, comparing, is_condition, is_reduction, leaf, number, reached, topological
+from .expression import (
+    SINGLE,
+    Node,
+    Value,
+    bare,
+    comparing,
+    is_condition,
+    is_reduction,
+    leaf,
+    number,
+    reached,
+    topological,
+)
 from .outside import Outside
 
 MISTAKES = TypeError, AttributeError, ValueError, ArithmeticError, NameError, RecursionError
@@ -41,14 +53,22 @@ class Names(SimpleNamespace):
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"there is no {name!r}, only {', '.join(self.__dict__)}")
 
+    def _is_no_value(self, *_: Any) -> Any:
+        raise TypeError(
+            f"x, u, s and p are no values: write x.g, u.g, s.h or p.w. Here there are {', '.join(self.__dict__)}"
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __iter__ = __getitem__ = _is_no_value
+
 
 class Cell:
     """A recurrent cell, callable as the function that it was declared from. Made by the decorator `cell`.
 
     Attributes: `name`, `gates` (order of the blocks in weight_ih and weight_hh), `states` (the first one, the hidden
     state, is the layer's output and enters the recurrent products), `parameters` (tensors of its own, [H] each),
-    `scalars` (numbers of its own), `inputs` ([N, H] each, the same at all steps), `step_inputs` ([T, N, H] each) and
-    `key`, which stands for the cell in compiled and exported programs (`registered`).
+    `scalars` (numbers of its own), `inputs` ([N, H] each, the same at all steps), `step_inputs` ([T, N, H] each, or
+    [T, N, 1] for those that are `marks`, which have no gradients), and `key`, which stands for the cell in compiled and
+    exported programs (`registered`).
     """
 
     initial: Mapping[str, float] = MappingProxyType({})  # first values of parameters and scalars that have one
@@ -65,10 +85,12 @@ class Cell:
         scalars: Sequence[str] = (),
         inputs: Sequence[str] = (),
         step_inputs: Sequence[str] = (),
+        marks: Sequence[str] = (),
     ) -> None:
         self.function, self.name, self.gates, self.states = function, name, tuple(gates), tuple(states)
         self.parameters, self.scalars = tuple(parameters), tuple(scalars)
-        self.inputs, self.step_inputs = tuple(inputs), tuple(step_inputs)
+        self.inputs, self.step_inputs = tuple(inputs), (*step_inputs, *marks)
+        self.marks = tuple(marks)
         self._traced: tuple[Node, ...] | None = None
         self.outside: Outside | None = None  # what the function reads, once kernels were derived
         self.__doc__ = function.__doc__
@@ -101,7 +123,7 @@ class Cell:
             found = None
         if found is not self:
             raise pickle.PicklingError(
-                f"cell {self.name}: it is pickled by its name, but {'.'.join(where)} is "
+                f"cell {self.name}: it is pickled by its name, but {'.'.join(map(str, where))} is "
                 f"{'not to be found' if found is None else 'another object by now'}. Declare it at the top of a module."
             )
         return _lookup, where
@@ -146,7 +168,7 @@ class Cell:
 
     def trace(self) -> tuple[Node, ...]:
         """The new states as expression graphs: over leaves ("x", gate), ("s", state), ("p", parameter),
-        ("scalar", ...), ("input", ...), ("step_input", ...), and nodes "product"."""
+        ("scalar", ...), ("input", ...), ("step_input", ...), ("mark", ...), and nodes "product"."""
         if self._traced is None:
             self.outside, self._traced = Outside(self.function), self._trace()
         else:
@@ -188,7 +210,9 @@ class Cell:
 
     def _states(self) -> tuple[Node, ...]:
         x = {g: leaf("x", g) for g in self.gates}
-        kinds = {"p": self.parameters, "scalar": self.scalars, "input": self.inputs, "step_input": self.step_inputs}
+        by_unit = self.step_inputs[: len(self.step_inputs) - len(self.marks)]
+        kinds = {"p": self.parameters, "scalar": self.scalars, "input": self.inputs, "step_input": by_unit}
+        kinds["mark"] = self.marks
         with comparing():
             states = self.step(
                 x,
@@ -221,7 +245,7 @@ def _traced_product(gate: str, vector: Any) -> Node:
 def _by_unit(node: Node) -> bool:
     """Whether the units have numbers of their own."""
     found = reached([node], lambda n: n.op == "product" or is_reduction(n))
-    return any([n.op == "product" or (n.op == "leaf" and n.value[0] != "scalar") for n in found])
+    return any([n.op == "product" or (n.op == "leaf" and n.value[0] not in SINGLE) for n in found])
 
 
 _REGISTERED: dict[str, Cell] = {}

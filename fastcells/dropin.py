@@ -301,7 +301,7 @@ class DropIn(torch.nn.Module):
     def _laid_out(self, input: Any, batch: Batch, y: Tensor, states: tuple[Tensor, ...]) -> Any:
         """What the module returns of the last layer's output and all final states."""
         if len(batch.leading) != 2:
-            states = tuple([state.view(*batch.leading, state.shape[-1]) for state in states])
+            states = tuple([UNSHARED(state, [*batch.leading, state.shape[-1]]) for state in states])
         return self._result(input, batch, y, states if len(states) > 1 else states[0])
 
     def _run_rounded(self, input: Any, call: Call, layer: Callable, return_cell_states: bool) -> Any:
@@ -343,6 +343,10 @@ class DropIn(torch.nn.Module):
     def _result(self, input: Any, batch: Batch, y: Tensor, states: Any) -> Any:
         """What the module returns. `states`: one Tensor or a tuple of them, in the caller's shape."""
         raise NotImplementedError
+
+
+UNSHARED = torch.ops.aten._unsafe_view.default
+"""What nobody else has, in another shape: no view of it, which could not be detached in place."""
 
 
 def taken_strided(t: Tensor) -> None:

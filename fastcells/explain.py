@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +40,7 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None, **options: Any)
     forward: lengths, reset, and so on. Raises TypeError for other modules and options, and what the call raises for
     options that are wrong.
     """
-    name = repr(module)
+    name = f"{type(module).__name__}({module.extra_repr()})"
     if isinstance(module, (original.RNNBase, original.RNNCellBase)) and not isinstance(module, DropIn):
         reason = left(module)
         change = (
@@ -49,15 +49,30 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None, **options: Any)
         return Explanation(name, "torch", (f"a torch.nn module: {change}",))
     if not isinstance(module, DropIn):
         raise TypeError(f"explain: module must be a recurrent layer or cell, got {type(module).__name__}")
+    found = examined(module, input, hx, options)
+    return Explanation(name, found.route, found.reasons)
+
+
+class Examined(NamedTuple):
+    """What an `Explanation` says. input: what the layers take, packed where they are not told of lengths; layers: those
+    that the engine runs."""
+
+    route: str
+    reasons: tuple[str, ...]
+    input: Any
+    layers: Sequence[Layer] = ()
+
+
+def examined(module: DropIn, input: Any, hx: Any, options: dict[str, Any]) -> Examined:
+    """`explain` of a module of ours."""
     known = signature(OverTime.forward if isinstance(module, OverTime) else DropIn.forward).parameters
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"explain: options must be arguments of {type(module).__name__}'s calls, got {unknown[0]}")
     with torch.random.fork_rng(devices=[]):  # masks are drawn as in a call
-        return Explanation(name, *_explained(module, input, hx, options))
+        return _examined(module, input, hx, options)
 
 
-def _explained(module: DropIn, input: Any, hx: Any, options: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """Route and reasons."""
+def _examined(module: DropIn, input: Any, hx: Any, options: dict[str, Any]) -> Examined:
     within, third = None, bool(options.get("return_cell_states"))
     if isinstance(module, OverTime):
         input, hx, within, _ = module._resolved(input, hx, **options)
@@ -68,15 +83,16 @@ def _explained(module: DropIn, input: Any, hx: Any, options: dict[str, Any]) -> 
         if not (third or module._in_torch_form()):
             form = "torch's own implementation"
         wrong = isinstance(reason, Mistake)
-        return "torch", (f"{form}, if the call is no mistake: {reason}" if wrong else f"{form}: {reason}",)
+        text = f"{form}, if the call is no mistake: {reason}" if wrong else f"{form}: {reason}"
+        return Examined("torch", (text,), input)
     with nullcontext() if call.dtype is None else torch.autocast("cpu", enabled=False):  # as it runs then
         observed = observer()
     if observed is not None:
         way = ("torch", form) if third else ("engine", "the registered operation fastcells::layer")
-        return way[0], (f"{way[1]}: {observed}",)
+        return Examined(way[0], (f"{way[1]}: {observed}",), input)
     run: Any = partial(module._run, return_cell_states=True) if third else module._run
     layers = _layers(partial(run, input, call, *runner))
-    return "engine", tuple(_reasons(call, layers, bool(runner)))
+    return Examined("engine", tuple(_reasons(call, layers, bool(runner))), input, layers)
 
 
 class Layer(NamedTuple):

@@ -109,6 +109,8 @@ def layer(
     not take (see `refusal`): float32 or float64 throughout, on the CPU.
     """
     check(cell, x, states, parameters, batch_sizes, inputs)
+    if reset is None and reset_to is not None:
+        raise ValueError("reset_to must be None without reset: it is what a reset leads to")
     run = partial(unchecked_layer, return_cell_states=return_cell_states)
     if lengths is None and reset is None and not reverse:
         return run(cell, x, states, parameters, batch_sizes, inputs)
@@ -216,6 +218,7 @@ def _run(
     graph = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
     if witness.told is not None:
         return witness.told(cell, x, parameters, batch_sizes, return_cell_states, recompute, graph)
+    _with_memory(tensors)
     sequences = cpu.Sequences(x, batch_sizes, tokens=tokens)
     if graph:
         call = Invocation(cell, len(parameters), states is not None, return_cell_states, recompute)
@@ -233,7 +236,15 @@ def _others(cell: Cell, y: Tensor, saved: cpu.Saved) -> tuple[Tensor, ...]:
     return tuple(torch.cat(saved.series[j::each], -1).view(*y.shape[:-1], -1) for j in range(len(cell.states) - 1))
 
 
-def check(cell, x, states, parameters, batch_sizes, inputs, states_name="states") -> None:
+def check(
+    cell: Any,
+    x: Any,
+    states: Any,
+    parameters: Sequence[Any],
+    batch_sizes: Any,
+    inputs: Sequence[Any],
+    states_name: str = "states",
+) -> None:
     """Raise for the first argument of `layer` that does not fit."""
 
     def want(condition: bool, name: str, expected: str, given: object, error: type[Exception] = ValueError) -> None:
@@ -305,7 +316,7 @@ def check(cell, x, states, parameters, batch_sizes, inputs, states_name="states"
     want(len(inputs) == len(cell.fed), "inputs", f"one Tensor each for {cell.fed}", f"{len(inputs)} items")
     for t, name in zip(inputs, cell.fed, strict=True):
         steps = x.shape[:-1] if name in cell.step_inputs else [rows]
-        want_tensor(t, f"inputs: {name}", [len(parameters), *steps, first])
+        want_tensor(t, f"inputs: {name}", [len(parameters), *steps, 1 if name in cell.marks else first])
         tensors.append(t)
     reason = refusal(*tensors)
     want(reason is None, "the call", "one that the engine takes", reason, RuntimeError)
@@ -357,14 +368,14 @@ class Invocation:
         if self.again is not None and sequences.tables is not None:
             ctx.plan, ctx.feed = self.again.plan, False
             y, finals, saved = self.again.start(tensors, sequences)
-            _save(ctx, *tensors, saved.y, *saved.slots, *saved.series)
+            _save(ctx, tensors, [saved.y, *saved.slots, *saved.series])
             return y, *finals
         if self.again is not None:
             ctx.plan, ctx.feed = self.again.plan, False
             self._start = self._start or self.again.again(tensors, None, tuple)
             made = self._start(*[t for t in tensors if t is not None]) or self.again.begin(tensors)
             results = 1 + len(self.cell.states)
-            _save(ctx, *tensors, made[0], *made[results:])
+            _save(ctx, tensors, [made[0], *made[results:]])
             return tuple(made[:results])
         x, states, inputs, parameters = self.split(tensors)
         ctx.feed = any([t.requires_grad for t in inputs])
@@ -373,11 +384,11 @@ class Invocation:
         forward, whole = cpu.prepared(*arguments)
         y, finals, saved = forward.start(whole, sequences)
         ctx.plan = saved.plan
-        _save(ctx, *tensors, *([] if self.recompute else [saved.y, *saved.slots, *saved.series]))
+        _save(ctx, tensors, [] if self.recompute else [saved.y, *saved.slots, *saved.series])
         return y, *finals, *(_others(self.cell, y, saved) if self.return_cell_states else ())
 
     def backward(self, ctx: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        tensors, needs = _saved(ctx), ctx.needs_input_grad[2:]
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
         graph = torch.is_grad_enabled()  # create_graph: the derivative must itself be differentiable
         keeps = _keeps_graph() and not self.recompute
         repeats = self.again is not None and script.observer is None and not graph
@@ -390,8 +401,16 @@ class Invocation:
             for known, finish in self._finish:
                 if known == kind and (found := finish(*present, **told)) is not None:
                     return found
+        for tensor, kind in zip(tensors, ctx.kinds, strict=True):
+            if tensor is not None and (found := _kind(tensor)) != kind:
+                raise RuntimeError(
+                    f"what backward needs must be as in the forward pass, {_text(*kind)}, got {_text(*found)}: "
+                    "saved_tensors_hooks gave another tensor, or a parameter or input was given other data meanwhile, "
+                    "as by module.to()"
+                )
         if graph or not _plain([*tensors, *cotangents]):
             return self._differentiable(ctx.sequences, tensors[: ctx.inputs], needs, cotangents, tensors[ctx.inputs :])
+        _with_memory([*tensors, *cotangents])
         if self.recompute:
             x, states, inputs, parameters = self.split(tensors)
             with torch.no_grad():
@@ -460,19 +479,12 @@ class Invocation:
         return [next(grads) if need else None for need in needs]
 
 
-def _save(ctx: Any, *tensors: Tensor | None) -> None:
+def _save(ctx: Any, taken: Sequence[Tensor | None], made: Sequence[Tensor]) -> None:
+    """Save what a call took and made, and what kind of tensors these are: by the time of the backward pass, hooks may
+    have put others in their place, and parameters may have been given other data, which kernels would read as these."""
+    tensors = *taken, *made
     ctx.save_for_backward(*tensors)
-    hooked = _hooks is None or _hooks(False) is not None
-    ctx.kinds = [None if t is None else _kind(t) for t in tensors] if hooked else None
-
-
-def _saved(ctx: Any) -> tuple[Tensor | None, ...]:
-    """What was saved, or what hooks have put in its place, which kernels read as if it were that."""
-    tensors = ctx.saved_tensors
-    for k, kind in enumerate(ctx.kinds or ()):
-        if kind is not None and (given := _kind(tensors[k])) != kind:
-            raise RuntimeError(f"saved_tensors_hooks must give back {_text(*kind)}, got {_text(*given)}")
-    return tensors
+    ctx.kinds = [None if t is None else _kind(t) for t in tensors]
 
 
 def _kind(t: Tensor) -> tuple[torch.Size, torch.dtype]:
@@ -483,7 +495,6 @@ def _text(shape: torch.Size, dtype: torch.dtype) -> str:
     return f"a {dtype} Tensor of shape {tuple(shape)}"
 
 
-_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _in_batches = torch._C._functorch.is_legacy_batchedtensor  # as is_grads_batched has them
 
 
@@ -492,6 +503,13 @@ def _plain(tensors: Sequence[Tensor | None]) -> bool:
     given = [t for t in tensors if t is not None]
     odd = observer() or refusal(*given) or any([isinstance(t, TRACED) or _in_batches(t) for t in given])
     return not odd
+
+
+def _with_memory(tensors: Sequence[Tensor | None]) -> None:
+    """Raise for a tensor whose memory was let go, where torch's layers raise or crash."""
+    for t in tensors:
+        if t is not None and not t.data_ptr() and t.numel() and not t._is_zerotensor():
+            raise RuntimeError(f"a Tensor of shape {tuple(t.shape)} has no memory: its storage was resized to 0 bytes")
 
 
 def same_memory(a: Tensor | None, b: Tensor | None) -> bool:

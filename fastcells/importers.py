@@ -1,11 +1,12 @@
 """Recurrent layers of Keras and ONNX as modules: gate order, layout of weights and biases, activations.
 
-Neither library is needed for arrays; `from_keras` also takes a layer of Keras 2 or 3, `from_onnx` a whole model.
+Neither library is needed for arrays; `from_keras` also takes a layer of Keras, `from_onnx` a whole model.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,6 +45,9 @@ def from_keras(layer: Any, weights: Sequence[Any] | None = None) -> torch.nn.Mod
     return_sequences and return_state say, and begins from the states that it is given, whatever stateful says. A
     `recurrent_dropout` is taken over, which makes it a Recurrent.
 
+    Activations are those of Keras 3. In Keras 2, hard_sigmoid was another function, 0.2 v + 0.5: a layer of Keras 2
+    that has it is refused, of a dict nobody can tell.
+
     Raises ValueError for other layers, for arrays that do not fit, and for options that no module here has, with the
     option's name; TypeError for what is no layer at all. A `dropout` of the inputs is left out, with a warning.
     """
@@ -51,6 +55,9 @@ def from_keras(layer: Any, weights: Sequence[Any] | None = None) -> torch.nn.Mod
         if not hasattr(layer, "get_config"):
             raise TypeError(f"layer must be a Keras layer, or a dict of class_name and config, got {layer!r}")
         weights = layer.get_weights() if weights is None else weights
+        keras = sys.modules.get(type(layer).__module__.partition(".")[0])
+        if getattr(keras, "__version__", "").startswith("2.") and "hard_sigmoid" in repr(layer.get_config()):
+            raise ValueError("activation hard_sigmoid must be Keras 3's: that of Keras 2 is another function")
         layer = {"class_name": type(layer).__name__, "config": layer.get_config()}
     if not {"class_name", "config"} <= layer.keys():
         raise ValueError(f"layer must have class_name and config, got {', '.join(map(str, layer))}")

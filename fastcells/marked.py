@@ -43,40 +43,39 @@ def marked(base: Cell, zero: bool, padded: bool) -> Cell:
 
     states, inputs = (base.states[0], *entering), (*base.inputs, *([] if zero else first))
     own = base.parameters, base.scalars
-    return Cell(step, f"{base.name}_marked", base.gates, states, *own, inputs, (*base.step_inputs, "_mark"))
+    return Cell(step, f"{base.name}_marked", base.gates, states, *own, inputs, base.step_inputs, ("_mark",))
 
 
 class Marked:
     """What runs the layers of a stack one after the other, in place of `unchecked_layer`, for padded input.
 
-    resets: bool [N, T], or None; ends: steps of each sequence, [N]; to: the states of all layers that a reset leads to,
-    None for zeros. A reset cuts a sequence for both directions.
+    resets: bool [N, T]; ends: steps of each sequence, [N], None for T; to: the states of all layers that a reset leads
+    to, None for zeros. A reset cuts a sequence for both directions.
     """
 
     def __init__(
         self,
-        resets: np.ndarray | None,
-        ends: np.ndarray,
-        steps: int,
+        resets: np.ndarray,
+        ends: np.ndarray | None,
         to: States | None,
         directions: int,
-        hidden: int,
         dtype: torch.dtype,
         layer: Callable = unchecked_layer,
     ) -> None:
-        self.layer, self.padded = layer, int(ends.min()) < steps
-        marks = np.full((directions, steps, len(ends)), GO_ON, np.float32)
-        there = np.arange(steps)[:, None] < ends if self.padded else None  # [T, N]
-        self._begins = None
-        if resets is not None:
-            cuts = resets.T if there is None else resets.T & there
-            marks[0, :-1] = marks[1:, 1:] = np.where(cuts[1:], RETURN, GO_ON)
-            if cuts[0].any():
-                self._begins = torch.from_numpy(cuts[0, :, None])
-        if there is not None:
-            marks[:, ~there] = PAST_END
+        cuts = resets.T
+        steps, size = cuts.shape
+        self.layer, self.padded = layer, False
+        self._marks = torch.full((directions, steps, size, 1), GO_ON, dtype=dtype, device="cpu")
+        marks = self._marks.numpy()[..., 0]
+        if ends is not None and int(ends.min()) < steps:
+            self.padded, there = True, np.arange(steps)[:, None] < ends  # [T, N]
+            cuts = cuts & there
             self._past_end = torch.from_numpy(~there[..., None])
-        self._marks = torch.from_numpy(marks).to(dtype)[..., None].expand(-1, -1, -1, hidden).contiguous()
+        np.copyto(marks[0, :-1], RETURN, where=cuts[1:])
+        marks[1:, 1:] = marks[0, :-1]
+        if self.padded:
+            marks[:, ~there] = PAST_END
+        self._begins = torch.from_numpy(cuts[0, :, None]) if cuts[0].any() else None
         self._to: Iterator[States] | None = None
         if to is not None:
             self._to = zip(*(state.split(directions) for state in to), strict=True)
@@ -91,6 +90,19 @@ class Marked:
         inputs: Sequence[Tensor] = (),
     ) -> tuple[Any, ...]:
         """As `unchecked_layer`."""
+        cell, x, states, inputs = self.arguments(base, x, states, inputs)
+        y, (_, *finals) = self.layer(cell, x, states, parameters, None, inputs)
+        return y, tuple(finals)
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """What may make a difference to how the arguments of a layer are laid out: whether some are made here."""
+        return self.padded, self._begins is None
+
+    def arguments(
+        self, base: Cell, x: Tensor, states: States | None, inputs: Sequence[Tensor] = ()
+    ) -> tuple[Cell, Tensor, States | None, list[Tensor]]:
+        """The cell, input, states and extra inputs of the next layer."""
         cell, to = marked(base, self._to is None, self.padded), None if self._to is None else next(self._to)
         if states is None and to is not None:
             states = tuple(map(torch.zeros_like, to))
@@ -101,8 +113,7 @@ class Marked:
         fed = [*inputs[:fixed], *(to or ()), *inputs[fixed:], self._marks]
         if self.padded:
             x = x.masked_fill(self._past_end, 0)  # whatever is there, also what is no number
-        y, (_, *finals) = self.layer(cell, x, states, parameters, None, fed)
-        return y, tuple(finals)
+        return cell, x, states, fed
 
     def _entered(self, states: States, to: States | None) -> Iterator[Tensor]:
         """The states before the first step, which a reset may come before in the first direction."""

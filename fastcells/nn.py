@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules import rnn as original  # the classes themselves: torch.nn.LSTM may be one of ours by now
@@ -113,9 +112,10 @@ class OverTime(regularise.Dropping, DropIn):
         if between:
             call = partial(OverTime.forward, self, **options, return_cell_states=return_cell_states)
             return _between_graphs(call, input, hx)
-        if lengths is not None and reset is None and reset_to is None and not (reverse or return_cell_states):
+        if not (reverse or return_cell_states):
             for again in self._replays.within:
-                if (result := again(self, input, hx, lengths=lengths)) is not None:
+                result = again(self, input, hx, lengths=lengths, reset=reset, reset_to=reset_to)
+                if result is not None:
                     return super().forward(input, hx) if result is replay.PLAIN else result
         input, hx, within, finish = self._resolved(input, hx, **options, return_cell_states=return_cell_states)
         if within is not None:
@@ -215,8 +215,10 @@ class OverTime(regularise.Dropping, DropIn):
         reset, batch_first = _with_batch(reset, batched), self.batch_first and batched
         call = None if third else self._by_engine(input, hx)
         if call is not None and reset is not None and not reverse:
-            marked = self._marked(call, *ends_and_resets(steps, size, lengths, reset, batch_first), reset_to)
+            marked = self._marked(call, lengths, reset, reset_to, batch_first)
             if marked is not None:
+                if batched and self._steady():
+                    replay.remember(self, input, hx, call, resets=True)
                 return input, hx, (call, marked), _same
         ragged = Ragged(steps, size, lengths, reset, batch_first=batch_first, reverse=reverse, device=batch.x.device)
         entered = ragged.enter(states, reset_to, directions)
@@ -254,20 +256,25 @@ class OverTime(regularise.Dropping, DropIn):
             return None
         return call if call.dtype is None else None
 
-    def _marked(self, call: Call, ends: np.ndarray, resets: Any, reset_to: Any) -> Marked | None:
+    def _marked(
+        self, call: Call, lengths: Lengths | None, reset: Tensor, reset_to: Any, batch_first: bool
+    ) -> Marked | None:
         """What runs the layers of a call with resets inside the time loop, where this is the quicker way."""
+        steps, size, inputs = call.batch.x.shape
+        ends, resets = ends_and_resets(steps, size, lengths, reset, batch_first)
+        assert resets is not None, "there is a reset"
         draws = self.training and self.dropout and self.num_layers > 1  # as of a packed sequence
         known = reset_to is None or isinstance(reset_to, tuple) or (isinstance(reset_to, int) and reset_to == 0)
         if not known or draws or self.proj_size or not cut_within(ends, resets):
             return None
-        steps, size, inputs = call.batch.x.shape
-        each, tokens = 2 * len(call.cell.gates) * self.hidden_size * (inputs + self.hidden_size), int(ends.sum())
+        each = 2 * len(call.cell.gates) * self.hidden_size * (inputs + self.hidden_size)
+        tokens = steps * size if ends is None else int(ends.sum())
         if worth_packing(size, tokens * each, (steps * size - tokens) * each):
             return None
         to = call.states if reset_to is None else None if reset_to == 0 else reset_to
         layer = partial(unchecked_layer, recompute=True) if self.recompute else unchecked_layer
         directions, dtype = 2 if self.bidirectional else 1, call.batch.x.dtype
-        return Marked(resets, ends, steps, to, directions, self.hidden_size, dtype, layer)
+        return Marked(resets, ends, to, directions, dtype, layer)
 
     def _in_torch_form(self) -> bool:
         return self.training and self._random()  # which torch.nn's layers have no notion of
@@ -364,7 +371,6 @@ class LayerModule(OverTime, original.RNNBase):
         torch.nn raises, and ValueError for rates out of range and for recurrent_dropout or zoneout with a projection.
         """
         super().__init__(*args, **kwargs)
-        self.recompute = bool(recompute)
         if recurrent_dropout or zoneout or weight_dropout:
             self._regularise(recurrent_dropout, zoneout, weight_dropout)
         self.recompute = bool(recompute)
@@ -522,6 +528,7 @@ class Recurrent(OverTime):
         original.LSTM(input_size, hidden_size, *options, device="meta")  # raises what torch.nn raises for wrong options
         self.cell, self.input_size, self.hidden_size = cell, input_size, hidden_size
         self.num_layers, self.bias, self.batch_first, self.dropout, self.bidirectional, self.proj_size = options
+        self.recompute = bool(recompute)
         self._regularise(recurrent_dropout, zoneout, weight_dropout)
         programs = build(cell, bool(proj_size))  # raises for a cell that is wrong
         if cell.fed:

@@ -266,7 +266,8 @@ def _forward_mode(tensors: Sequence[Tensor | None]) -> bool:
 
 
 class _Split:
-    """How the tensors of a call lie in one list: x, states, parameters and, for the gradient, kept and cotangents."""
+    """How the tensors of a call lie in one list, by the number of each kind: x, states, inputs, parameters and so on,
+    as the operation has them."""
 
     def __init__(self, *counts: int) -> None:
         self.counts = counts
@@ -403,8 +404,8 @@ LIBRARY.impl("layer_of_lengths_backward", _layer_of_lengths_backward_autograd, "
 
 # Autocast: computed in float32 (or float64), whatever autocast would have its products be
 
-torch.library.register_autocast("fastcells::layer", "cpu", torch.float32, lib=LIBRARY)
-torch.library.register_autocast("fastcells::layer_backward", "cpu", torch.float32, lib=LIBRARY)
+for _name in ("layer", "layer_backward", "layer_of_lengths", "layer_of_lengths_backward"):
+    torch.library.register_autocast(f"fastcells::{_name}", "cpu", torch.float32, lib=LIBRARY)
 
 
 # vmap

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dis
+import re
 from collections.abc import Iterator
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 PACKAGE = __name__.partition(".")[0]
-LIBRARIES = {"builtins", "math", "numpy", "torch"}  # whose functions do not change
+LIBRARIES = {"_operator", "builtins", "math", "numpy", "torch"}  # whose functions do not change,
+DRAWN = re.compile(r"rand|bernoulli|binomial|multinomial|normal|poisson|empty")  # but for what they draw
 PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic)
 HARMLESS = {abs, all, any, bool, dict, divmod, enumerate, float, int, isinstance, len, list, map, max, min, pow, print}
 HARMLESS |= {range, repr, reversed, round, set, sorted, str, sum, tuple, zip}
@@ -99,8 +101,15 @@ class Outside:
                 for attribute in sorted(attributes & vars(value).keys()):
                     self._read(vars(value), attribute, attributes)
         elif isinstance(value, FunctionType):
+            for attribute in sorted(attributes & vars(value).keys()):
+                self._read(vars(value), attribute, attributes)
             if _library(value) not in LIBRARIES:
                 self._function(value)
+            elif id(value) not in self._seen:  # which may be around another: torch's decorators
+                self._seen.add(id(value))
+                for cell in value.__closure__ or ():
+                    if isinstance(inner := Read(cell, name).now(), FunctionType | Cell):
+                        self._value(name, inner, attributes)
         elif not _is_fixed(value):
             self.loose.append(name)
 
@@ -108,10 +117,14 @@ class Outside:
 def _is_fixed(value: Any) -> bool:
     """Whether a function or class that is not written in Python, or a library's, does what it always did."""
     if isinstance(value, BuiltinFunctionType):
-        return isinstance(value.__self__, ModuleType | type | None)
+        owner = value.__self__
+        if not isinstance(owner, ModuleType | type | None):
+            return False
+        library = owner.__name__ if isinstance(owner, ModuleType) else (owner or value).__module__
+        return str(library).partition(".")[0] in LIBRARIES and not DRAWN.match(value.__name__)
     if isinstance(value, type):
         return value.__module__.partition(".")[0] in LIBRARIES
-    return isinstance(value, np.ufunc)
+    return isinstance(value, np.ufunc | type(np.where)) and not DRAWN.match(value.__name__)
 
 
 def _library(function: FunctionType) -> str:

@@ -46,6 +46,7 @@ class Ragged:
         self._shape = (size, steps) if batch_first else (steps, size)
         self._device = device
         ends, resets = ends_and_resets(steps, size, lengths, reset, batch_first)
+        ends = np.full(size, steps) if ends is None else ends
         # From a token to the next, in time and in sequences.
         self._sizes, self._strides = (size, steps), (1, steps) if batch_first else (size, 1)
         self._ends, self._cut = ends, Stretches(ends, resets, steps, *self._strides, reverse)
@@ -96,8 +97,8 @@ class Ragged:
 
     def pack(self, x: Tensor) -> Tensor:
         """Tokens [T, N, F] ([N, T, F] with batch_first) -> packed rows [rows, F]."""
-        if not self.tokens:
-            return x.new_zeros(1, x.shape[-1])
+        if not self.tokens:  # a row of zeros, which still has to do with x
+            return torch.cat([x.reshape(-1, x.shape[-1])[:0], x.new_zeros(1, x.shape[-1])])
         return _rows(x.reshape(-1, x.shape[-1]), self._token, self._row)
 
     def spread(self, t: Tensor) -> Tensor:
@@ -208,21 +209,21 @@ class _Rows(torch.autograd.Function):
 
 def ends_and_resets(
     steps: int, size: int, lengths: Lengths | None, reset: Tensor | None, batch_first: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Steps of each sequence, [N], int64, of which that they are 0 to T has not been seen, and bool [N, T] or None.
-    Raises as `Ragged`."""
-    ends = np.full(size, steps) if lengths is None else _checked_lengths(lengths, size)
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Steps of each sequence, [N], int64, of which that they are 0 to T has not been seen, or None for T, and bool
+    [N, T] or None. Raises as `Ragged`."""
+    ends = None if lengths is None else _checked_lengths(lengths, size)
     if reset is None:
         return ends, None
     resets = _checked_reset(reset, (size, steps) if batch_first else (steps, size))
     return ends, resets if batch_first else resets.T
 
 
-def cut_within(ends: np.ndarray, resets: np.ndarray) -> bool:
+def cut_within(ends: np.ndarray | None, resets: np.ndarray) -> bool:
     """Whether there is a reset within a sequence. Raises as `Ragged`."""
-    _check_range(ends, steps := resets.shape[1])
-    if ends.min() == steps:
+    if ends is None:
         return bool(resets[:, 1:].any())
+    _check_range(ends, steps := resets.shape[1])
     return bool((resets & (np.arange(steps) < ends[:, None]))[:, 1:].any())
 
 

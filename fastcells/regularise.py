@@ -37,7 +37,7 @@ class Dropping(Base):
     def _regularise(self, recurrent_dropout: Any, zoneout: Any, weight_dropout: Any) -> None:
         """Set the rates of what training drops."""
         states = self._cell().states
-        rates = [zoneout] * len(states) if isinstance(zoneout, (int, float)) else list(zoneout)
+        rates = list(zoneout) if isinstance(zoneout, Sequence) else [zoneout] * len(states)
         if len(rates) != len(states):
             raise ValueError(f"zoneout must be one number or one for each of {', '.join(states)}, got {zoneout}")
         rates = [_rate("zoneout", rate) for rate in rates]
@@ -107,9 +107,10 @@ def _masked(base: Cell, dropped: bool, zoned: tuple[str, ...]) -> Cell:
         if dropped:
             hidden = getattr(s, base.states[0])
             u = Names(**{g: Recurrent(partial(_dropped, product, p._mask), hidden) for g, product in vars(u).items()})
+        old = {n: getattr(s, n) for n in zoned}  # a cell may give its attributes other values
         new = base(x, u, s, *([p] if base.own else []))
         new = new if isinstance(new, (tuple, list)) else (new,)
-        return tuple(_zoned(p, n, getattr(s, n), v) if n in zoned else v for n, v in zip(base.states, new, strict=True))
+        return tuple(_zoned(p, n, old[n], v) if n in zoned else v for n, v in zip(base.states, new, strict=True))
 
     # No name that a declared cell may give to anything begins so.
     inputs, step_inputs = ("_mask",) if dropped else (), [f"_zoneout_{state}" for state in zoned]

@@ -26,6 +26,7 @@ from .functional import Invocation, flat, same_memory, split
 from .ragged import Ragged, reordered
 
 if TYPE_CHECKING:
+    from .cell import Cell
     from .dropin import Batch, Call, DropIn
 
 SAME = again.Same(
@@ -43,9 +44,10 @@ class Replay:
     """A call of a module, ready to be made again. Each of `forward`, of (module, input), or with states, gives the
     result of the module's `forward`, or None where it is another call, or one for the next of them; `straight` does so
     in place of the module's call, where this does nothing but call `forward`. Each of `within` is the same of a call
-    with lengths, of (module, input, states or None, lengths). There may be none: then it cannot be made again."""
+    with lengths or `resets`, of (module, input, states or None) and, by name, these. There may be none: then it cannot
+    be made again."""
 
-    def __init__(self, module: DropIn, input: Tensor, hx: Any, call: Call) -> None:
+    def __init__(self, module: DropIn, input: Tensor, hx: Any, call: Call, resets: bool) -> None:
         self.forward: tuple[Callable, ...] = ()
         self.straight: tuple[Callable, ...] = ()
         self.within: tuple[Callable, ...] = ()
@@ -57,25 +59,28 @@ class Replay:
         tensors = [*given, *(hx if type(hx) is tuple else () if hx is None else (hx,)), *used]
         training = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
         draws = len(call.parameters) > 1 and module.dropout and module.training
-        stack = Stack(call, tensors, training)
+        stack = None if resets else Stack(call, tensors, training)
+        whole = all([cpu.usable(t) is t for t in tensors]) if stack is None else stack.whole
         once = len({*map(id, used)}) == len(used)  # else what is put in one's place would be put in the other's
         own = module.__dict__  # where __setattr__ puts options; elsewhere they may change unseen
         elsewhere = any([name not in own and hasattr(module, name) for name in OPTIONS])
-        if not (stack.whole and all(names) and once) or elsewhere or (draws and not training):
+        if not (whole and all(names) and once) or elsewhere or (draws and not training):
             return
         taken = again.Taken(input, hx, module._parameters, names, tensors, 2 if within else 0)
-        made = [None] if training or packed else stack.made(module)
+        made = [None] if training or packed or stack is None else stack.made(module)
         finish: Callable | None = None
-        if within:
+        if stack is None:
+            finish = InLoop(call, 1, training)
+        elif within:
             finish = InBatch(call, 1, training)
         elif packed:
             finish = Packed(call, len(given), training)
         elif training:
-            finish = Training(module, input, call, stack.forwards)
+            finish = Training(input, call, stack.forwards)
         outside = call.cell.outside
         same = SAME._replace(entries=SAME.entries + ([r[:2] for r in outside.reads] if outside else []))
         methods = [again.method(same, taken, m) for m in made]
-        if within:
+        if within or resets:
             self.within = _then(methods, finish)
             return
         self.forward = _then(methods, finish)
@@ -219,7 +224,7 @@ Layer = Callable[[int, list[Tensor | None]], Sequence[Tensor]]
 class Training(Rest):
     """Of padded sequences, with gradients."""
 
-    def __init__(self, module: DropIn, input: Tensor, call: Call, forwards: list[cpu.Forward]) -> None:
+    def __init__(self, input: Tensor, call: Call, forwards: list[cpu.Forward]) -> None:
         super().__init__(call, 1)
         self.same, given = call.batch.x is input, call.states is not None
         self.sequences = cpu.Sequences(call.batch.x, None)
@@ -291,8 +296,10 @@ PLAIN = object()  # in place of a result: that of the call without lengths
 class InBatch(Packed):
     """Of padded sequences with lengths, which the layers pack."""
 
-    def __call__(self, module: Any, input: Any, tensors: tuple[Tensor, ...], lengths: Any = None) -> Any:
-        if not input.is_contiguous():
+    def __call__(  # type: ignore[override]
+        self, module: Any, input: Any, tensors: tuple[Tensor, ...], lengths: Any, reset: Any, reset_to: Any
+    ) -> Any:
+        if lengths is None or not (reset is None and reset_to is None and input.is_contiguous()):
             return None
         steps, size = input.shape[1::-1] if module.batch_first else input.shape[:2]
         ragged = Ragged(steps, size, lengths, None, batch_first=module.batch_first)
@@ -310,6 +317,63 @@ class InBatch(Packed):
         return y, finals if len(finals) > 1 else finals[0]
 
 
+class InLoop(Rest):
+    """Of padded sequences with resets, perhaps lengths, that the time loop does. There is a call made ready for each
+    layer and each cell and kind of `Marked`, or None where it cannot be."""
+
+    def __init__(self, call: Call, first: int, training: bool) -> None:
+        super().__init__(call, first)
+        self.training, self.sequences = training, cpu.Sequences(call.batch.x, None)
+        self.known: dict[tuple, Callable[..., Sequence[Tensor]] | None] = {}
+
+    def __call__(
+        self, module: Any, input: Any, tensors: tuple[Tensor, ...], lengths: Any, reset: Any, reset_to: Any
+    ) -> Any:
+        if reset is None or isinstance(reset_to, (tuple, list, Tensor)):  # states that nobody has compared
+            return None
+        batch, states = module._batch(input), self.states(tensors)
+        call = self.call._replace(batch=batch, states=states)
+        marked = module._marked(call, lengths, reset, reset_to, module.batch_first)
+        if marked is None:
+            return None
+
+        def run(k: int, given: list[Tensor | None]) -> Sequence[Tensor]:
+            count = len(states or ())
+            cell, x, entering, fed = marked.arguments(call.cell, given[0], tuple(given[1 : 1 + count]) or None)
+            taken = [x, *(entering or ()), *fed, *given[1 + count :]]
+            key = k, cell, marked.kind
+            if key not in self.known:
+                self.known[key] = self._made(k, cell, entering is not None, taken)
+            made = self.known[key]
+            if made is None:
+                raise NotAgain
+            y, _, *finals = made(taken, self.sequences)
+            return y, *finals
+
+        try:
+            return self.run(module, input, batch, batch.x, states, tensors, run)
+        except NotAgain:
+            return None
+
+    def _made(self, k: int, cell: Cell, given: bool, taken: list) -> Callable[..., Sequence[Tensor]] | None:
+        """Make a layer's call ready. given: whether there are states."""
+        directions = len(self.numbers[k])
+        x, states, inputs, parameters = split(cell, directions, given, taken)
+        arguments = cell, x, states, parameters, self.sequences, self.training, inputs
+        forward, whole = cpu.prepared(*arguments)
+        if len(whole) != len(taken) or not all(map(same_memory, whole, taken)):
+            return None
+        if not self.training:
+            return forward.results
+        if any([t.requires_grad for t in inputs]):
+            return None
+        return Invocation(cell, directions, given, again=forward)
+
+
+class NotAgain(Exception):
+    """The call has to be made as if for the first time."""
+
+
 class Seen(NamedTuple):
     """The last calls of a module that were made as if for the first time: the shape of their input, of packed ones
     sequences and features, of those with lengths features; how many there were; and how to make them again."""
@@ -317,6 +381,9 @@ class Seen(NamedTuple):
     shape: tuple[int, ...]
     calls: int = 1
     replay: Replay | None = None
+
+
+Kind = tuple[bool, bool, bool]  # of calls: by grad mode, and whether there are lengths, or resets
 
 
 class Replays:
@@ -328,7 +395,7 @@ class Replays:
 
     def clear(self) -> None:
         """Let go of all of them."""
-        self.seen: dict[tuple[bool, bool], Seen] = {}  # by grad mode, and whether there are lengths
+        self.seen: dict[Kind, Seen] = {}
         self.forward: tuple[Callable, ...] = ()
         self.straight: tuple[Callable, ...] = ()
         self.within: tuple[Callable, ...] = ()
@@ -336,7 +403,7 @@ class Replays:
     def __reduce__(self) -> tuple:
         return Replays, ()
 
-    def __setitem__(self, kind: tuple[bool, bool], seen: Seen) -> None:
+    def __setitem__(self, kind: Kind, seen: Seen) -> None:
         self.seen[kind] = seen
         replays = [seen.replay for seen in self.seen.values() if seen.replay is not None]
         self.forward = tuple([method for r in replays for method in r.forward])
@@ -372,8 +439,8 @@ def begins(forward: Callable) -> Callable:
     return forward
 
 
-def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:
-    """Make the call ready to be made again, at its second time."""
+def remember(module: DropIn, input: Any, hx: Any, call: Call, resets: bool = False) -> None:
+    """Make the call ready to be made again, at its second time. resets: it is of padded sequences with these."""
     if again.interface() is None or script.observer is not None:
         return
     if profiled() or not (hx is None or type(hx) in (Tensor, tuple)):
@@ -382,7 +449,7 @@ def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:
     if replays is NONE:
         replays = module.__dict__["_replays"] = Replays()
     within = call.batch.tokens is not None
-    kind = torch.is_grad_enabled(), within
+    kind = torch.is_grad_enabled(), within, resets
     seen = replays.seen.get(kind)
     shape: tuple[int, ...] = input.shape if call.batch.batch_sizes is None else call.batch.x.shape[-1:]
     if call.batch.batch_sizes is not None and not within:
@@ -392,5 +459,5 @@ def remember(module: DropIn, input: Any, hx: Any, call: Call) -> None:
         return
     calls, replay = seen.calls + 1, None
     if not calls & (calls - 1):  # what cannot be made again is tried ever more rarely
-        replay = Replay(module, input, hx, call)
+        replay = Replay(module, input, hx, call, resets)
     replays[kind] = Seen(shape, calls, replay if replay is not None and (replay.forward or replay.within) else None)

@@ -70,7 +70,7 @@ class Stream:
         self._output_end = self._output_at + self._output.nbytes
         self._input_numpy, self._output_numpy = self._input.numpy(), self._output.numpy()
         brief = batch_size * sum([t.numel() for t in weights]) < BRIEF
-        made = again.Made(scripts, [], (None,), weight.dtype, brief)
+        made = again.Made(scripts, [], (None,), weight.dtype, brief, alone=True)
         self._step = again.function(len(self._tensors), None, made) or partial(_step, scripts)
         del self._tensors[0]  # which each step brings
 

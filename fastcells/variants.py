@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial, wraps
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -32,8 +33,12 @@ def family(make: Callable[..., Cell]) -> Callable[..., Cell]:
     def get(*args: Any, **kwargs: Any) -> Cell:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            if type(value).__hash__ is None:
+                raise TypeError(f"{name} must be a name, a number or a function, got {value!r}")
         key = tuple(bound.arguments.values())
-        if key not in made:
+        known = made.get(key)
+        if known is None or (known.outside is not None and known.outside.changed()):  # of a function that reads others
             found = make(*key)
             if found.made_by is None and found not in vars(cells).values():
                 found.made_by = (get, key)
@@ -149,7 +154,7 @@ def antisymmetric_rnn(step_size: float = 0.1, damping: float = 0.01) -> Cell:
 def _bound(limit: float | None) -> Callable:
     if limit is None:
         return lambda v: v
-    if not limit > 0:
+    if not (isinstance(limit, Real) and limit > 0):
         raise ValueError(f"clip must be a positive number, got {limit}")
     return partial(within, low=-limit, high=limit)
 

@@ -8,7 +8,7 @@ from problems import BUILT_IN, everything, normed, peephole, problem, same_bits
 
 import fastcells
 from fastcells import cells, functional, plan
-from fastcells.cpu import layer, team
+from fastcells.cpu import gradients, layer, team
 from fastcells.cpu.host import host
 
 
@@ -34,6 +34,18 @@ def test_gradients_of_initial_states_of_packed_sequences(dtype, hidden, monkeypa
     )
     monkeypatch.setattr(team, "processors", lambda: 5)  # whatever there are
     assert same_bits(arguments, leaves)
+
+
+@pytest.mark.parametrize("more", [1, -1])
+@pytest.mark.parametrize("c", [cells.rnn_tanh, cells.gru, cells.mgu], ids=lambda c: c.name)
+def test_a_single_column_of_gradients_that_is_left_for_a_thread(c, more, monkeypatch):
+    """Where a gate's units are one more or less than whole vectors, and threads begin with whole ones."""
+    lanes = host().lanes(4)
+    for hidden in (lanes + more, 2 * lanes + more, 3 * lanes + more):
+        arguments, leaves, _ = problem(c, 40, 16, 64, hidden, dtype=torch.float32)
+        monkeypatch.setattr(team, "processors", lambda: 5)  # whatever there are
+        monkeypatch.setattr(gradients, "share", lambda columns, flops, most, **_: plan.Share(most, "rows"))
+        assert same_bits(arguments, leaves, threads=(1, 2, 3, 5))
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["", "reset"])

@@ -3,6 +3,9 @@
 import inspect
 import math
 import pickle
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -116,6 +119,11 @@ def test_functions_of_torch_and_numpy_mean_this_packages_in_a_cell():
     assert np.greater(a, 0.5) is torch.gt(a, 0.5) is (a > 0.5)
     assert (np.float64(2.0) > a) is (a < 2.0)
     assert torch.lerp(a, b, 0.5) is a + 0.5 * (b - a)
+    assert np.clip(a, a_min=-1.0, a_max=1.0) is ex.clip(a, -1.0, 1.0)
+    assert torch.where(condition=a < b, input=a, other=b) is ex.where(a < b, a, b)
+    assert torch.add(a, b, alpha=2.0) is a + 2.0 * b
+    assert torch.sub(a, b) is np.subtract(a, b) is a - b
+    assert torch.nn.functional.softplus(a, beta=2.0) is ex.softplus(2.0 * a) / 2.0
     assert 2.0**a is np.power(2.0, a) is ex.exp(a * math.log(2.0))
     assert a**0.5 is torch.sqrt(a)
 
@@ -162,6 +170,44 @@ def test_equal_expressions_are_one_node_and_trivial_ones_fold():
     assert a + -b is a - b
     assert constant(2.0) * 3.0 is constant(6.0)
     assert substitute([ex.tanh(a + b)], {b: constant(0.0)})[0] is ex.tanh(a)
+
+
+def test_constants_are_told_apart_by_their_bits():
+    assert constant(math.nan) is constant(-(math.inf - math.inf))
+    assert constant(0.0) is not constant(-0.0)
+    assert math.copysign(1.0, constant(-0.0).value) == -1.0
+
+
+def test_threads_that_trace_at_once_get_the_same_nodes():
+    interval, wait = sys.getswitchinterval(), threading.Barrier(4)
+
+    def make():
+        wait.wait()
+        return [leaf("x", f"thread{k}") + 1.5 for k in range(2000)]
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = [f.result() for f in [pool.submit(make) for _ in range(4)]]
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(len({*map(id, nodes)}) == 1 for nodes in zip(*found, strict=True))
+
+
+def test_a_number_that_is_none_beside_a_list_that_may_change():
+    """Both make it necessary to look at what the cell computes anew, in each call."""
+    limits = [0.0]
+
+    @cell(gates="h")
+    def odd(x, u, s):
+        return ex.where(s.h < limits[0] - 9.0, float("nan"), tanh(x.h + u.h))
+
+    layer = nn.Recurrent(odd, 2, 3)
+    for _ in range(3):
+        assert layer(torch.zeros(4, 1, 2))[0].isfinite().all()
+    limits[0] = 1.0
+    with pytest.raises(RuntimeError, match="what it reads of limits was another"):
+        layer(torch.zeros(4, 1, 2))
 
 
 def test_a_graph_may_be_deeper_than_python_calls_functions():
@@ -284,6 +330,14 @@ def a_sum(x, u, s):
     return (x.a + u.a).sum()
 
 
+def a_function_of_names(x, u, s):
+    return torch.tanh(x + u)
+
+
+def with_an_option(x, u, s):
+    return np.absolute(x.a) + torch.where(x.a > 0.0, u.a, ex.FUNCTIONS and torch.selu(x.a, slope=2))
+
+
 def a_matrix(x, u, s):
     return x.a @ torch.ones(3, 3)
 
@@ -355,6 +409,8 @@ def without_end(x, u, s):
         (not_a_function, "h", TypeError, "cannot use torch's cumsum; it may use operators and sigmoid, tanh"),
         (several_in_one, "h", TypeError, "cannot use torch's cat.* Write a gate or state of its own for each part"),
         (over_the_units, "h", TypeError, r"cannot use torch's layer_norm.* Write fastcells.expression.norm\(v\)"),
+        (a_function_of_names, "h", TypeError, "x, u, s and p are no values: write x.g, .* Here there are a"),
+        (with_an_option, "h", TypeError, "selu: a cell cannot use it with slope. Write what that does with operators"),
         (a_matrix, "h", TypeError, r"@: .* Write u.g\(v\), the recurrent product"),
         (an_odd_power, "h", TypeError, r"whole exponents and 0.5, got 1.5. Write exp\(1.5 \* log\(v\)\)"),
         (not_a_condition, "h", TypeError, "the condition must be a comparison"),

@@ -30,7 +30,7 @@ from problems import (
 
 import fastcells
 from fastcells import cell, cells, functional, plan, unrolled
-from fastcells.cpu import geometry, layer, loops, script, team
+from fastcells.cpu import call, geometry, layer, loops, script, team
 from fastcells.cpu.host import host
 from fastcells.expression import (
     cos,
@@ -181,8 +181,29 @@ def same_for_many(x, u, s, p):
     return tanh(x.a + u.a) * s.c * s.k + s.w, mean(x.b), p.q * 2.0, p.p * p.p
 
 
+@cell(gates="a")
+def normed_product(x, u, s):
+    """A projection that is multiplied, and read by passes after the one that keeps a copy of it."""
+    return tanh(norm(x.a + u.a(x.a)))
+
+
+@cell(gates="a", states="h c")
+def read_again(x, u, s):
+    """The same by another stage."""
+    return tanh(s.h * mean(x.a)), tanh(u.a(x.a) + x.a)
+
+
+@cell(gates="a b", states="h c d")
+def handed_on(x, u, s):
+    """A projection that is a state, and read by the stage after the one that makes it."""
+    return tanh(x.a + u.a(x.b * s.h)), x.a, s.d + x.a
+
+
+LATE = [of_its_own, overwritten, read_late, same_for_many, of_signs, normed_product, read_again, handed_on]
+
+
 @pytest.mark.parametrize("options", [{}, {"given": False}, {"lengths": [5, 4, 4, 1]}, {"directions": 2}], ids=str)
-@pytest.mark.parametrize("c", [of_its_own, overwritten, read_late, same_for_many, of_signs], ids=lambda c: c.name)
+@pytest.mark.parametrize("c", LATE, ids=lambda c: c.name)
 def test_what_is_needed_late_or_made_of_little(c, options):
     agree(*problem(c, 5, 4, 3, 7, **options))
 
@@ -487,11 +508,23 @@ f64 = {"dtype": torch.float64}
         ({"x": torch.ones(3, 4, **f64), "batch_sizes": torch.tensor([1, 2])}, ValueError, "never increasing"),
         ({"x": torch.ones(3, 4, **f64), "batch_sizes": torch.tensor([2, 1]).int()}, ValueError, "int64"),
         ({"x": torch.ones(3, 2, 4, dtype=torch.float16)}, RuntimeError, "x must be of dtype float32 or float64"),
+        ({"reset_to": 0}, ValueError, "reset_to must be None without reset"),
     ],
 )
 def test_arguments_are_checked_before_any_kernel_runs(changes, error, words):
     with pytest.raises(error, match=words):
         functional.layer(**_changed(**changes))
+
+
+def test_calls_that_are_used_most_stay_prepared(monkeypatch):
+    """The least recently used one is forgotten."""
+    layer.forget()
+    monkeypatch.setattr(call, "KEPT_CALLS", 3)
+    made = []
+    for name in "abcadaeab":
+        call.kept((name,), lambda name=name: made.append(name) or name)
+    assert "".join(made) == "abcdeb"
+    layer.forget()
 
 
 def test_numbers_below_the_normal_range_are_flushed_in_kernels_alone():

@@ -4,7 +4,9 @@ The vectors come from tests/scripts/make_vectors.py.
 """
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -276,6 +278,23 @@ def test_keras_layers_that_none_here_is_like(config, message):
         inner = {"class_name": "Bidirectional", "config": {"layer": inner, "backward_layer": other}}
     with pytest.raises(ValueError, match=message):
         importers.from_keras(inner, arrays)
+
+
+@pytest.mark.parametrize("version", ["2.15.0", "3.3.3"])
+def test_a_hard_sigmoid_of_keras_2_is_refused(version, monkeypatch):
+    """It was another function there."""
+    library = ModuleType("imagined")
+    library.__version__ = version
+    monkeypatch.setitem(sys.modules, "imagined", library)
+    arrays = [np.ones(s, np.float32) for s in ((4, 12), (3, 12), (12,))]
+    config = {"units": 3, "recurrent_activation": "hard_sigmoid"}
+    methods = {"get_config": lambda self: config, "get_weights": lambda self: arrays, "__module__": "imagined.layers"}
+    layer = type("LSTM", (), methods)()
+    if version > "3":
+        assert isinstance(importers.from_keras(layer), nn.Recurrent)
+    else:
+        with pytest.raises(ValueError, match="hard_sigmoid must be Keras 3's"):
+            importers.from_keras(layer)
 
 
 def test_a_bias_of_another_kind_of_gru_is_refused():

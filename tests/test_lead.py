@@ -13,6 +13,12 @@ from fastcells.cpu.team import ALONE, CREDIT, MOST_CREDIT
 
 MS = 1_000_000  # nanoseconds
 
+
+def test_a_library_may_lie_in_a_folder_with_a_space():
+    lines = ["7f3a1000-7f3a2000 r-xp 00001000 fe:00 1234    /a b/libgomp-x.so.1\n", "7f3b1000-7f3b2000 rw-p 0 0:00 0\n"]
+    assert team._mapped(lines) == {"/a b/libgomp-x.so.1"}
+
+
 Words = ctypes.POINTER(ctypes.c_int64)
 Clock = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int32, Words)
 Parallel = ctypes.CFUNCTYPE(None, ctypes.c_int64, Words, ctypes.c_int32, ctypes.c_int32)

@@ -129,8 +129,60 @@ def test_hooks_that_give_back_others(packed, change):
     for _ in range(4):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, change):
             y, _ = layer(given)
-        with pytest.raises(RuntimeError, match="must give back a torch"):
+        with pytest.raises(RuntimeError, match="what backward needs must be as in the forward pass, a torch"):
             (y.data if packed else y).sum().backward()
+
+
+@pytest.mark.parametrize("calls", [1, 4])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNNCell"])
+def test_parameters_that_are_given_other_data_before_backward(kind, calls):
+    """Which autograd does not see. Kernels would read them as what they were."""
+    changes = {
+        "torch.float64": lambda layer: layer.double(),
+        "torch.bfloat16": lambda layer: layer.bfloat16(),
+        r"\(1,\)": lambda layer: [setattr(p, "data", torch.zeros(1)) for p in layer.parameters()],
+    }
+    for got, change in changes.items():
+        layer, x = getattr(nn, kind)(4, 64), torch.randn(*(() if "Cell" in kind else (5,)), 2, 4)
+        for _ in range(calls):
+            y = first(layer, x)
+            y.sum().backward() if calls > 1 else None
+        y = first(layer, x)
+        change(layer)
+        with pytest.raises(RuntimeError, match=f"must be as in the forward pass, a torch.float32 .*, got .*{got}"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("calls", [0, 4])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_tensors_whose_memory_was_let_go(kind, calls, grad):
+    with torch.set_grad_enabled(grad):
+        for which in ("input", "weight_hh_l0"):
+            layer, x = getattr(nn, kind)(4, 64), torch.randn(5, 2, 4)
+            for _ in range(calls):
+                layer(x)
+            y, _ = layer(x)
+            (x if which == "input" else getattr(layer, which)).untyped_storage().resize_(0)
+            with pytest.raises(RuntimeError, match="has no memory: its storage was resized to 0 bytes"):
+                layer(x)
+            if grad:
+                with pytest.raises(RuntimeError, match="has no memory: its storage was resized to 0 bytes"):
+                    y.sum().backward()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_states_of_cells_are_detached_in_place(kind, grad):
+    """As truncated backpropagation does: they are no views."""
+    cell = getattr(nn, kind)(4, 6)
+    with torch.set_grad_enabled(grad):
+        for shape in ((3, 4), (4,)):
+            for _ in range(4):
+                made = cell(torch.randn(shape))
+                for state in made if isinstance(made, tuple) else (made,):
+                    assert state.requires_grad == grad
+                    assert not state.detach_().requires_grad
 
 
 @pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])

@@ -495,6 +495,25 @@ def test_exported_under_autocast(kind):
     assert torch.equal(exported, model(x))
 
 
+def test_exported_with_lengths_and_called_under_autocast():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.layer = torch.nn.Linear(3, 4), fastcells.nn.LSTM(4, 6)
+
+        def forward(self, x, lengths):
+            return self.layer(self.embed(x), lengths=lengths)[0]
+
+    model, x, lengths = Model(), torch.randn(5, 3, 3), torch.tensor([5, 0, 2])
+    program = torch.export.export(model, (x, lengths)).module()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = program(x, lengths), model(x, lengths)
+    torch.testing.assert_close(found, expected, check_dtype=False, rtol=0, atol=0.01)
+    assert (found - model(x, lengths)).abs().max() > 0, "the embedding was rounded"
+    found.sum().backward()
+    assert all(p.grad is not None for p in program.parameters())
+
+
 @pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
 def test_cell_under_autocast(kind):
     torch.manual_seed(0)

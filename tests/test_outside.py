@@ -1,6 +1,7 @@
 """What a cell reads from outside of its function: kernels are never those of what it read before."""
 
 import functools
+import time
 import types
 
 import numpy as np
@@ -16,6 +17,7 @@ from fastcells.roof import using_threads
 one_by_name, one_of_numpy, one_in_a_tuple, one_nested, one_of_a_decorator, one_of_another, one_for_an_option = (
     1.0,
 ) * 7
+one_within = 1.0
 one_of_numpy, one_in_a_tuple, squash, torchs, one_in_a_list = np.float32(1), (1.0,), tanh, torch.tanh, [1.0]
 module, thing = types.ModuleType("module"), types.SimpleNamespace(one=1.0)
 module.one = 1.0
@@ -97,6 +99,28 @@ def of_an_object(x, u, s):
     return tanh(x.a + u.a) * thing.one
 
 
+@torch.compiler.disable
+def around_by_torch(v):
+    return tanh(v) * one_within
+
+
+@cell(gates="a")
+def by_torchs_decorator(x, u, s):
+    return around_by_torch(x.a + u.a)
+
+
+def settings():
+    """A function that has an attribute."""
+
+
+settings.one = 1.0
+
+
+@cell(gates="a")
+def of_an_attribute(x, u, s):
+    return tanh(x.a + u.a) * settings.one
+
+
 def activation(v):
     return tanh(v) * one_for_an_option
 
@@ -113,6 +137,8 @@ CHANGES = [  # a cell, where it reads, what, another value, and what the error n
     (decorated, globals(), "one_of_a_decorator", 2.0, "one_of_a_decorator"),
     (of_another, globals(), "one_of_another", 2.0, "one_of_another"),
     (variants.rnn(activation), globals(), "one_for_an_option", 2.0, "one_for_an_option"),
+    (by_torchs_decorator, globals(), "one_within", 2.0, "one_within"),
+    (of_an_attribute, vars(settings), "one", 2.0, "one"),
     (of_a_list, one_in_a_list, 0, 2.0, "one_in_a_list"),
     (of_an_object, vars(thing), "one", 2.0, "thing"),
 ]
@@ -142,6 +168,18 @@ def test_a_cell_that_computes_another_thing_by_now_is_an_error(made, holder, nam
         finally:
             holder[name] = before
         assert same(layer(x), expected)
+
+
+@pytest.mark.parametrize("draw", [lambda: float(torch.randn(())), lambda: torch.rand(()).item(), time.time])
+def test_a_cell_that_draws_numbers_is_an_error(draw):
+    """They would be drawn once, for all steps and calls."""
+
+    @cell(gates="a")
+    def drawing(x, u, s):
+        return tanh(x.a + u.a) + draw()
+
+    with pytest.raises(RuntimeError, match=r"cell drawing: what it reads of .* was another"):
+        nn.Recurrent(drawing, 2, 3)(torch.randn(4, 2, 2))
 
 
 def with_a_variable(value):

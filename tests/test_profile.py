@@ -18,6 +18,7 @@ from fastcells.cpu.host import Host
 from fastcells.derivation import build
 from fastcells.profile import layer as one_layer
 from fastcells.profile import timing as timings
+from fastcells.roof import using_threads
 
 
 @pytest.fixture
@@ -301,6 +302,37 @@ def test_what_can_be_profiled(quick, capsys, line, layer, tokens):
     assert found["layer"] == layer
     assert found["tokens"] == tokens or (tokens is None and 7 < found["tokens"] < 21)
     assert found["sum_of_parts"] == pytest.approx(found["seconds"])
+
+
+def test_what_is_profiled_is_what_runs(quick):
+    """Sequences with resets go through the time loop as they are, those with lengths are packed."""
+    layer, x = fastcells.nn.LSTM(16, 32), torch.randn(20, 8, 16)
+    reset = torch.zeros(20, 8, dtype=torch.bool)
+    reset[3, 2] = True
+    found = one_layer.profile_layer(layer, x, reset=reset, reset_to=0, budget=0.1)
+    assert (found.steps, found.sequences, found.tokens) == (20, 8, 160)
+    assert "resets inside the time loop: no packing" in found.reasons
+    found = one_layer.profile_layer(layer, x, lengths=[20, 10, 10, 10, 5, 5, 5, 5], budget=0.1)
+    assert (found.steps, found.sequences, found.tokens) == (20, 8, 70)
+    assert found.reasons == fastcells.explain(layer, x, lengths=[20, 10, 10, 10, 5, 5, 5, 5]).reasons
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_computed_in_float32_has_its_limits(quick, dtype):
+    found = one_layer.profile_layer(
+        fastcells.nn.GRU(16, 32, dtype=dtype), torch.randn(20, 8, 16, dtype=dtype), budget=0.1
+    )
+    assert found.dtype == str(dtype).removeprefix("torch.")
+    assert found.share_of_roof > 0
+
+
+def test_without_a_team(quick, monkeypatch):
+    """Where no library of threads is found, all is on one."""
+    monkeypatch.setattr(team, "_openmp", lambda: None)
+    with using_threads(2):
+        found = one_layer.profile_layer(fastcells.nn.GRU(16, 32), torch.randn(20, 8, 16), budget=0.1)
+    assert found.roof.peak > 0
+    assert any("one thread" in reason for reason in found.reasons)
 
 
 def test_text(quick, capsys):

@@ -20,6 +20,7 @@ def pair(kind, **options):
     for recompute in (True, False):
         torch.manual_seed(0)
         module = kind(5, 7, dtype=torch.float64, recompute=recompute, **options)
+        assert module.recompute is recompute
         made.append(module)
     return made
 
@@ -61,8 +62,9 @@ def test_cell_states_and_packed_sequences():
         assert torch.equal(a, b)
 
 
-def test_nothing_is_kept_but_the_arguments():
-    ours, plain = pair(fastcells.nn.LSTM)
+@pytest.mark.parametrize("kind", [fastcells.nn.LSTM, fastcells.nn.GRU, fastcells.nn.RNN, of_any])
+def test_nothing_is_kept_but_the_arguments(kind):
+    ours, plain = pair(kind)
     x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
     kept = []
     for module in (ours, plain):

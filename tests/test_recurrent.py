@@ -542,6 +542,38 @@ def test_variants_are_the_same_cell_for_the_same_options_and_pickle(made):
     assert make_again(*options) is made
 
 
+def test_zoneout_of_a_state_that_the_cell_gives_another_value():
+    @cell(gates="a", states="h c")
+    def assigned(x, u, s):
+        s.c = 0.5 * s.c + tanh(x.a + u.a)
+        return tanh(s.c), s.c
+
+    layer, zeros = nn.Recurrent(assigned, 2, 3, zoneout=(0.0, 1.0)), torch.zeros(1, 2, 3)
+    _, (_, c) = layer(torch.randn(4, 2, 2), (zeros, zeros))
+    assert torch.equal(c, zeros)
+
+
+@pytest.mark.parametrize("given", [None, "a", torch.tensor(0.1), (0.1, None)], ids=str)
+def test_what_is_no_rate_is_said(given):
+    with pytest.raises(ValueError, match="zoneout must be "):
+        nn.LSTM(2, 3, zoneout=given)
+
+
+def test_a_variant_of_a_function_that_changed_is_made_anew():
+    scope = {"tanh": tanh, "gain": 1.0}
+    exec("def act(v):\n    return gain * tanh(v)", scope)
+    x = torch.randn(3, 1, 2)
+    old = nn.Recurrent(variants.rnn(scope["act"]), 2, 3)
+    y, _ = old(x)
+    assert variants.rnn(scope["act"]) is old.cell
+    scope["gain"] = 2.0
+    with pytest.raises(RuntimeError, match=r"gain was 1\.0 when its kernels were derived, and is 2\.0 now"):
+        old(x)
+    new = nn.Recurrent(variants.rnn(scope["act"]), 2, 3)
+    new.load_state_dict(old.state_dict())
+    torch.testing.assert_close(new(x)[0][0], 2 * y[0])
+
+
 def test_variants_without_options_are_the_cells_of_the_page():
     assert variants.lstm() is variants.lstm("tanh", recurrent_activation="sigmoid") is cells.lstm
     assert variants.lstm(peepholes=True) is cells.peephole_lstm
@@ -552,6 +584,10 @@ def test_variants_without_options_are_the_cells_of_the_page():
         variants.rnn("cosh")
     with pytest.raises(ValueError, match="clip must be a positive number, got -1"):
         variants.gru(clip=-1)
+    with pytest.raises(ValueError, match="clip must be a positive number, got 1"):
+        variants.lstm(clip="1")
+    with pytest.raises(TypeError, match=r"activation must be a name, a number or a function, got \['relu'\]"):
+        variants.lstm(activation=["relu"])
 
 
 def edited(body):

@@ -58,6 +58,17 @@ def test_training():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_layers_that_are_torchs_again_go_through_the_policys_own_loop():
+    theirs = trainer().policy
+    ours = copy.deepcopy(fastcells.rl.use_resets(copy.deepcopy(theirs)))
+    fastcells.revert(ours)
+    observations, actions = torch.randn(8, 4), torch.randint(2, (8,))
+    starts = torch.tensor([0.0, 0, 1, 0, 1, 0, 0, 1])
+    states = RNNStates(*(tuple(torch.randn(2, 1, 2, 16)) for _ in range(2)))
+    results = [policy.evaluate_actions(observations, actions, states, starts) for policy in (ours, theirs)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_what_is_no_recurrent_policy():
     with pytest.raises(TypeError, match="policy must be a recurrent policy of sb3-contrib, got Linear"):
         fastcells.rl.use_resets(torch.nn.Linear(1, 1))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from problems import everything, invented, problem
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fastcells import cells, explain, functional, nn, plan, roof, unrolled
+from fastcells import cells, explain, functional, nn, plan, replay, roof, unrolled
 from fastcells.cpu import again, gradients, layer, team
 from fastcells.cpu.backward import Backward
 from fastcells.cpu.forward import Forward
@@ -381,6 +381,56 @@ def test_lengths_with_and_without_gradients(kind, options, given, order, resets,
     assert bool(layer._replays.within) == (resets is None and again.interface() is not None)
 
 
+@pytest.mark.parametrize("to", ["zeros", "the initial states"])
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "lengths"])
+@pytest.mark.parametrize("learned", [False, True], ids=["", "learned states"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("RNN", {}),
+        ("GRU", {"num_layers": 2, "batch_first": True}),
+        ("LSTM", {"bidirectional": True, "num_layers": 2}),
+        ("LSTM", {"bias": False}),
+    ],
+    ids=str,
+)
+def test_resets_again_and_again(kind, options, learned, cut, to):
+    """In calls like those before, with and without gradients, whatever is marked."""
+    layer = getattr(nn, kind)(3, 20, **options, dtype=torch.float64)
+    rows, size, steps, again_ = layer.num_layers * (2 if layer.bidirectional else 1), 6, 9, 0
+    for k in range(8):
+        x = torch.randn(steps, size, 3, dtype=torch.float64)
+        x = (x.transpose(0, 1).contiguous() if layer.batch_first else x).requires_grad_()
+        hx = [torch.randn(rows, size, 20, dtype=torch.float64, requires_grad=learned) for _ in layer._cell().states]
+        reset = torch.rand(steps, size) < 0.3
+        reset[1, 0] = True  # of a whole sequence: there is something to do
+        reset = reset.T if layer.batch_first else reset
+        arguments = {"hx": tuple(hx) if len(hx) > 1 else hx[0], "reset": reset}
+        if cut and k % 2:
+            arguments["lengths"] = [steps, *torch.randint(steps + 1, (size - 1,)).tolist()]
+        if to == "zeros":
+            arguments["reset_to"] = 0
+        again_ += any(isinstance(f.args[-1], replay.InLoop) for f in layer._replays.within)
+        leaves = [x, *layer.parameters(), *(hx if learned else ())]
+        y, last = layer(x, **arguments)
+        outputs = [y, *(last if isinstance(last, tuple) else (last,))]
+        cotangents = [torch.randn_like(t) for t in outputs]
+        grads = torch.autograd.grad(outputs, leaves, cotangents)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x, **arguments), (y, last), rtol=0, atol=1e-12)
+        truth, end = module_by_steps(layer, x, **arguments)
+        outputs = [truth, *(end if isinstance(end, tuple) else (end,))]
+        torch.testing.assert_close((y, last), (truth, end), rtol=0, atol=1e-11)
+        torch.testing.assert_close(grads, torch.autograd.grad(outputs, leaves, cotangents), rtol=0, atol=1e-9)
+    assert again_ == 6 * (again.interface() is not None), "from the third call on there is one to be made again"
+    with pytest.raises(ValueError, match="reset must have shape"):
+        layer(x, **(arguments | {"reset": arguments["reset"][:2]}))
+    with pytest.raises(TypeError, match="reset must be a bool Tensor"):
+        layer(x, **(arguments | {"reset": arguments["reset"].int()}))
+    with pytest.raises(ValueError, match="lengths must be between 0 and 9"):
+        layer(x, **(arguments | {"lengths": [10] * size}))
+
+
 def test_lengths_that_change_between_calls():
     """Wrong ones meet the errors that they met before; other layouts, sizes and weights are seen."""
     layer, x = nn.GRU(3, 8, dtype=torch.float64), torch.randn(9, 4, 3, dtype=torch.float64)
@@ -426,6 +476,13 @@ def test_gradcheck(kind):
 
     assert torch.autograd.gradcheck(call, (x, *hx))
     assert torch.autograd.gradgradcheck(call, (x, *hx))
+
+
+def test_where_no_sequence_has_a_step_gradients_are_zero():
+    layer, x = nn.LSTM(3, 4).requires_grad_(False), torch.randn(5, 2, 3, requires_grad=True)
+    y, (h, c) = layer(x, lengths=[0, 0])
+    (y.sum() + h.sum() + c.sum()).backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
 
 
 def test_truncated_backpropagation_through_resets():

@@ -15,6 +15,8 @@ import pytest
 from fastcells.cpu import store
 from fastcells.cpu.host import Host
 
+PACKAGE = Path(store.__file__).parent.parent
+
 
 def kernel_source(value: str) -> str:
     """A Python program that obtains a small kernel, runs it and prints what it wrote and whether Numba was imported."""
@@ -171,8 +173,13 @@ def test_digest_covers_source_machine_and_versions():
     assert store.host().cpu in base
     for package in ("numba", "llvmlite", "numpy"):
         assert store.importlib.metadata.version(package) in base
-    sources = {f.name for f in Path(store.__file__).parent.glob("*.py")}
-    assert {"tile.py", "loops.py", "simd.py", "geometry.py"} <= sources
+    sources = {f.relative_to(PACKAGE).as_posix() for f in store.sources()}
+    assert {"cpu/tile.py", "cpu/loops.py", "cpu/simd.py", "cpu/geometry.py", "expression/graph.py"} <= sources
+    for file in (PACKAGE / "cpu").glob("*.py"):
+        if "import ir\n" in (text := file.read_text()):  # it makes code, also of what it takes from elsewhere
+            assert {f"{name}.py" for name in re.findall(r"^from \.\.(\w+) import", text, re.M)} <= sources | {
+                "expression.py"  # a folder
+            }
 
 
 @pytest.mark.parametrize("name", ["../outside", "a/b", "<lambda>", "long" * 100, "a b", "ü"])

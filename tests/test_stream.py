@@ -3,6 +3,8 @@
 import copy
 import gc
 import pickle
+import sys
+import threading
 import weakref
 
 import numpy as np
@@ -426,6 +428,35 @@ def test_a_stream_drops_nothing():
     y = torch.stack([stream(x).clone() for x in xs])
     with torch.no_grad():
         torch.testing.assert_close(y, ours.eval()(xs)[0], rtol=0, atol=1e-13)
+
+
+def test_a_stream_takes_one_step_at_a_time():
+    """Whatever another thread does, each step is taken as a whole or refused."""
+    units, size, interval = 512, 8, sys.getswitchinterval()
+    layer = fastcells.nn.RNN(64, units, nonlinearity="relu", bias=False)
+    with torch.no_grad():  # the state counts the steps
+        layer.weight_hh_l0.copy_(torch.eye(units))
+        layer.weight_ih_l0.fill_(1 / 64)
+    stream, x, refused = layer.stream(size), torch.ones(size, 64), []
+
+    def go():
+        for _ in range(200):
+            try:
+                stream(x)
+            except RuntimeError as error:
+                refused.append(str(error))
+
+    threads = [threading.Thread(target=go) for _ in range(2)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert set(refused) <= {"a stream takes one step at a time, and another thread's is under way"}
+    assert stream.state.min() == stream.state.max() == 400 - len(refused)
 
 
 def test_wrong_use_of_a_stream():

@@ -516,6 +516,30 @@ def test_bad_arguments_get_one_line_and_status_2(arguments, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_figures_take_no_results_of_other_cases(tmp_path, capsys):
+    path = save(tmp_path / "a.jsonl", measured(*two(2.0)))
+    with pytest.raises(SystemExit) as ended:
+        main(["figures", "core_two_threads", "--results", str(path)])
+    assert ended.value.code == 2
+    count = len(FIGURES["core_two_threads"].cases())
+    assert f"{count} cases of core_two_threads are not in" in capsys.readouterr().err
+
+
+def test_results_stay_until_there_are_others(tmp_path, capsys):
+    path = save(tmp_path / "a.jsonl", measured(*two(2.0)))
+    before = path.read_text()
+    main(["run", "--shape", "1,1,4,4", "--cell", "rnn", "--mode", "inference", "--minutes", "0", "--out", str(path)])
+    assert "nothing was measured" in capsys.readouterr().out
+    assert path.read_text() == before
+
+
+def test_a_reader_that_has_enough_gets_no_traceback(tmp_path):
+    command = f"{sys.executable} -m benchmarks list core | head -1; {sys.executable} -m benchmarks list > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300, check=False)
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "cannot write: No space left on device"
+
+
 def test_list_names_suites_modes_and_providers(capsys):
     main(["list"])
     text = capsys.readouterr().out

@@ -160,13 +160,15 @@ class Operand(NamedTuple):
 class Made(NamedTuple):
     """What a call does: run scripts, one after the other, each with its operands and the memory that it keeps, if it
     does; and what it makes, the examples, which are on the device "meta", as these have no memory. The result is made
-    of some of them, and of views of all of one, and of None. brief: Python's other threads may wait for it."""
+    of some of them, and of views of all of one, and of None. brief: Python's other threads may wait for it. alone: one
+    is under way at a time, and another thread's meanwhile gives None."""
 
     scripts: list[tuple[Script, list[Operand | None], Memory | None]]
     examples: list[Tensor]
     result: Any
     dtype: torch.dtype
     brief: bool = False
+    alone: bool = False
 
     @property
     def keeps(self) -> bool:
@@ -335,7 +337,7 @@ class Record:
         self._set("arena", self._object(KEY))
         self._set("take", self._object(partial(arena.take, size)))
         self._set("brief", made.brief and max(runs[1::2]) == 1)
-        self._set("flying", 0 if made.keeps else -1)
+        self._set("flying", 0 if made.keeps or made.alone else -1)
         self._set("driver", driver().address)
         if max(runs[1::2]) > 1:
             kernel, known = team.leading()

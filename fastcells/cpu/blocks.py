@@ -58,7 +58,12 @@ class Pool:
             self._most = max(self._most, self._lent)
             self._limit()
         if block is None:
-            block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            try:
+                block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            except OSError:
+                with self._lock:
+                    self._lent -= size
+                raise
             if HUGE is not None:
                 with suppress(OSError):  # a system without them
                     block.madvise(HUGE)

@@ -143,13 +143,16 @@ def kept(key: tuple | None, make: Callable[[], Call]) -> Any:
     """The call of this key, made now or earlier; the least recently used ones are forgotten."""
     if key is None:
         return make()
-    call = _calls.get(key)
-    if call is None:
-        call = make()
-        with _lock:
-            _calls[key] = call
-            while len(_calls) > KEPT_CALLS:
-                _calls.popitem(last=False)
+    with _lock:
+        call = _calls.get(key)
+        if call is not None:
+            _calls.move_to_end(key)
+            return call
+    call = make()
+    with _lock:
+        _calls[key] = call
+        while len(_calls) > KEPT_CALLS:
+            _calls.popitem(last=False)
     return call
 
 

@@ -197,6 +197,7 @@ class Runner:
         dot: bool = False,
         beside: Sequence[Address] = (0,) * 5,
         depth: Address | None = None,
+        several: bool = False,
         label: str = "",
     ) -> None:
         """Add to a script: the program over the time steps.
@@ -205,14 +206,14 @@ class Runner:
         at a first step, products of "before" rows are zero. threads, from number `first` on, share by `split`; shares:
         address of the rows, or vectors of units, at which their shares begin, if not even. dot: weights are read as
         they are. beside: the words of HEADER on input projections of later steps, for a program that `rides`. depth: of
-        the only product, where it is told at each call; no more than the product says.
+        the only product, where it is told at each call; no more than the product says. several: see HEADER.
         """
         assert self.rides or not beside[0], "this program's tiles do not make input projections"
         words: list[Address] = [0] * self.layout.size
         at, sums, sizes = self.layout.stage[0], 0, list[tuple[int, int]]()
         for k, (parts, before, unit) in enumerate(zip(products, self.before, units, strict=True)):
             whole = sum([p.depth for p in parts])
-            piece = whole if dot else depth_part(whole, row_block)
+            piece = whole if dot else depth_part(whole, row_block + several)
             if parts and (whole > piece or (row_block > 1 and not self.direct[k])):
                 sums = max(sums, self._sums(k, row_block))
             sizes.append((unit, -(-whole // piece) if whole else 1))
@@ -248,6 +249,7 @@ class Runner:
             slot * self.item,
             training,
             self._far(products, units, depth is not None),
+            several,
             *beside,
         )
         arrivals = WORD["arrivals"] if split == "units" and threads > 1 and self.chained else None
@@ -403,6 +405,7 @@ def product(
     row_block: int = ROW_BLOCK,
     count: Address | None = None,
     told: Address | None = None,
+    several: bool = False,
     label: str = "",
 ) -> None:
     """out = start + x @ weight.T, or start + x @ weight if transposed, over the last dimension.
@@ -412,7 +415,7 @@ def product(
     `shares` so many, and they share by `split` (see `launch`). pack: whether the weights are packed first; not to needs
     `transposed`, or adjacent numbers in rows of x, for dot products. wait: for what earlier launches do. count, told:
     rows of x and out, which have one step then, and depth, where they are told at each call: no more than the buffers
-    say.
+    say. several: see `launch`.
     """
     run, _ = plain(dtype)
     units, depth = out.shape[-1], x.shape[-1]
@@ -452,5 +455,6 @@ def product(
         row_block=min(rows, row_block),
         dot=dot,
         wait=wait,
+        several=several,
         label=label,
     )

@@ -35,6 +35,7 @@ HEADER = (
     "slot",  # bytes of one vector of the hidden size
     "training",  # 1: store what only training needs
     "far",  # 1: tiles ask for weights ahead
+    "several",  # 1: a single row is one of several that are elsewhere, and its sums are made as theirs
     "beside",  # how often BESIDE_ROWS rows of later steps are multiplied by the input's weights on the way,
     "beside_units",  # columns,
     "beside_depth",
@@ -183,8 +184,8 @@ def tile_shape(stage: Stage, registers: int, lanes: int) -> Shape:
 def agenda_bytes(
     program: Program, shapes: Sequence[Shape], sizes: Sequence[tuple[int, int]], groups: int, dot: bool
 ) -> int:
-    """At least what an agenda takes. sizes: units, and how many parts the depth is in, of each stage; groups: of rows
-    that differ in whether they have a step before or after; dot: see STAGE_WORDS."""
+    """Room for any agenda: what one takes is no more. sizes: units, and how many parts the depth is in, of each stage;
+    groups: of rows that differ in whether they have a step before or after; dot: see STAGE_WORDS."""
     items = 2
     for stage, shape, (units, parts) in zip(program.stages, shapes, sizes, strict=True):
         vectors = -(-units // shape.lanes)

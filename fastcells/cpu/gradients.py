@@ -276,7 +276,7 @@ class WeightGradients:
         self, begin: int, end: int, grad: Buffer, read: dict[Operand, Buffer | Product], told: Address | None
     ) -> None:
         """Add to all targets what a stretch of rows, from `begin` to `end`, adds: each thread to its own."""
-        options = {"row_block": self.widest} if self.turns else {}
+        options: dict[str, Any] = {"row_block": self.widest} if self.turns else {}
         for thread, column, count in self.pieces:
             columns = grad.columns(column, count)
             units = columns.turned()
@@ -289,6 +289,7 @@ class WeightGradients:
                 if t.operand in read and left < right:
                     part = units.narrow(0, left - column, right - left).columns(low - begin, high - low)
                     into = t.target.narrow(0, left - t.column, right - left).columns(0, t.operand.direct)
+                    options["several"] = t.columns > 1  # however few of them this is
                     self._product(part, read[t.operand], into, told, threads=1, first=thread, **options)
 
     def _length(self, copied: Iterable[Operand], most: int) -> int:

@@ -58,7 +58,7 @@ from .tile import TILE, TILE_ARGUMENTS, emit_tiles
 STEPS, ROWS, SHARES, THREADS = WORD["steps"], WORD["rows"], WORD["shares"], WORD["threads"]
 POSITIONS, FIRST, DELTA = WORD["positions"], WORD["first"], WORD["delta"]
 COUNTS, SPLIT, ARRIVALS, YIELD = WORD["counts"], WORD["split"], WORD["arrivals"], WORD["yield"]
-ROW_BLOCK, FAR_AT = WORD["row_block"], WORD["far"]
+ROW_BLOCK, FAR_AT, SEVERAL_ROWS = WORD["row_block"], WORD["far"], WORD["several"]
 BESIDE_AT, COLUMNS = WORD["beside"], WORD["beside_units"]
 BESIDE_DEPTH, PANEL = WORD["beside_depth"], WORD["beside_weights"]
 SCRATCH, SCRATCH_THREAD, AGENDA_BYTES = WORD["scratch"], WORD["scratch_thread"], WORD["agenda"]
@@ -504,7 +504,7 @@ def set_agenda(frame, item, thread, team, block, block_end, active, carried, con
     """Write down what a thread does at a step, of the rows from `block` to `block_end`; carried, continuing: how many
     rows were there at the step before, and will be at the next one."""
     by_units = peek(frame, SPLIT) == 1
-    shares = peek(frame, SHARES)
+    shares, single = peek(frame, SHARES), active == 1 and peek(frame, SEVERAL_ROWS) == 0
     for stage in range(stages(0)):
         unit, units = 0, (peek(frame, stage_word(stage) + UNITS_AT) + lanes(0) - 1) // lanes(0)
         if by_row(stage) == 1:
@@ -512,7 +512,7 @@ def set_agenda(frame, item, thread, team, block, block_end, active, carried, con
         if by_units and shares != 0 and peek(frame, THREADS) == team:
             unit, units = peek(shares, thread), peek(shares, thread + 1)
         elif by_units:  # in pieces that do not change which tiles there are, so that sums stay the same
-            piece = piece_of(frame, stage, active == 1)
+            piece = piece_of(frame, stage, single)
             pieces = (units + piece - 1) // piece
             unit = pieces * thread // team * piece
             units = least(units, pieces * (thread + 1) // team * piece)
@@ -525,7 +525,7 @@ def set_agenda(frame, item, thread, team, block, block_end, active, carried, con
             if not is_last:
                 group_end = least(group_end, continuing)
             item = sweep(
-                frame, item, stage, unit, units, n, group_end, back, active == 1, is_first, is_last, scratch
+                frame, item, stage, unit, units, n, group_end, back, single, is_first, is_last, scratch
             )  # fmt: skip
             n = group_end
         if takes_along(0) == 1 and stage == 0:

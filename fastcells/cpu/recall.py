@@ -173,6 +173,14 @@ def gathered(record, args, count, tensors):
 
 
 @routine
+def address_of(handle):
+    """Of a tensor's first element."""
+    place = word()
+    data_pointer(handle, place)
+    return peek(place, 0)
+
+
+@routine
 def equal(words, others, count):
     """Whether so many words are those at another address."""
     k = 0
@@ -199,6 +207,8 @@ def alike(record, tensors, count):
         handle = tensor + offset(record)
         impl = peek(handle, 0)
         if peek(impl + keys(record), 0) != peek(at, 1) or wants_gradient(impl) != peek(at, 2):
+            return False
+        if address_of(handle) == 0:  # its memory was let go
             return False
         poke(place, 0, 0)
         dtype_of(handle, place)
@@ -258,14 +268,6 @@ def own_memory(record):
     address = integer(found)
     let_go(found)
     return address
-
-
-@routine
-def address_of(handle):
-    """Of a tensor's first element."""
-    place = word()
-    data_pointer(handle, place)
-    return peek(place, 0)
 
 
 @routine

@@ -243,9 +243,11 @@ _zeros = [torch.zeros(1 << 14, dtype=torch.uint8)]
 
 def zeros(size: int) -> int:
     """Address of at least `size` zero bytes, to be read only."""
-    if size > _zeros[-1].shape[0]:
-        _zeros.append(torch.zeros(2 * size, dtype=torch.uint8))  # the shorter ones may be in use, and are half as long
-    return _zeros[-1].data_ptr()
+    block = _zeros[-1]  # of this moment: another thread may make a shorter one
+    if size > block.shape[0]:
+        block = torch.zeros(2 * size, dtype=torch.uint8)
+        _zeros.append(block)  # the shorter ones may be in use, and are half as long
+    return block.data_ptr()
 
 
 _ones: dict[torch.dtype, list[Tensor]] = {}
@@ -254,6 +256,8 @@ _ones: dict[torch.dtype, list[Tensor]] = {}
 def ones(count: int, dtype: torch.dtype) -> int:
     """Address of at least `count` ones, to be read only."""
     known = _ones.setdefault(dtype, [])
-    if not known or count > known[-1].shape[0]:
-        known.append(torch.ones(2 * count, dtype=dtype))
-    return known[-1].data_ptr()
+    block = known[-1] if known else None
+    if block is None or count > block.shape[0]:
+        block = torch.ones(2 * count, dtype=dtype)
+        known.append(block)
+    return block.data_ptr()

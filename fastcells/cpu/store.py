@@ -70,12 +70,19 @@ def loaded() -> list[Kernel]:
     return list(_kernels.values())
 
 
+def sources() -> list[Path]:
+    """The files that machine code depends on; the rest of the package makes what is described to it."""
+    root = Path(__file__).parent.parent
+    return [
+        root / "plan.py", root / "program.py", *sorted(root.glob("expression/*.py")), *sorted(root.glob("cpu/*.py"))
+    ]  # fmt: skip
+
+
 @lru_cache
 def _base() -> str:
     """The part of every digest that is the same in this process: source, machine, versions."""
-    root = Path(__file__).parent.parent
     source = hashlib.sha256()
-    for file in [root / "program.py", *sorted(root.glob("expression/*.py")), *sorted(root.glob("cpu/*.py"))]:
+    for file in sources():
         source.update(file.read_bytes())
     versions = [importlib.metadata.version(p) for p in ("numba", "llvmlite", "numpy")]
     return repr((source.hexdigest(), host(), versions, sys.version_info[:3]))

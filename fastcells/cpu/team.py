@@ -11,7 +11,7 @@ import ctypes
 import os
 import sys
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -139,12 +139,17 @@ def library() -> str | None:
 def _loaded_libraries() -> list[str]:
     try:
         with open("/proc/self/maps") as maps:
-            paths = {line.split()[-1] for line in maps if "omp" in line and ".so" in line}
+            paths = _mapped(maps)
     except OSError:  # no such file system: look beside torch's own libraries
         folder = Path(torch.__file__).parent / "lib"
         paths = {str(p) for p in folder.glob("*omp*")}
     # gomp first: where several are loaded, it is the one that torch's wheels link
     return sorted(paths, key=lambda p: ("gomp" not in p, p))
+
+
+def _mapped(lines: Iterable[str]) -> set[str]:
+    """Paths of such libraries, which may have spaces: what follows address, permissions, offset, device and inode."""
+    return {line.split(maxsplit=5)[-1].rstrip("\n") for line in lines if "omp" in line and ".so" in line}
 
 
 @lru_cache

@@ -202,7 +202,7 @@ class Tile(Emitter):
         asked = None
         if self.kind == "far" and asking().shared:
             asked = self.share_of_next(b.add(panels[0], b.mul(self.arg["next"], vector)), begin, end, line)
-        add = self.multiplied(segment, keys, panels, line, step, asked)
+        add = self.multiplied(segment, panels, line, step, asked)
         if beside is not None:
             begin, chain = self.together(beside, add, chain, keys, begin, end, stride)
         begin, chain, _ = self.loop(add, chain, keys, begin, end, stride)
@@ -407,7 +407,7 @@ class Tile(Emitter):
         at = b.add(panel, b.add(b.mul(begin, line), b.mul(first, i64(LINE))))
         return self.opaque(at), self.opaque(i64(LINE))
 
-    def multiplied(self, segment, keys, panels, line, step, asked: tuple | None) -> Callable:
+    def multiplied(self, segment, panels, line, step, asked: tuple | None) -> Callable:
         """A function of k and sums: these with what step k of the depth adds. asked: see share_of_next."""
         b, v = self.b, self.v
         rows = self.row_addresses(segment.rows)

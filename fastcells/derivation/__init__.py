@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from ..expression import ZERO, Node, leaf, substitute
+from ..expression import SINGLE, ZERO, Node, leaf, substitute
 from ..program import Gradients, Outputs, Pass, Place, Program, Programs, Segment, Stage, Weights
 from .keeping import assign_slots, choose_saved, forward_values
 from .staging import Staging
@@ -126,7 +126,7 @@ class Derivation:
     def _start_read(self, gate: str) -> int:
         """The last stage that reads a gate's input projection."""
         forward = self.forward
-        if leaf("x", gate) not in self.in_slots:
+        if not self.step.ahead or gate in self.step.shared:
             return forward.stage(self.step.start_of[gate])
         stages = range(forward.depth)
         kept = [[n for n in self.saved if forward.stage(n) == k] for k in stages]
@@ -185,10 +185,10 @@ class Derivation:
         """Where a stage of the forward pass finds what it does not compute."""
         if n.uniform:
             return self._number(n) if n in self.number_of else _UNPLACED
-        if n.op == "leaf" and n.value[0] == "x":  # a product of this step, handed on, where it is not made ahead
-            made = self.step.ahead
-            return Place("start", self.x_slot[n.value[1]]) if made else Place("saved", self.slot_of[n])
-        if n.op == "leaf":
+        if n.op == "leaf" and n.value[0] == "x":  # where it is not made ahead, a product of this step, handed on
+            if self.step.ahead:
+                return Place("start", self.x_slot[n.value[1]])
+        elif n.op == "leaf":
             return Place("s." + n.value[1], 0, "before") if is_state(n) else _own_place(n)
         return Place("saved", self.slot_of[n]) if n in self.slot_of else Place("s." + self.step.new_state[n])
 
@@ -301,18 +301,18 @@ def _grouped(
             vectors = {n: place for n, place in stages[k].loads.items() if n not in single}
             for n in single:
                 given = staging.inherited(n, k) if n.uniform else [n]
-                loads |= {m: _own_place(m) if m.value and m.value[0] == "scalar" else number(m) for m in given}
+                loads |= {m: _own_place(m) if m.value and m.value[0] in SINGLE else number(m) for m in given}
             passes.append(Pass(tuple(staging.reductions(k)), stages[k].outputs, vectors))
         for n, _, _ in outputs:
             given = staging.inherited(n, levels[-1])
-            loads |= {m: _own_place(m) if m.value and m.value[0] == "scalar" else number(m) for m in given}
+            loads |= {m: _own_place(m) if m.value and m.value[0] in SINGLE else number(m) for m in given}
         found.append(Stage("H", (), (), outputs, loads, tuple(passes)))
     return tuple(found)
 
 
 def _own_place(n: Node) -> Place:
     kind, name = n.value
-    return Place("own." + name, 0, "now" if kind == "step_input" else "static", uniform=kind == "scalar")
+    return Place("own." + name, 0, "now" if kind in ("step_input", "mark") else "static", uniform=kind in SINGLE)
 
 
 def _total_place(n: Node) -> Place:

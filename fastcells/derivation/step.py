@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..expression import ZERO, Node, gradients, is_reduction, leaf, substitute, topological
 
-OWN = ("p", "scalar", "input", "step_input")  # kinds of leaves that are a cell's own tensors
+OWN = ("p", "scalar", "input", "step_input", "mark")  # kinds of leaves that are a cell's own tensors
 
 
 def is_state(node: Node) -> bool:
@@ -67,7 +67,7 @@ class Step:
         self.backward = {k: found.get(k, ZERO) for k in keys}
         self.backward |= {k: v for k, v in found.items() if k[0] == "hr"}
         self.backward |= {("s", s): grads.get(leaf("s", s), ZERO) for s in states}
-        kinds = OWN if feed else OWN[:2]
+        kinds = OWN[:4] if feed else OWN[:2]
         self.own = tuple(n for n in topological(self.outputs) if n.op == "leaf" and n.value[0] in kinds and n in grads)
         for n in self.own:  # sums over the steps, but for an input of every step
             before = ZERO if n.value[0] == "step_input" else leaf("total", n.value[1])
@@ -83,7 +83,7 @@ def _derive(outputs: list[Node], states: tuple[str, ...]) -> tuple[list[Node], d
 
     def early(node: Node) -> bool:
         leaves = [n for n in topological([node]) if n.op == "leaf" or n.op == "product"]
-        return all(n.op == "leaf" and n.value[0] not in ("x", "step_input") for n in leaves)
+        return all(n.op == "leaf" and n.value[0] not in ("x", "step_input", "mark") for n in leaves)
 
     products = [n for n in topological(outputs) if n.op == "product" and n.value[0] == "hh"]
     operands = [n.args[0] for n in products if not is_state(n.args[0]) and early(n.args[0])]

@@ -34,6 +34,7 @@ from .functions import (
 )
 from .graph import (
     ONE,
+    SINGLE,
     ZERO,
     Node,
     Operators,
@@ -57,6 +58,7 @@ __all__ = [
     "FUNCTIONS",
     "ONE",
     "OPERATIONS",
+    "SINGLE",
     "ZERO",
     "Node",
     "Operators",

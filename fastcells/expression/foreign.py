@@ -7,12 +7,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from .functions import FUNCTIONS, clip, hard_sigmoid, less_equal, maximum, minimum, where
+from .functions import FUNCTIONS, clip, hard_sigmoid, less_equal, maximum, minimum, softplus, where
 from .graph import OPERATIONS, Operators, apply, as_node
 
 
-def _clamp(v, low=None, high=None, *, min=None, max=None):  # with torch's and NumPy's names
-    return clip(v, low if min is None else min, high if max is None else max)
+def _clamp(v, low=None, high=None, *, min=None, max=None, a_min=None, a_max=None):  # with torch's and NumPy's names
+    low, high = (next((b for b in bounds if b is not None), None) for bounds in ((low, min, a_min), (high, max, a_max)))
+    return clip(v, low, high)
+
+
+def _where(condition, input, other):
+    return where(condition, input, other)
+
+
+def _softplus(input, beta=1.0, threshold=20.0):  # from which on torch takes the input itself, which is the same
+    return softplus(input) if beta == 1 else softplus(beta * input) / beta
 
 
 def _hardtanh(v, min_val=-1.0, max_val=1.0):  # without a gradient at its bounds, unlike clamp
@@ -27,6 +36,7 @@ def _of_two(function, input, other=None):  # with one value, or a number, it is 
 
 FOREIGN: dict[str, Callable] = {
     "absolute": abs,
+    "add": lambda input, other, alpha=1.0: input + (other if alpha == 1 else alpha * other),
     "clamp": _clamp,
     "clamp_max": lambda v, max: _clamp(v, max=max),
     "clamp_min": lambda v, min: _clamp(v, min=min),
@@ -55,9 +65,13 @@ FOREIGN: dict[str, Callable] = {
     "pow": operator.pow,
     "power": operator.pow,
     "reciprocal": lambda v: 1.0 / v,
+    "softplus": _softplus,
     "square": lambda v: v * v,
-    "subtract": operator.sub,
+    **dict.fromkeys(
+        ("sub", "subtract"), lambda input, other, alpha=1.0: input - (other if alpha == 1 else alpha * other)
+    ),
     "true_divide": operator.truediv,
+    "where": _where,
 }
 """What NumPy or torch has under a name, or with arguments, of its own."""
 
@@ -93,7 +107,13 @@ def call(library: str, function: Callable, inputs: Sequence, options: dict) -> A
         raise TypeError(f"{written}: a cell's values cannot change in place. Write v = {library}.{name}(v) instead.")
     # Plain numbers, so that no operator comes back here.
     values = [v if isinstance(v, Operators | str | None) else as_node(name, v).value for v in inputs]
-    return ours(*values, **options)
+    try:
+        return ours(*values, **options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        given = ", ".join(options)
+        raise TypeError(f"{name}: a cell cannot use it with {given}. Write what that does with operators.") from None
 
 
 def hint(name: str) -> str:

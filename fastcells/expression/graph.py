@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -171,6 +172,7 @@ class Node(Operators):
 
     __slots__ = ("__weakref__", "args", "op", "uniform", "value")
     _pool: ClassVar[WeakValueDictionary[tuple, Node]] = WeakValueDictionary()
+    _lock: ClassVar = threading.RLock()  # threads that trace at once get the same nodes
 
     op: str
     args: tuple[Node, ...]
@@ -178,13 +180,18 @@ class Node(Operators):
     uniform: bool  # the same for all units of a sequence because it comes from sums over them
 
     def __new__(cls, op: str, args: tuple[Node, ...] = (), value: Any = None) -> Node:
-        key = (op, *map(id, args), value)  # a node keeps its arguments alive, so their ids stay theirs
+        bits = value.hex() if isinstance(value, float) else value  # 0.0 is -0.0, and no NaN is another
+        key = (op, *map(id, args), bits)  # a node keeps its arguments alive, so their ids stay theirs
         node = cls._pool.get(key)
-        if node is None:
-            node = object.__new__(cls)
-            node.op, node.args, node.value = op, args, value
-            node.uniform = _is_uniform(node)
-            cls._pool[key] = node
+        if node is not None:
+            return node
+        with cls._lock:
+            node = cls._pool.get(key)
+            if node is None:
+                node = object.__new__(cls)
+                node.op, node.args, node.value = op, args, value
+                node.uniform = _is_uniform(node)
+                cls._pool[key] = node
         return node
 
     def __reduce__(self):
@@ -207,12 +214,15 @@ class Node(Operators):
     __hash__ = object.__hash__
 
 
+SINGLE = ("scalar", "mark")  # kinds of leaves that are one number for all units
+
+
 def _is_uniform(node: Node) -> bool:
     if node.op == "leaf":
         return node.value[0] == "row"
     if node.op not in OPERATIONS or is_reduction(node):
         return node.op in OPERATIONS
-    others = [a for a in node.args if a.op != "constant" and not (a.op == "leaf" and a.value[0] == "scalar")]
+    others = [a for a in node.args if a.op != "constant" and not (a.op == "leaf" and a.value[0] in SINGLE)]
     return bool(others) and all([a.uniform for a in others])
 
 

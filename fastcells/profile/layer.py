@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import PackedSequence
 
 from ..cpu import layer as cpu
 from ..cpu import script, store
 from ..dropin import DropIn
-from ..explain import explain
+from ..explain import examined
+from ..functional import DTYPES
 from ..plan import Plan
-from ..ragged import Ragged
 from ..roof import bandwidth, level, peak_flops
 from .calls import step
 from .timing import Timing, clock, take_apart
@@ -172,16 +171,18 @@ def profile_layer(
     call()
     first_call = clock() - began
     with torch.set_grad_enabled(train):
-        explained = explain(module, as_run(module, input, **options), None if options else hx)
-    batch = module._batch(as_run(module, input, **options))
-    sequences = cpu.Sequences(batch.x, batch.batch_sizes)
-    schedule, before = _roof(module, batch.x.dtype, sequences, train)
+        explained = examined(module, input, hx, options)
+    batch = module._batch(explained.input)
+    sequences = explained.layers[0].sequences if explained.layers else cpu.Sequences(batch.x, batch.batch_sizes)
+    dtype = batch.x.dtype
+    computed = dtype if dtype in DTYPES else torch.float32  # as halves are
+    schedule, before = _roof(module, computed, sequences, train)
     timing = take_apart(call, schedule.forward.split == "units", budget)
-    _, roof = _roof(module, batch.x.dtype, sequences, train)  # both sides of the timing, as other load comes and goes
+    _, roof = _roof(module, computed, sequences, train)  # both sides of the timing, as other load comes and goes
     roof = replace(roof, peak=max(before.peak, roof.peak), bandwidth=max(before.bandwidth, roof.bandwidth))
     return LayerProfile(
         layer=repr(module),
-        dtype=str(batch.x.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         train=train,
         steps=sequences.steps,
@@ -196,16 +197,6 @@ def profile_layer(
         kernels={k.name: k.compiled for k in _kernels(call)},
         rate=rate,
     )
-
-
-def as_run(module: DropIn, input: Any, lengths: Any = None, reset: Any = None, **_: Any) -> Any:
-    """The input as the engine is given it: padded sequences with lengths or resets are packed first."""
-    if lengths is None and reset is None:
-        return input
-    first = bool(module.batch_first)
-    steps, size = (input.shape[1], input.shape[0]) if first else input.shape[:2]
-    ragged = Ragged(steps, size, lengths, reset, batch_first=first)
-    return input if ragged.whole else PackedSequence(ragged.pack(input), ragged.batch_sizes)
 
 
 def _shapes(module: DropIn) -> tuple:
@@ -251,7 +242,7 @@ def _roof(module: DropIn, dtype: torch.dtype, sequences: cpu.Sequences, train: b
             working_set = max(working_set, step if split == "rows" else step // threads)
     if train:  # backward has each product twice: for the gradient of its rows and of its weights
         flops, moved = 3 * flops, 2 * moved
-    threads = torch.get_num_threads()
+    threads = cpu.threads()
     return schedules[0], Roof(
         flops,
         moved,
