@@ -42,7 +42,7 @@ LIBRARY.define(
 OPS: Any = torch.ops.fastcells
 
 
-class Call:
+class OpCall:
     """The arguments of an operation, as `functional.layer` has them."""
 
     def __init__(
@@ -104,7 +104,7 @@ class Call:
         def results(*values: Tensor) -> tuple[Tensor, ...]:
             there = iter(values)
             (x,), states, inputs, flat = split([None if t is None else next(there) for t in tensors])
-            made = Call(self.cell.key, x, states, inputs, flat, self.batch_sizes, len(self.parameters)).unrolled()
+            made = OpCall(self.cell.key, x, states, inputs, flat, self.batch_sizes, len(self.parameters)).unrolled()
             return tuple(made[k] for k in given)
 
         pull_back: Any = torch.func.vjp(results, *(t for t in tensors if t is not None))[1]
@@ -126,7 +126,7 @@ class Call:
 
 
 def _layer(cell, x, states, inputs, parameters, batch_sizes, directions, training=False) -> list[Tensor]:
-    call = Call(cell, x, states, inputs, parameters, batch_sizes, directions)
+    call = OpCall(cell, x, states, inputs, parameters, batch_sizes, directions)
     call.check()
     sequences = cpu.Sequences(x, batch_sizes)
     if not training:
@@ -139,7 +139,7 @@ def _layer(cell, x, states, inputs, parameters, batch_sizes, directions, trainin
 def _layer_backward(
     cell, x, states, inputs, parameters, batch_sizes, directions, feed, kept, cotangents, wanted
 ) -> list[Tensor]:
-    call = Call(cell, x, states, inputs, parameters, batch_sizes, directions)
+    call = OpCall(cell, x, states, inputs, parameters, batch_sizes, directions)
     call.check()
     y, *finals = call.results()
     _check_like("cotangents", cotangents, [y, *finals], optional=True)
@@ -185,7 +185,7 @@ def _chosen(wanted: Sequence[bool], *groups: Sequence[Tensor | None]) -> list[Te
 
 
 def _layer_of_lengths(cell, x, states, parameters, lengths, directions) -> list[Tensor]:
-    call = Call(cell, x, states, [], parameters, None, directions)
+    call = OpCall(cell, x, states, [], parameters, None, directions)
     y, finals = functional.layer(call.cell, call.x, call.states, call.parameters, lengths=lengths)
     return [y, *finals]
 
@@ -213,7 +213,7 @@ LIBRARY.impl("layer_of_lengths_backward", _layer_of_lengths_backward, "CPU")
 
 @torch.library.register_fake("fastcells::layer", lib=LIBRARY)
 def _(cell, x, states, inputs, parameters, batch_sizes, directions, training=False):
-    call = Call(cell, x, states, inputs, parameters, batch_sizes, directions)
+    call = OpCall(cell, x, states, inputs, parameters, batch_sizes, directions)
     return [*call.results(), *(call.kept(call.feed) if training else ())]
 
 
@@ -227,7 +227,7 @@ def _(cell, x, states, inputs, parameters, batch_sizes, directions, feed, kept, 
 
 @torch.library.register_fake("fastcells::layer_of_lengths", lib=LIBRARY)
 def _(cell, x, states, parameters, lengths, directions):
-    return [*Call(cell, x, states, [], parameters, None, directions).results()]
+    return [*OpCall(cell, x, states, [], parameters, None, directions).results()]
 
 
 @torch.library.register_fake("fastcells::layer_of_lengths_backward", lib=LIBRARY)
@@ -346,7 +346,7 @@ class _Gradient(Function):
             (x,), states, inputs, parameters, _, cotangents = ctx.split(
                 [changed.get(i, t) for i, t in enumerate(tensors)]
             )
-            call = Call(ctx.cell, x, states, inputs, parameters, batch_sizes, ctx.directions)
+            call = OpCall(ctx.cell, x, states, inputs, parameters, batch_sizes, ctx.directions)
             grads = call.unrolled_gradients(cotangents, ctx.wanted)
             return tuple(grads[k] for k in given)
 
@@ -359,7 +359,7 @@ def _layer_autograd(cell, x, states, inputs, parameters, batch_sizes, directions
     states, inputs = states or (), inputs or ()  # a package of AOTInductor has None for what is empty
     tensors = [x, *states, *inputs, *parameters]
     if _forward_mode(tensors):
-        return [*Call(cell, x, states, inputs, parameters, batch_sizes, directions).unrolled()]
+        return [*OpCall(cell, x, states, inputs, parameters, batch_sizes, directions).unrolled()]
     if _differentiable(tensors):
         split = _Split(1, len(states), len(inputs), len(parameters))
         return _apply(_Layer, cell, batch_sizes, directions, training, split, *tensors)
@@ -372,7 +372,9 @@ def _layer_backward_autograd(
     states, inputs = states or (), inputs or ()
     tensors = [x, *states, *inputs, *parameters, *kept, *cotangents]
     if _forward_mode(tensors):
-        return Call(cell, x, states, inputs, parameters, batch_sizes, directions).unrolled_gradients(cotangents, wanted)
+        return OpCall(cell, x, states, inputs, parameters, batch_sizes, directions).unrolled_gradients(
+            cotangents, wanted
+        )
     if _differentiable(tensors):
         split = _Split(1, len(states), len(inputs), len(parameters), len(kept), len(cotangents))
         return _apply(_Gradient, cell, batch_sizes, directions, feed, wanted, split, *tensors)

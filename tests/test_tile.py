@@ -7,7 +7,7 @@ import torch
 
 from fastcells import cells
 from fastcells.cpu import store
-from fastcells.cpu.geometry import DOT_UNITS, LATENCY_CHAINS, UNROLL, tile_shape
+from fastcells.cpu.geometry import DOT_UNITS, LATENCY_CHAINS, UNROLL, tiling_of
 from fastcells.cpu.host import host
 from fastcells.cpu.layer import ready
 from fastcells.cpu.tile import ALONG_ROW
@@ -43,7 +43,7 @@ def test_full_tiles_keep_their_sums_in_registers(cell, direction):
     loops, stack = list(inner_loops(text)), STACK if "movq\t%rsp, %rbp" in text else STACK[:1]
     adds = [sum(line.startswith("vfmadd") and "ps" in line for line in loop) for loop in loops]
     (stage,) = run.program.stages
-    shape = tile_shape(stage, host().registers, host().lanes(4))
+    shape = tiling_of(stage, host().registers, host().lanes(4))
     sums = {shape.rows * shape.block * len(s.targets) for s in stage.segments}
     expected = {UNROLL * n for n in sums}
     for width in (w for w in shape.widths[1:-1] if w < shape.block):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..plan import Plan
 from ..program import spread
-from .call import Call
+from .call import Prepared
 from .derived import hand_on
 from .direction import BATCH, TOTAL, Direction, Operands, Ready, Sequences, fixed, rows_of_initial, view
 from .engine import Buffer, View, add, product
@@ -71,7 +71,7 @@ class Made(NamedTuple):
     previous: list[dict[str, Buffer | None]]
 
 
-class Backward(Call):
+class Backward(Prepared):
     """The backward call for tensors laid out like these."""
 
     def __init__(

@@ -20,7 +20,7 @@ from .script import At, Script, arena
 SMALL = 1 << 10  # numbers in a tensor, up to which one is kept to make others like it
 
 
-class Call:
+class Prepared:
     """A call made ready: scripts and functions of the call's tensors, in order."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -134,12 +134,12 @@ def _nothing() -> None:
     return None
 
 
-_calls: OrderedDict[tuple, Call] = OrderedDict()
+_calls: OrderedDict[tuple, Prepared] = OrderedDict()
 KEPT_CALLS = 256
 _lock = threading.Lock()
 
 
-def kept(key: tuple | None, make: Callable[[], Call]) -> Any:
+def kept(key: tuple | None, make: Callable[[], Prepared]) -> Any:
     """The call of this key, made now or earlier; the least recently used ones are forgotten."""
     if key is None:
         return make()

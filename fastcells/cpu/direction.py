@@ -60,7 +60,7 @@ def suited(cell: Cell, weights: Sequence[Any], feed: bool = False, each: bool = 
 
 
 Number = Callable[[Callable[[Any], Any]], At]
-"""`Call.number`: an operand, by a function of the `Sequences` of a call."""
+"""`Prepared.number`: an operand, by a function of the `Sequences` of a call."""
 
 
 def roomy(count: int) -> int:
@@ -75,8 +75,8 @@ class Sequences:
     steps: T; rows: N, of the fullest step; total: rows of all steps; counts: of each step, None if all have as many,
     and `Tables` of them, and of orders of the sequences, if there are any. most: rows of all steps that a call is made
     ready for: of packed sequences somewhat more than there are, so that the same call does for others; what differs
-    from one to the next is told at each call (`Call.number`). tokens: where packed rows lie in a padded batch, which is
-    the input, the output, or both.
+    from one to the next is told at each call (`Prepared.number`). tokens: where packed rows lie in a padded batch, which
+    is the input, the output, or both.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Sequences:
         return self.tokens.leading if shape[0] == BATCH and self.tokens is not None else (self.total,)
 
     def times(self, descending: bool, number: Number) -> Times:
-        """Steps from the first to the last, or from the last to the first. number: `Call.number`."""
+        """Steps from the first to the last, or from the last to the first. number: `Prepared.number`."""
         if self.packed:
             counts = number(lambda s: s.tables.counts(descending))
             positions = number(lambda s: s.tables.positions(descending))
@@ -295,7 +295,7 @@ class Direction:
         number: Number,
         **options: Any,
     ) -> None:
-        """Add a pass's program over the time steps, from the last one if descending. number: `Call.number`."""
+        """Add a pass's program over the time steps, from the last one if descending. number: `Prepared.number`."""
         run.launch(
             script,
             sequences.times(descending, number),

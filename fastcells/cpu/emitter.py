@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from ..expression import OPERATIONS, Node
 from ..program import Place, Program
-from .geometry import BUFFER_WORDS, TOGETHER, WORD, Layout, Shape
+from .geometry import BUFFER_WORDS, TOGETHER, WORD, Layout, Tiling
 from .order import Fused, Part, ordered
 from .simd import FORMATS, I1, I64, Vector, i64
 
@@ -105,17 +105,17 @@ class Emitter:
         dtype: str,
         index: int,
         program: Program,
-        shape: Shape,
+        tiling: Tiling,
         rows: int,
         width: int,
         arguments: dict,
     ) -> None:
         self.b, self.layout, self.index, self.stage = builder, layout, index, program.stages[index]
-        self.v = Vector(builder, FORMATS[dtype], shape.lanes)
+        self.v = Vector(builder, FORMATS[dtype], tiling.lanes)
         self.rows, self.width, self.arg = rows, width, arguments
-        self.block = shape.block
+        self.block = tiling.block
         self.bytes = self.v.fmt.bytes
-        self.vector_bytes = shape.lanes * self.bytes
+        self.vector_bytes = tiling.lanes * self.bytes
         self.count = len(self.stage.accumulators)
         self.unit_bytes = builder.mul(arguments["unit"], i64(self.vector_bytes))
         self.mask = None  # of the lanes of the last vector that exist, where not all do

@@ -27,7 +27,7 @@ from .geometry import (
     halved,
     is_direct,
     rides,
-    tile_shape,
+    tiling_of,
 )
 from .host import host
 from .script import KEEPS, MEMORY, Address, At, Script, zeros
@@ -139,11 +139,11 @@ class Runner:
         self.vector = self.lanes * self.item  # bytes
         self.layout = Layout(program)
         self.before = [[s.rows.when == "before" for s in stage.segments] for stage in program.stages]
-        self.shapes = [tile_shape(s, host().registers, self.lanes) for s in program.stages]
+        self.tilings = [tiling_of(s, host().registers, self.lanes) for s in program.stages]
         self.direct = [is_direct(s) for s in program.stages]
         # Units to whose multiples tiles of several rows fill up each gate.
-        self.grain = lanes // 2 if halved(program.stages[0], self.shapes[0]) else lanes
-        self.rides = rides(program, self.shapes[0]) and lanes == host().lanes(self.item)
+        self.grain = lanes // 2 if halved(program.stages[0], self.tilings[0]) else lanes
+        self.rides = rides(program, self.tilings[0]) and lanes == host().lanes(self.item)
         # Whether what one unit takes is made of others.
         self.chained = len(program.stages) > 1 or any(s.rows.when != "now" for s in program.stages[0].segments)
         self._kernel: store.Kernel | None = None
@@ -173,8 +173,8 @@ class Runner:
 
     def _sums(self, stage: int, rows: int) -> int:
         """Bytes of the sums that products may leave."""
-        shape, count = self.shapes[stage], len(self.program.stages[stage].accumulators)
-        vectors = max(rows * shape.block, shape.widths[0])
+        tiling, count = self.tilings[stage], len(self.program.stages[stage].accumulators)
+        vectors = max(rows * tiling.block, tiling.widths[0])
         return -(-vectors * count * self.vector // LINE) * LINE
 
     def launch(
@@ -228,7 +228,7 @@ class Runner:
                 words[at : at + len(part)] = part if depth is None else (depth, *part[1:])
                 at += len(part)
         steps, rows, start, delta, positions, counts = times
-        agenda = agenda_bytes(self.program, self.shapes, sizes, 1 if counts is None else 3, dot)
+        agenda = agenda_bytes(self.program, self.tilings, sizes, 1 if counts is None else 3, dot)
         scratch = 2 * agenda + sums
         words[: len(HEADER)] = (
             steps,
@@ -291,7 +291,7 @@ class Runner:
             depth if told is None else told,
             depth,
             *strides,
-            self.shapes[stage].block,
+            self.tilings[stage].block,
             gates,
         ]
         words += [threads, digests, At(KEEPS) if keeps else 0, *(o * row for o in offsets)]

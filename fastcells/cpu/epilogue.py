@@ -13,22 +13,22 @@ from llvmlite import ir
 from ..expression import Node, is_reduction
 from ..program import Outputs, Pass, Program
 from .emitter import CONTEXT, Emitter, joined, switch
-from .geometry import WORD, Epilogue, Layout, Shape, epilogues
+from .geometry import WORD, Epilogue, Layout, Tiling, epilogues
 from .order import Fused, between, fuse
 from .simd import I64, i64
 
 EPILOGUE = "fastcells_epilogue"
 
 
-def emit_epilogues(module: ir.Module, program: Program, dtype: str, shapes: list[Shape]) -> None:
+def emit_epilogues(module: ir.Module, program: Program, dtype: str, tilings: list[Tiling]) -> None:
     """Add the function `EPILOGUE` of `CONTEXT`, which is to be inlined where it is called."""
     layout = Layout(program)
     with switch(module, EPILOGUE, CONTEXT) as (builder, arguments, case):
-        for k, (stage, shape) in enumerate(zip(program.stages, shapes, strict=True)):
+        for k, (stage, tiling) in enumerate(zip(program.stages, tilings, strict=True)):
             kind = Row if stage.passes else Vectors
-            for variant in epilogues(stage, shape, k):
+            for variant in epilogues(stage, tiling, k):
                 case(variant.number, f"epilogue.{k}.{variant.rows}x{variant.width}")
-                emitter = kind(builder, layout, dtype, k, program, shape, variant.rows, variant.width, arguments)
+                emitter = kind(builder, layout, dtype, k, program, tiling, variant.rows, variant.width, arguments)
                 emitter.emit(variant)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..plan import Plan
-from .call import Call
+from .call import Prepared
 from .direction import BATCH, TOTAL, Direction, Ready, Sequences, fixed, planned, view
 from .engine import Buffer, View, add, plain, product
 from .geometry import BESIDE_ROWS
@@ -37,7 +37,7 @@ class Made(NamedTuple):
     series: list[dict[int, Buffer]]
 
 
-class Forward(Call):
+class Forward(Prepared):
     """The forward call for tensors laid out like these."""
 
     def __init__(

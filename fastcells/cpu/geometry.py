@@ -138,7 +138,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Shape:
+class Tiling:
     """How a stage is cut into tiles, for so many registers of `lanes` numbers.
 
     widths: vectors of units in a tile, widest first; the first is for a single row, which needs the independent
@@ -171,25 +171,25 @@ UNROLLED_ROWS = 4  # of tiles of so many rows and more; lower ones are used less
 LATENCY_CHAINS = 8  # independent sums that hide the latency of a fused multiply-add: 4 cycles x 2 units
 
 
-def tile_shape(stage: Stage, registers: int, lanes: int) -> Shape:
+def tiling_of(stage: Stage, registers: int, lanes: int) -> Tiling:
     """Accumulators fill the registers, leaving room for a weight vector and the rows' broadcasts."""
     if stage.passes:
-        return Shape(registers, lanes, 1, (1, 1, 0))
+        return Tiling(registers, lanes, 1, (1, 1, 0))
     count = max(1, len(stage.accumulators))
     block = WIDEST if count == 1 else 2 if count == 2 else 1
     rows = max(1, min(6, (registers - 4) // (count * block)))
-    return Shape(registers, lanes, rows, (2 * block, *(w for w in (WIDEST, REST_WIDTH, 1) if w <= block), 0))
+    return Tiling(registers, lanes, rows, (2 * block, *(w for w in (WIDEST, REST_WIDTH, 1) if w <= block), 0))
 
 
 def agenda_bytes(
-    program: Program, shapes: Sequence[Shape], sizes: Sequence[tuple[int, int]], groups: int, dot: bool
+    program: Program, tilings: Sequence[Tiling], sizes: Sequence[tuple[int, int]], groups: int, dot: bool
 ) -> int:
     """Room for any agenda: what one takes is no more. sizes: units, and how many parts the depth is in, of each stage;
     groups: of rows that differ in whether they have a step before or after; dot: see STAGE_WORDS."""
     items = 2
-    for stage, shape, (units, parts) in zip(program.stages, shapes, sizes, strict=True):
-        vectors = -(-units // shape.lanes)
-        tiles = vectors if dot else parts * (vectors // shape.block + len(shape.widths))
+    for stage, tiling, (units, parts) in zip(program.stages, tilings, sizes, strict=True):
+        vectors = -(-units // tiling.lanes)
+        tiles = vectors if dot else parts * (vectors // tiling.block + len(tiling.widths))
         items += groups * (tiles * bool(stage.segments) + PARTS * vectors * (not is_direct(stage))) + 2
     return items * ITEM_BYTES
 
@@ -228,13 +228,13 @@ class Variant(NamedTuple):
     partial: bool = False
 
 
-def rides(program: Program, shape: Shape) -> bool:
+def rides(program: Program, tiling: Tiling) -> bool:
     """Whether a row's tiles take input projections of later steps along (see beside.py): there are registers to spare,
     and vectors that pass in halves take longer to multiply and add than to read."""
     (stage, *_), buffers = program.stages, program.buffers()
     recurrent = any(s.rows.when == "before" for s in stage.segments) and {"x", "start"} <= set(buffers)
-    sums = shape.widths[0] * len(stage.accumulators)
-    return host().halves and recurrent and sums + BESIDE_ROWS + 4 <= shape.registers
+    sums = tiling.widths[0] * len(stage.accumulators)
+    return host().halves and recurrent and sums + BESIDE_ROWS + 4 <= tiling.registers
 
 
 def is_direct(stage: Stage) -> bool:
@@ -243,44 +243,45 @@ def is_direct(stage: Stage) -> bool:
     return bool(stage.segments) and not stage.passes and all(node in sums for node, _, _ in stage.outputs)
 
 
-def halved(stage: Stage, shape: Shape) -> bool:
+def halved(stage: Stage, tiling: Tiling) -> bool:
     """Whether there are tiles of several rows and half a vector, for a last vector of which no more exists: where wide
     vectors pass in halves, these take half the time."""
-    return host().halves and bool(stage.segments) and shape.rows >= HALF_ROWS
+    return host().halves and bool(stage.segments) and tiling.rows >= HALF_ROWS
 
 
-def variants(stage: Stage, shape: Shape, index: int) -> list[Variant]:
+def variants(stage: Stage, tiling: Tiling, index: int) -> list[Variant]:
     """Every tile of a stage. Those of several rows that leave sums need not know of units that do not exist."""
     if not stage.segments:
         return []
-    block, direct, after = shape.block, is_direct(stage), len(shape.widths)
+    block, direct, after = tiling.block, is_direct(stage), len(tiling.widths)
 
     def number(width: int, rows: int) -> int:
         return (index * MAX_WIDTHS + width) * MAX_ROWS + rows
 
     def tall(width: int, vectors: int, kind: str, partial: bool = False, least: int = 1) -> list[Variant]:
-        return [Variant(number(width, r), r, vectors, kind, partial) for r in range(least, shape.rows + 1)]
+        return [Variant(number(width, r), r, vectors, kind, partial) for r in range(least, tiling.rows + 1)]
 
-    found = [Variant(number(w, 0), 1, n or 1, "single", n == 0) for w, n in enumerate(shape.widths)]
+    assert tiling.rows < DOT and FAR + tiling.rows < MAX_ROWS and after < DOTS, "variants would share a number"
+    found = [Variant(number(w, 0), 1, n or 1, "single", n == 0) for w, n in enumerate(tiling.widths)]
     found += tall(1, block, "rows")
-    for width, vectors in enumerate(shape.widths[1:-1], 1):
-        if vectors < block or (vectors <= REST_WIDTH and rest_of_block(stage, shape) == 0):
+    for width, vectors in enumerate(tiling.widths[1:-1], 1):
+        if vectors < block or (vectors <= REST_WIDTH and rest_of_block(stage, tiling) == 0):
             found += tall(width if vectors < block else 0, vectors, "rest", direct)
-    if halved(stage, shape):  # heights of tiles that HALF_ROWS and more are cut into
-        found += tall(after, 1, "half", direct, 2 if shape.rows < 5 else 3)
-    least = max(1, shape.rows - asking().lacking)
-    found += [Variant(number(1, FAR + r), r, block, "far") for r in range(least, shape.rows + 1)]
+    if halved(stage, tiling):  # heights of tiles that HALF_ROWS and more are cut into
+        found += tall(after, 1, "half", direct, 2 if tiling.rows < 5 else 3)
+    least = max(1, tiling.rows - asking().lacking)
+    found += [Variant(number(1, FAR + r), r, block, "far") for r in range(least, tiling.rows + 1)]
     if any(not s.weights.transposed for s in stage.segments):
-        found += [Variant(number(w, DOT), 1, 1, "dot", n == 0) for w, n in enumerate(shape.widths) if n <= 1]
+        found += [Variant(number(w, DOT), 1, 1, "dot", n == 0) for w, n in enumerate(tiling.widths) if n <= 1]
         for odd in (False, True) if direct else (False,):
-            found += [Variant(number(DOTS + odd, r), r, 1, "dots", odd) for r in range(1, shape.dot_rows + 1)]
+            found += [Variant(number(DOTS + odd, r), r, 1, "dots", odd) for r in range(1, tiling.dot_rows + 1)]
     return found
 
 
-def rest_of_block(stage: Stage, shape: Shape) -> int:
+def rest_of_block(stage: Stage, tiling: Tiling) -> int:
     """The number among the widths of a rest of as many vectors as a block has: that of a block, whose tiles do where a
     vector is packed as a block is, and leave sums; else 0, which only a single row has."""
-    return 1 if shape.block == 1 and not is_direct(stage) else 0
+    return 1 if tiling.block == 1 and not is_direct(stage) else 0
 
 
 TOGETHER = 4  # vectors whose epilogues are interleaved
@@ -300,13 +301,13 @@ class Epilogue(NamedTuple):
     part: str = "whole"
 
 
-def epilogues(stage: Stage, shape: Shape, index: int) -> list[Epilogue]:
+def epilogues(stage: Stage, tiling: Tiling, index: int) -> list[Epilogue]:
     """Every epilogue of a stage."""
     if is_direct(stage):
         return []
     if stage.passes:  # all units of a row
         return [Epilogue(index * EPILOGUES, 1, 1)]
-    widths = {0: 1, PARTIAL: 1} | ({ALONG: TOGETHER} if shape.block >= TOGETHER else {})
+    widths = {0: 1, PARTIAL: 1} | ({ALONG: TOGETHER} if tiling.block >= TOGETHER else {})
     return [
         Epilogue(
             index * EPILOGUES + kind + several + k * LATE, TOGETHER if several else 1, width, kind == PARTIAL, part

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..plan import share
 from ..program import spread
-from .call import Call
+from .call import Prepared
 from .direction import Direction
 from .engine import Buffer, Product, add, plain, product, turn
 from .geometry import LINE
@@ -105,7 +105,7 @@ class WeightGradients:
     row: its rows are `spread`, so that these lie in all sets of a cache; so are those of copies.
     """
 
-    def __init__(self, call: Call, packed: bool, d: Direction, grad: Buffer) -> None:
+    def __init__(self, call: Prepared, packed: bool, d: Direction, grad: Buffer) -> None:
         """packed: of packed sequences, which have as many rows as `grad` says, or fewer, as is told at each call."""
         self.call, self.packed, self.script, self.d, self.grad = call, packed, call.script, d, grad
         self.run, _ = plain(d.r.dtype)
@@ -319,7 +319,7 @@ class WeightGradients:
     def _units(self, target: Buffer, begin: int, later: bool = False) -> list[Units]:
         """How units, which are columns of `grad` from `begin` on, are shared: in whole tiles, for sums to be the same,
         of which a thread has those that begin in its share of `grad`, or end there, if later."""
-        widths = self.run.shapes[0].widths
+        widths = self.run.tilings[0].widths
         tile, whole = widths[0 if target.shape[0] == 1 else 1], target.shape[1] // self.lanes
         vectors = [max(c - begin, 0) // self.lanes + later * (tile - 1) for c in self.shares[:-1]]
         cuts = [min(k // tile * tile, whole) for k in vectors]

@@ -47,7 +47,7 @@ from .geometry import (
     halved,
     rest_of_block,
     rides,
-    tile_shape,
+    tiling_of,
 )
 from .host import host
 from .routine import routine, seldom
@@ -307,33 +307,33 @@ TABLE = "fastcells_{}"
 
 def make_recurrence(program: Program, dtype: str, registers: int, vector_lanes: int) -> Linked:
     """The kernel that runs a program over time."""
-    shapes = [tile_shape(s, registers, vector_lanes) for s in program.stages]
+    tilings = [tiling_of(s, registers, vector_lanes) for s in program.stages]
     ahead = any(p.when == "after" for s in program.stages for part in s.parts for p in part.loads.values())
     sums = [len(s.accumulators) * vector_lanes * FORMATS[dtype].bytes for s in program.stages]
     tables: tuple[Sequence[int], ...] = (
-        [len(shapes)],
+        [len(tilings)],
         [vector_lanes],
         [ahead],
         Layout(program).stage,
         [bool(s.passes) for s in program.stages],  # all units of a row at once, as if they were a vector
         [bool(s.segments) for s in program.stages],
         [len(epilogue_parts(s)) for s in program.stages],
-        [s.rows for s in shapes],
-        [s.dot_rows for s in shapes],
-        [w for s in shapes for w in (*s.widths, *[0] * (MAX_WIDTHS - len(s.widths)))],
-        [len(s.widths) - 1 for s in shapes],
-        [rest_of_block(s, shape) for s, shape in zip(program.stages, shapes, strict=True)],
-        [vector_lanes // 2 * halved(s, shape) for s, shape in zip(program.stages, shapes, strict=True)],
-        [s.block * n for s, n in zip(shapes, sums, strict=True)],
+        [s.rows for s in tilings],
+        [s.dot_rows for s in tilings],
+        [w for s in tilings for w in (*s.widths, *[0] * (MAX_WIDTHS - len(s.widths)))],
+        [len(s.widths) - 1 for s in tilings],
+        [rest_of_block(s, tiling) for s, tiling in zip(program.stages, tilings, strict=True)],
+        [vector_lanes // 2 * halved(s, tiling) for s, tiling in zip(program.stages, tilings, strict=True)],
+        [s.block * n for s, n in zip(tilings, sums, strict=True)],
         sums,
         [vector_lanes * FORMATS[dtype].bytes],
-        [rides(program, shapes[0])],
+        [rides(program, tilings[0])],
     )
     module = ir.Module(program.name)
     module.triple = host().triple  # the loops are linked to it, and bring the layout of data
-    emit_tiles(module, program, dtype, shapes)
-    emit_epilogues(module, program, dtype, shapes)
-    emit_beside(module, dtype, vector_lanes, Layout(program), rides(program, shapes[0]))
+    emit_tiles(module, program, dtype, tilings)
+    emit_epilogues(module, program, dtype, tilings)
+    emit_beside(module, dtype, vector_lanes, Layout(program), rides(program, tilings[0]))
     for name, numbers in zip(TABLES, tables, strict=True):
         kind = ir.ArrayType(I64, len(numbers))
         table = ir.GlobalVariable(module, kind, TABLE.format(name))

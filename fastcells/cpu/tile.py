@@ -25,7 +25,7 @@ from .geometry import (
     UNROLLED_ROWS,
     WORD,
     Layout,
-    Shape,
+    Tiling,
     Variant,
     asking,
     is_direct,
@@ -50,14 +50,14 @@ ALONG_ROW = 4  # vectors of a row that a dot product reads one after the other, 
 AHEAD = 4096  # bytes of weights that a tile asks for ahead: a page, where a processor that looks ahead itself stops
 
 
-def emit_tiles(module: ir.Module, program: Program, dtype: str, shapes: list[Shape]) -> None:
+def emit_tiles(module: ir.Module, program: Program, dtype: str, tilings: list[Tiling]) -> None:
     """Add the function `TILE` of `TILE_ARGUMENTS`, which is to be inlined where it is called."""
     layout = Layout(program)
     with switch(module, TILE, TILE_ARGUMENTS) as (builder, arguments, case):
-        for k, (stage, shape) in enumerate(zip(program.stages, shapes, strict=True)):
-            for variant in variants(stage, shape, k):
+        for k, (stage, tiling) in enumerate(zip(program.stages, tilings, strict=True)):
+            for variant in variants(stage, tiling, k):
                 case(variant.number, f"tile.{k}.{variant.kind}.{variant.rows}x{variant.width}")
-                Tile(builder, layout, dtype, k, program, shape, variant, arguments).emit()
+                Tile(builder, layout, dtype, k, program, tiling, variant, arguments).emit()
 
 
 class Tile(Emitter):
@@ -67,21 +67,21 @@ class Tile(Emitter):
     """
 
     def __init__(
-        self, builder, layout, dtype, index, program: Program, shape: Shape, variant: Variant, arguments
+        self, builder, layout, dtype, index, program: Program, tiling: Tiling, variant: Variant, arguments
     ) -> None:
-        super().__init__(builder, layout, dtype, index, program, shape, variant.rows, variant.width, arguments)
+        super().__init__(builder, layout, dtype, index, program, tiling, variant.rows, variant.width, arguments)
         self.kind, self.partial = variant.kind, variant.partial
         if self.kind == "half":
-            self.v = Vector(builder, self.v.fmt, shape.lanes // 2)
+            self.v = Vector(builder, self.v.fmt, tiling.lanes // 2)
         self.gates = program.gates  # in the order of the weights' blocks of rows
         whole = self.width >= self.block and self.kind != "rest"
         self.panel = self.block if whole else 1  # vectors side by side in it
-        self.unrolled = self.kind in ("rows", "far") and variant.rows >= min(UNROLLED_ROWS, shape.rows)
+        self.unrolled = self.kind in ("rows", "far") and variant.rows >= min(UNROLLED_ROWS, tiling.rows)
         self.several = self.kind not in ("single", "dot")
         self.direct = is_direct(self.stage) or not self.several
-        beside = self.kind == "single" and self.width in shape.widths[:BESIDE_WIDTHS] and not self.partial
-        self.rides = beside and index == 0 and rides(program, shape)
-        self.tallest = shape.rows if self.several else 1
+        beside = self.kind == "single" and self.width in tiling.widths[:BESIDE_WIDTHS] and not self.partial
+        self.rides = beside and index == 0 and rides(program, tiling)
+        self.tallest = tiling.rows if self.several else 1
 
     def emit(self) -> None:
         b = self.b
