@@ -75,8 +75,8 @@ class Sequences:
     steps: T; rows: N, of the fullest step; total: rows of all steps; counts: of each step, None if all have as many,
     and `Tables` of them, and of orders of the sequences, if there are any. most: rows of all steps that a call is made
     ready for: of packed sequences somewhat more than there are, so that the same call does for others; what differs
-    from one to the next is told at each call (`Prepared.number`). tokens: where packed rows lie in a padded batch, which
-    is the input, the output, or both.
+    from one to the next is told at each call (`Prepared.number`). tokens: where packed rows lie in a padded batch,
+    which is the input, the output, or both.
     """
 
     def __init__(

@@ -261,7 +261,7 @@ def variants(stage: Stage, tiling: Tiling, index: int) -> list[Variant]:
     def tall(width: int, vectors: int, kind: str, partial: bool = False, least: int = 1) -> list[Variant]:
         return [Variant(number(width, r), r, vectors, kind, partial) for r in range(least, tiling.rows + 1)]
 
-    assert tiling.rows < DOT and FAR + tiling.rows < MAX_ROWS and after < DOTS, "variants would share a number"
+    assert max(tiling.rows - DOT, FAR + tiling.rows - MAX_ROWS, after - DOTS) < 0, "variants would share a number"
     found = [Variant(number(w, 0), 1, n or 1, "single", n == 0) for w, n in enumerate(tiling.widths)]
     found += tall(1, block, "rows")
     for width, vectors in enumerate(tiling.widths[1:-1], 1):

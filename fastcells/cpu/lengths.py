@@ -198,8 +198,8 @@ LABEL = "packing of sequences"
 class Mover:
     """Adds to a script what moves the rows of all steps to tokens of a batch, which follow each other, and back.
 
-    number: `Prepared.number`. shares: address of the rows at which the shares of so many threads begin in the time loop,
-    or 0; team: threads that move rows, the same ones if they are as many.
+    number: `Prepared.number`. shares: address of the rows at which the shares of so many threads begin in the time
+    loop, or 0; team: threads that move rows, the same ones if they are as many.
     """
 
     def __init__(
