@@ -381,6 +381,8 @@ def add_clear(commands: Any) -> None:
 
 
 def run_clear(arguments: argparse.Namespace) -> None:
+    if (folder := store.folders()[0]).exists() and not folder.is_dir():
+        sys.exit(f"{folder} is no folder")
     try:
         gone = store.clear()
     except OSError as error:

@@ -106,6 +106,8 @@ def _obstacle(module: torch.nn.Module, kind: type, classes: Mapping[type, type])
     if isinstance(module, torch.jit.ScriptModule):
         recurrent = getattr(module, "original_name", None) in {c.__name__ for c in classes}
         return "compiled by TorchScript: its code no longer comes from its class" if recurrent else None
+    if kind.__module__.startswith("torch.ao.nn.quant") and kind.__name__ in {c.__name__ for c in classes}:
+        return f"{_described(kind)} has weights of whole numbers"
     if isinstance(module, Recurrent):
         return f"already {_described(kind)}" if classes is DROP_IN else "torch.nn has no layer of any cell"
     if not isinstance(module, tuple(DROP_IN)):

@@ -267,6 +267,16 @@ class Last(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantized_module_is_left():
+    model = torch.nn.Sequential(torch.nn.LSTM(4, 4), torch.nn.Linear(4, 4))
+    model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.LSTM}, torch.qint8)
+    for switch in (convert, revert):
+        report = switch(model)
+        assert not report.swapped
+        assert "weights of whole numbers" in report.left["0"]
+
+
 def test_scripted_module_is_left():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.jit.script(Last()))
     x = torch.randn(5, 2, 3)

@@ -537,6 +537,16 @@ def test_kernels_that_are_there_need_no_folder_to_write_to(tmp_path, monkeypatch
     assert "stored" in capsys.readouterr().out
 
 
+def test_clearing_what_is_no_folder(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    monkeypatch.setenv("FASTCELLS_CACHE", str(file))
+    with pytest.raises(SystemExit) as ended:
+        main(["clear-cache"])
+    assert ended.value.code == f"{file} is no folder"
+    assert file.read_text() == "mine"
+
+
 def test_clearing_leaves_folders_that_others_may_write_to(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTCELLS_CACHE", str(tmp_path))
     file = tmp_path / f"kernel-{'0' * 32}.o"
