@@ -354,6 +354,7 @@ class Invocation:
         self.cell, self.directions, self.given = cell, directions, given
         self.return_cell_states, self.recompute, self.again = return_cell_states, recompute, again
         self._start: Callable[..., Any] | None = None
+        self._kinds: Kinds | None = None
         self._finish: list[tuple[tuple, Callable[..., Any]]] = []  # of the kinds that were asked for
 
     def __call__(self, tensors: Sequence[Tensor | None], sequences: cpu.Sequences) -> tuple[Tensor, ...]:
@@ -375,7 +376,7 @@ class Invocation:
             self._start = self._start or self.again.again(tensors, None, tuple)
             made = self._start(*[t for t in tensors if t is not None]) or self.again.begin(tensors)
             results = 1 + len(self.cell.states)
-            _save(ctx, tensors, [made[0], *made[results:]])
+            self._kinds = _save(ctx, tensors, [made[0], *made[results:]], self._kinds)
             return tuple(made[:results])
         x, states, inputs, parameters = self.split(tensors)
         ctx.feed = any([t.requires_grad for t in inputs])
@@ -401,13 +402,7 @@ class Invocation:
             for known, finish in self._finish:
                 if known == kind and (found := finish(*present, **told)) is not None:
                     return found
-        for tensor, kind in zip(tensors, ctx.kinds, strict=True):
-            if tensor is not None and (found := _kind(tensor)) != kind:
-                raise RuntimeError(
-                    f"what backward needs must be as in the forward pass, {_text(*kind)}, got {_text(*found)}: "
-                    "saved_tensors_hooks gave another tensor, or a parameter or input was given other data meanwhile, "
-                    "as by module.to()"
-                )
+        _check_kinds(tensors, ctx.kinds)
         if graph or not _plain([*tensors, *cotangents]):
             return self._differentiable(ctx.sequences, tensors[: ctx.inputs], needs, cotangents, tensors[ctx.inputs :])
         _with_memory([*tensors, *cotangents])
@@ -479,12 +474,28 @@ class Invocation:
         return [next(grads) if need else None for need in needs]
 
 
-def _save(ctx: Any, taken: Sequence[Tensor | None], made: Sequence[Tensor]) -> None:
-    """Save what a call took and made, and what kind of tensors these are: by the time of the backward pass, hooks may
-    have put others in their place, and parameters may have been given other data, which kernels would read as these."""
+Kinds = list[tuple[torch.Size, torch.dtype] | None]
+
+
+def _save(ctx: Any, taken: Sequence[Tensor | None], made: Sequence[Tensor], kinds: Kinds | None = None) -> Kinds:
+    """Save what a call took and made, and what kind of tensors these are, if that is not known, which is returned: by
+    the time of the backward pass, hooks may have put others in their place, and parameters may have been given other
+    data, which kernels would read as these."""
     tensors = *taken, *made
     ctx.save_for_backward(*tensors)
-    ctx.kinds = [None if t is None else _kind(t) for t in tensors]
+    ctx.kinds = kinds = kinds or [None if t is None else _kind(t) for t in tensors]
+    return kinds
+
+
+def _check_kinds(tensors: Sequence[Tensor | None], kinds: Kinds) -> None:
+    """Raise where saved tensors are of other kinds by now."""
+    for tensor, kind in zip(tensors, kinds, strict=True):
+        if tensor is not None and kind is not None and (found := _kind(tensor)) != kind:
+            raise RuntimeError(
+                f"what backward needs must be as in the forward pass, {_text(*kind)}, got {_text(*found)}: "
+                "saved_tensors_hooks gave another tensor, or a parameter or input was given other data meanwhile, as "
+                "by module.to()"
+            )
 
 
 def _kind(t: Tensor) -> tuple[torch.Size, torch.dtype]:

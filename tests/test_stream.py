@@ -15,7 +15,7 @@ import torch.overrides
 import torch.utils._python_dispatch
 
 import fastcells
-from fastcells import cell, cells, variants
+from fastcells import cell, cells, functional, variants
 from fastcells.cpu import again
 from fastcells.expression import tanh
 
@@ -183,6 +183,23 @@ def test_equal_calls_in_training_of_cells_and_without_a_batch(kind, shape):
             a, b = (torch.zeros(1) if t is None else t for t in (a, b))
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12, check_dtype=False)
     assert ours._replays.seen[True, False, False].replay.forward is not None
+
+
+@pytest.mark.skipif(again.interface() is None, reason="Python or torch without the interfaces for C")
+def test_equal_backward_passes_are_prepared_once(monkeypatch):
+    made = []
+    prepared = functional.Invocation._prepared
+    monkeypatch.setattr(functional.Invocation, "_prepared", lambda *given: made.append(1) or prepared(*given))
+    layer, reset = layers("GRU")[0], torch.zeros(4, 3, dtype=torch.bool)
+    reset[2, 1] = True
+    for options in ({}, {"reset": reset, "reset_to": 0}, {"lengths": [4, 1, 2]}):
+        counts = []
+        for _ in range(8):
+            made.clear()
+            layer(torch.randn(4, 3, 5, dtype=torch.float64), **options)[0].sum().backward()
+            counts.append(len(made))
+        assert counts[0] == 1
+        assert counts[-4:] == [0, 0, 0, 0]
 
 
 def test_a_graph_is_asked_twice_after_equal_calls():
