@@ -46,7 +46,8 @@ def invented_cell(seed):
                 there.append(one() * getattr(p, scalars[0]))
             else:
                 there.append(draw.choice(OF_TWO)(one(), one()))
-        kept = [one() for _ in states]
+        given = len(states) + len(gates)
+        kept = [draw.choice(there[:given]) if draw.random() < 0.3 else one() for _ in states]
         return [v if draw.random() < 0.25 else tanh(v) + 0.3 * getattr(s, n) for v, n in zip(kept, states, strict=True)]
 
     lists = {"states": states, "parameters": parameters, "scalars": scalars}
