@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -36,14 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if said is None:
             raise
         sys.exit(said)
-    except BrokenPipeError:  # whoever reads has enough; nothing is left to be flushed at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(f"cannot write: {error.strerror}")
+        from fastcells.terminal import give_up
+
+        give_up(error)
     except KeyboardInterrupt:
         sys.exit(130)
     if status:

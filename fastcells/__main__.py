@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib.metadata
 import json
 import math
@@ -26,6 +25,7 @@ from .cpu.host import host
 from .profile.layer import profile_layer
 from .profile.picture import roofline
 from .profile.words import compiled, quantity, table
+from .terminal import give_up
 from .warmup import CELLS, find_cell
 
 DTYPE = {name: dtype for dtype, name in DTYPES.items()}
@@ -406,14 +406,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         sys.exit("matplotlib is not installed: pip install matplotlib")
-    except BrokenPipeError:  # whoever reads has enough; nothing is left to be flushed at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(f"cannot write: {error.strerror}")
+        give_up(error)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -210,9 +210,8 @@ class Cell:
 
     def _states(self) -> tuple[Node, ...]:
         x = {g: leaf("x", g) for g in self.gates}
-        by_unit = self.step_inputs[: len(self.step_inputs) - len(self.marks)]
-        kinds = {"p": self.parameters, "scalar": self.scalars, "input": self.inputs, "step_input": by_unit}
-        kinds["mark"] = self.marks
+        kinds = {"p": self.parameters, "scalar": self.scalars, "input": self.inputs, "mark": self.marks}
+        kinds["step_input"] = tuple([name for name in self.step_inputs if name not in self.marks])
         with comparing():
             states = self.step(
                 x,

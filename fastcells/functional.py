@@ -20,7 +20,7 @@ from .cpu import script
 from .cpu.engine import DTYPES
 from .cpu.lengths import Tokens
 from .derivation import build
-from .ragged import Lengths, Ragged, backward_in_time
+from .ragged import Lengths, Ragged, backward_in_time, check_reset_to
 
 Parameters = tuple[Any, ...]
 """(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr) and, of a cell that has some, a tuple of its own tensors."""
@@ -109,8 +109,7 @@ def layer(
     not take (see `refusal`): float32 or float64 throughout, on the CPU.
     """
     check(cell, x, states, parameters, batch_sizes, inputs)
-    if reset is None and reset_to is not None:
-        raise ValueError("reset_to must be None without reset: it is what a reset leads to")
+    check_reset_to(reset, reset_to)
     run = partial(unchecked_layer, return_cell_states=return_cell_states)
     if lengths is None and reset is None and not reverse:
         return run(cell, x, states, parameters, batch_sizes, inputs)

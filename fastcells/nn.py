@@ -38,7 +38,7 @@ from .dynamo import admit
 from .functional import Parameters, flat, observer, unchecked_layer
 from .marked import Marked
 from .plan import worth_packing
-from .ragged import Lengths, Ragged, backward_in_time, cut_within, ends_and_resets
+from .ragged import Lengths, Ragged, backward_in_time, check_reset_to, cut_within, ends_and_resets
 from .stream import Stream
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "Recurrent"]
@@ -183,8 +183,7 @@ class OverTime(regularise.Dropping, DropIn):
         third: bool = False,
     ) -> tuple[Any, Any, tuple | None, Callable]:
         """`_resolved` of a call with any of these arguments. third: return_cell_states."""
-        if reset is None and reset_to is not None:
-            raise ValueError("reset_to must be None without reset: it is what a reset leads to")
+        check_reset_to(reset, reset_to)
         if reverse and self.bidirectional:
             raise ValueError("reverse must be False with bidirectional=True, where the second direction is reverse")
         if isinstance(input, PackedSequence) and not (lengths is None and reset is None):

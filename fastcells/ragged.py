@@ -219,6 +219,12 @@ def ends_and_resets(
     return ends, resets if batch_first else resets.T
 
 
+def check_reset_to(reset: Tensor | None, reset_to: Any) -> None:
+    """Raise ValueError for what a reset leads to where there is none."""
+    if reset is None and reset_to is not None:
+        raise ValueError("reset_to must be None without reset: it is what a reset leads to")
+
+
 def cut_within(ends: np.ndarray | None, resets: np.ndarray) -> bool:
     """Whether there is a reset within a sequence. Raises as `Ragged`."""
     if ends is None:

@@ -238,6 +238,15 @@ class Training(Rest):
         return self.run(module, input, batch, input if self.same else batch.x, self.states(tensors), tensors, run)
 
 
+def _ready(
+    cell: Any, directions: int, given: bool, tensors: list, sequences: cpu.Sequences, training: bool
+) -> tuple[Callable[..., Sequence[Tensor]], list[Tensor | None]]:
+    """A layer's call made ready for such tensors, and those that it is given. given: whether there are states."""
+    x, states, inputs, parameters = split(cell, directions, given, tensors)
+    forward, whole = cpu.prepared(cell, x, states, parameters, sequences, training, inputs)
+    return Invocation(cell, directions, given, again=forward) if training else forward.results, whole
+
+
 class Packed(Rest):
     """Of packed sequences: there is a call made ready for each layer and each `Sequences.few`."""
 
@@ -278,14 +287,9 @@ class Packed(Rest):
 
     def _made(self, k: int, given: list[Tensor | None], sequences: cpu.Sequences) -> Callable[..., Sequence[Tensor]]:
         """Make a layer's call ready."""
-        cell, directions, states = self.call.cell, len(self.numbers[k]), bool(self.shapes)
-        x, *rest, parameters = split(cell, directions, states, given)
-        forward, _ = cpu.prepared(cell, x, rest[0], parameters, sequences, self.training)
+        made, _ = _ready(self.call.cell, len(self.numbers[k]), bool(self.shapes), given, sequences, self.training)
         if len(self.known) >= KEPT:
             self.known.clear()
-        made: Callable = forward.results
-        if self.training:
-            made = Invocation(cell, directions, states, again=forward)
         self.known[(k, *sequences.few)] = made
         return made
 
@@ -358,16 +362,11 @@ class InLoop(Rest):
     def _made(self, k: int, cell: Cell, given: bool, taken: list) -> Callable[..., Sequence[Tensor]] | None:
         """Make a layer's call ready. given: whether there are states."""
         directions = len(self.numbers[k])
-        x, states, inputs, parameters = split(cell, directions, given, taken)
-        arguments = cell, x, states, parameters, self.sequences, self.training, inputs
-        forward, whole = cpu.prepared(*arguments)
+        made, whole = _ready(cell, directions, given, taken, self.sequences, self.training)
         if len(whole) != len(taken) or not all(map(same_memory, whole, taken)):
             return None
-        if not self.training:
-            return forward.results
-        if any([t.requires_grad for t in inputs]):
-            return None
-        return Invocation(cell, directions, given, again=forward)
+        _, _, inputs, _ = split(cell, directions, given, taken)
+        return None if self.training and any([t.requires_grad for t in inputs]) else made
 
 
 class NotAgain(Exception):
