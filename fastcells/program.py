@@ -45,6 +45,10 @@ class Weights:
     gates: tuple[str, ...]
     transposed: bool = False
 
+    def blocks(self, gates: tuple[str, ...]) -> tuple[int, ...]:
+        """The numbers of the blocks of rows that give a result each, of all gates' in this order."""
+        return () if self.transposed else tuple([gates.index(g) if g in gates else 0 for g in self.gates])
+
 
 @dataclass(frozen=True)
 class Segment:

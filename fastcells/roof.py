@@ -15,7 +15,7 @@ import torch
 
 from .cpu import store, team
 from .cpu.engine import DTYPES
-from .cpu.geometry import LINE
+from .cpu.frame import LINE
 from .cpu.host import host
 
 UNROLLED = 8  # of the loops of the kernels in `cpu.peaks`

@@ -15,6 +15,7 @@ from . import cells
 from .cell import Cell
 from .cpu import again, engine, lengths, script, store, team
 from .cpu import layer as cpu
+from .cpu.geometry import Family
 from .cpu.host import host
 from .derivation import build
 
@@ -55,13 +56,15 @@ def _in_a_line(error: Exception) -> str:
 
 class Wanted(NamedTuple):
     """A kernel by what it takes to find it in another process: the part "forward" or "backward" of a cell by name, or
-    one of `ONCE` and `EACH` (for each dtype), which all cells use. lanes: numbers in a vector of those of a cell."""
+    one of `ONCE` and `EACH` (for each dtype), which all cells use, or of a family of tiles, "tall". lanes: numbers in a
+    vector of those of a cell."""
 
     part: str
     dtype: torch.dtype
     lanes: int
     cell: str = ""
     project: bool = False
+    family: Family | None = None
 
 
 ONCE: dict[str, Callable[[Wanted], store.Kernel]] = {
@@ -86,27 +89,36 @@ def wanted(
     hidden sizes, where they are known."""
     widest = {dtype: host().lanes(dtype.itemsize) for dtype in dtypes}
     widths = {dtype: {host().lanes(dtype.itemsize, size) for size in sizes} or {widest[dtype]} for dtype in dtypes}
-    found = [
+    of_cells = [
         Wanted(part, dtype, lanes, name, project)
         for dtype in dtypes
         for lanes in sorted(widths[dtype])
         for name in names
         for part in ("backward", "forward")
     ]
-    found += [
+    families = {
+        Wanted("tall", w.dtype, w.lanes, family=family): None for w in of_cells for family in _runner(w).families()
+    }
+    each = [
         Wanted(part, dtype, lanes)
         for dtype in dtypes
         for part in reversed(EACH)
         for lanes in (sorted(widths[dtype] | {widest[dtype]}) if part == "pack" else [widest[dtype]])
     ]
     once = [Wanted(part, dtypes[0], widest[dtypes[0]]) for part in reversed(ONCE)]
-    return [*found[:1], *once, *found[1:]]
+    return [*of_cells[:1], *once, *each, *of_cells[1:], *families]
+
+
+def _runner(want: Wanted) -> engine.Runner:
+    return getattr(cpu.ready(find_cell(want.cell), want.project, want.dtype, want.lanes), want.part)
 
 
 def obtain(want: Wanted) -> tuple[str, float]:
     """Compile a kernel or load it: its name, and the seconds it took to compile, 0 if it was stored."""
     if want.cell:
-        kernel = getattr(cpu.ready(find_cell(want.cell), want.project, want.dtype, want.lanes), want.part).kernel
+        kernel = _runner(want).kernel
+    elif want.family is not None:
+        kernel = engine.tall(want.family, want.dtype, want.lanes)
     else:
         kernel = (ONCE | EACH)[want.part](want)
     return kernel.name, kernel.compiled

@@ -30,7 +30,7 @@ from problems import (
 
 import fastcells
 from fastcells import cell, cells, functional, plan, unrolled
-from fastcells.cpu import call, geometry, layer, loops, script, team
+from fastcells.cpu import call, frame, layer, loops, script, team
 from fastcells.cpu.host import host
 from fastcells.expression import (
     cos,
@@ -404,14 +404,14 @@ def test_agendas_have_the_room_that_they_take(which, lengths, steps, inputs, hid
     rows, options = lengths, {}
     if isinstance(lengths, list):
         rows, options = len(lengths), {"lengths": sorted(lengths, reverse=True)}
-    item, written = geometry.ITEM_BYTES // 8, 0
+    item, written = frame.ITEM_BYTES // 8, 0
 
     def look(launch, run):
         nonlocal written
         if launch.kernel.name.startswith(("entering", "leaving", "pack", "turn")):  # which have none
             run()
             return
-        scratch, each, agenda = (launch.frame[geometry.WORD[n]] for n in ("scratch", "scratch_thread", "agenda"))
+        scratch, each, agenda = (launch.frame[frame.WORD[n]] for n in ("scratch", "scratch_thread", "agenda"))
         memory = (ctypes.c_int64 * (each * launch.threads // 8)).from_address(script.arena._words[0] + scratch.offset)
         words = np.frombuffer(memory, np.int64)
         words[:] = -1

@@ -7,7 +7,7 @@ import torch
 
 import fastcells
 from fastcells.cpu import store, team
-from fastcells.cpu.geometry import SCRIPT, TEAM
+from fastcells.cpu.frame import SCRIPT, TEAM
 from fastcells.cpu.lead import make_lead
 from fastcells.cpu.team import ALONE, CREDIT, MOST_CREDIT
 

@@ -480,6 +480,8 @@ def test_the_life_of_a_cache(tmp_path, monkeypatch, capsys, quick):
         "sum_float32",
         "rnn_relu_forward_float32",
         "rnn_relu_backward_float32",
+        "tall_1_float32",
+        "dots_1_float32",
         *(["recall"] if again.interface() else []),
         *(["lead"] if team.library() else []),
     }

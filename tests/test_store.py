@@ -174,7 +174,7 @@ def test_digest_covers_source_machine_and_versions():
     for package in ("numba", "llvmlite", "numpy"):
         assert store.importlib.metadata.version(package) in base
     sources = {f.relative_to(PACKAGE).as_posix() for f in store.sources()}
-    assert {"cpu/tile.py", "cpu/loops.py", "cpu/simd.py", "cpu/geometry.py", "expression/graph.py"} <= sources
+    assert {"cpu/tile.py", "cpu/loops.py", "cpu/simd.py", "cpu/frame.py", "expression/graph.py"} <= sources
     for file in (PACKAGE / "cpu").glob("*.py"):
         if "import ir\n" in (text := file.read_text()):  # it makes code, also of what it takes from elsewhere
             assert {f"{name}.py" for name in re.findall(r"^from \.\.(\w+) import", text, re.M)} <= sources | {

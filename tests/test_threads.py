@@ -9,7 +9,7 @@ import fastcells
 from fastcells import cells
 from fastcells.cpu import gradients
 from fastcells.cpu import layer as cpu
-from fastcells.cpu.geometry import WORD
+from fastcells.cpu.frame import WORD
 from fastcells.cpu.script import KEEPS, KEPT, MEMORY, At, Script, arena
 from fastcells.roof import using_threads
 

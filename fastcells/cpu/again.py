@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..outside import MISSING, Read
 from . import store, team
-from .geometry import LINE, SCRIPT
+from .frame import LINE, SCRIPT
 from .script import KEY, Memory, Script, arena, driver
 
 try:  # tell how torch dispatches on tensors

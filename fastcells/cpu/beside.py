@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from llvmlite import ir
 
 from .emitter import counted, frame_word
-from .geometry import BESIDE_ROWS, BUFFER_WORDS, WORD, Layout
+from .frame import BUFFER_WORDS, WORD, Layout
+from .geometry import BESIDE_ROWS
 from .simd import FORMATS, I64, Vector, i64
 
 BESIDE = "fastcells_beside"

@@ -11,8 +11,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .emitter import joined
-from .geometry import DIGEST, DIGEST_BYTES, LINE, PACK, TURN
-from .loops import least, peek, poke
+from .frame import DIGEST, DIGEST_BYTES, LINE, PACK, TURN
+from .intrinsics import least, peek, poke
 from .routine import routine
 from .simd import FORMATS, I64, Vector, i64
 

@@ -9,9 +9,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .geometry import BUFFER_WORDS, HEADER
+from .frame import BUFFER_WORDS, HEADER
+from .intrinsics import least, peek, poke
 from .lengths import CUTS, FOUND, ROWS, TABLES, TARGET_WORDS, TOKENS, TOLD
-from .loops import COUNTS, SHARES, STEPS, THREADS, least, peek, poke, position
+from .loops import COUNTS, SHARES, STEPS, THREADS, position
 from .routine import routine
 from .simd import I64, i64
 

@@ -1,6 +1,6 @@
 """What all code of a program's stages has in common: where things are, and what is computed of a vector's sums.
 
-All addresses come from the frame (see geometry.py).
+All addresses come from the frame (see frame.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from llvmlite import ir
 
 from ..expression import OPERATIONS, Node
 from ..program import Place, Program
-from .geometry import BUFFER_WORDS, TOGETHER, WORD, Layout, Tiling
+from .frame import BUFFER_WORDS, SEGMENT_WORDS, WORD, Layout
+from .geometry import TOGETHER, Tiling
 from .order import Fused, Part, ordered
 from .simd import FORMATS, I1, I64, Vector, i64
 
@@ -32,8 +33,8 @@ CONTEXT = (
 
 
 @contextmanager
-def switch(module: ir.Module, name: str, arguments: tuple[str, ...]) -> Iterator[tuple]:
-    """Add a function that is to be inlined where it is called, and does one of several cases by "variant".
+def switch(module: ir.Module, name: str, arguments: tuple[str, ...], stride: int = 1) -> Iterator[tuple]:
+    """Add a function that is to be inlined where it is called, and does one of several cases by "variant" / stride.
 
     Gives a builder, the arguments by name, and `case(number, name)`, after which the builder adds to that case."""
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * len(arguments)), name)
@@ -41,7 +42,7 @@ def switch(module: ir.Module, name: str, arguments: tuple[str, ...]) -> Iterator
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     given = dict(zip(arguments, function.args, strict=True))
     done = function.append_basic_block("done")
-    chosen = builder.switch(given["variant"], done)
+    chosen = builder.switch(builder.udiv(given["variant"], i64(stride)), done)
 
     def case(number: int, label: str) -> None:
         if builder.block is not function.entry_basic_block:
@@ -113,12 +114,13 @@ class Emitter:
         self.b, self.layout, self.index, self.stage = builder, layout, index, program.stages[index]
         self.v = Vector(builder, FORMATS[dtype], tiling.lanes)
         self.rows, self.width, self.arg = rows, width, arguments
-        self.block = tiling.block
+        self.program, self.tiling = program, tiling
         self.bytes = self.v.fmt.bytes
         self.vector_bytes = tiling.lanes * self.bytes
         self.count = len(self.stage.accumulators)
         self.unit_bytes = builder.mul(arguments["unit"], i64(self.vector_bytes))
         self.mask = None  # of the lanes of the last vector that exist, where not all do
+        self.origins: dict[Place, tuple] = {}
         self.addresses: dict[Place, list] = {}  # of all rows
 
     # ---- addresses ----
@@ -126,9 +128,14 @@ class Emitter:
         """A word of the frame."""
         return frame_word(self.b, self.arg["frame"], number)
 
-    def row_addresses(self, place: Place) -> list:
-        """Address of the first unit of `place` in every row."""
-        if place not in self.addresses:
+    def segment_words(self, j: int) -> dict:
+        """What the frame says of a segment, by SEGMENT_WORDS."""
+        at = self.layout.segment[self.index, j]
+        return {name: self.word(at + k) for k, name in enumerate(SEGMENT_WORDS)}
+
+    def origin(self, place: Place) -> tuple:
+        """Address of the first unit of `place` in the first row, and bytes from row to row."""
+        if place not in self.origins:
             b = self.b
             address, step, row_stride, initial, initial_row = (
                 self.word(self.layout.buffer[place.buffer] + k) for k in range(len(BUFFER_WORDS))
@@ -144,9 +151,16 @@ class Emitter:
                 address = b.add(address, b.mul(i64(place.slot), self.word(WORD["slot"])))
             if place.number:
                 address = b.add(address, i64(place.number * self.bytes))
+            self.origins[place] = address, row_stride
+        return self.origins[place]
+
+    def row_addresses(self, place: Place) -> list:
+        """Address of the first unit of `place` in every row."""
+        if place not in self.addresses:
+            address, row_stride = self.origin(place)
             addresses = [address]
             for _ in range(self.rows - 1):
-                addresses.append(b.add(addresses[-1], row_stride))
+                addresses.append(self.b.add(addresses[-1], row_stride))
             self.addresses[place] = addresses
         return self.addresses[place]
 
@@ -170,9 +184,35 @@ class Emitter:
         """The mask of a vector, if it has one."""
         return self.mask if vector == self.width - 1 else None
 
+    def part_of(self, depth, offset) -> tuple:
+        """Where the part of the depth that a tile multiplies begins and ends in a segment, which begins at `offset`."""
+        return tuple(self._within(self.b.sub(self.arg[n], offset), depth) for n in ("begin", "end"))
+
+    def _within(self, x, high):
+        x = self.b.select(self.b.icmp_signed("<", x, i64(0)), i64(0), x)
+        return self.b.select(self.b.icmp_signed(">", x, high), high, x)
+
+    def asked(self) -> list[tuple]:
+        """(Whether, place) of what an epilogue of several rows will load and store of this step, and is asked for while
+        there are products to wait for: nobody has used it lately, and it lies in as many pieces as there are rows and
+        slots. A row that stands for all is near; what is kept for training is asked for, as a line that is written is
+        fetched first, unless the input is projected ahead: those are lines that are read as well."""
+        kept, found = self.true(self.word(WORD["training"])), list[tuple]()
+        for place in dict.fromkeys([*self.starts, *self.stage.loads.values()]):
+            if place.when == "now" and not place.uniform:
+                found.append((self._apart(place.buffer), place))
+        for buffer in dict.fromkeys(p.buffer for p in self.starts):
+            kept = self.b.and_(kept, self.b.not_(self._apart(buffer)))
+        return found + [(kept, p) for _, p, training in self.stage.outputs if training and p.when == "now"]
+
+    def _apart(self, buffer: str):
+        """Whether a buffer has a row for each row of the batch."""
+        stride = self.word(self.layout.buffer[buffer] + BUFFER_WORDS.index("row"))
+        return self.b.icmp_signed("!=", stride, i64(0))
+
     def sum_at(self, row: int, vector: int, accumulator: int):
         """Where products leave a sum."""
-        number = (row * self.block + vector) * self.count + accumulator
+        number = self.tiling.number_of_sum(row, vector, accumulator, self.count)
         return self.b.add(self.arg["sums"], i64(number * self.vector_bytes))
 
     def true(self, word):

@@ -13,22 +13,8 @@ from ..expression import leaf
 from ..plan import AHEAD_BYTES, ROW_BLOCK, depth_part, share
 from ..program import Place, Program, Segment, Stage, Weights
 from . import store, team
-from .geometry import (
-    DIGEST_BYTES,
-    HEADER,
-    LINE,
-    SEGMENT_WORDS,
-    STAGE_WORDS,
-    UNROLL,
-    WORD,
-    Layout,
-    agenda_bytes,
-    asking,
-    halved,
-    is_direct,
-    rides,
-    tiling_of,
-)
+from .frame import DIGEST_BYTES, HEADER, LINE, SEGMENT_WORDS, STAGE_WORDS, WORD, Layout, agenda_bytes, rows_bytes
+from .geometry import UNROLL, Family, asking, dotted, family_of, halved, is_direct, rides, tiling_of
 from .host import host
 from .script import KEEPS, MEMORY, Address, At, Script, zeros
 
@@ -142,7 +128,7 @@ class Runner:
         self.tilings = [tiling_of(s, host().registers, self.lanes) for s in program.stages]
         self.direct = [is_direct(s) for s in program.stages]
         # Units to whose multiples tiles of several rows fill up each gate.
-        self.grain = lanes // 2 if halved(program.stages[0], self.tilings[0]) else lanes
+        self.grain = lanes // 2 if program.stages[0].segments and halved(self.tilings[0]) else lanes
         self.rides = rides(program, self.tilings[0]) and lanes == host().lanes(self.item)
         # Whether what one unit takes is made of others.
         self.chained = len(program.stages) > 1 or any(s.rows.when != "now" for s in program.stages[0].segments)
@@ -159,6 +145,20 @@ class Runner:
         from .loops import make_recurrence
 
         return make_recurrence(self.program, DTYPES[self.dtype], host().registers, self.lanes)
+
+    def family(self, stage: int, dot: bool) -> Family | None:
+        """Of a stage's tiles of several rows, where they are not this program's own."""
+        of, own = self.program.stages[stage], self.direct[stage] and not dot
+        return family_of(of, self.program.gates, dot) if of.segments and not own else None
+
+    def families(self) -> list[Family]:
+        """All that its stages may need."""
+        found = [
+            self.family(k, dot)
+            for k, stage in enumerate(self.program.stages)
+            for dot in (False, True)[: 1 + dotted(stage)]
+        ]
+        return [family for family in found if family is not None]
 
     def _far(self, products: Sequence[Sequence[Product]], units: Sequence[int], told: bool) -> bool:
         """Whether tiles ask for weights ahead: those of a step are more than a near cache holds. Where tiles share the
@@ -209,16 +209,21 @@ class Runner:
         the only product, where it is told at each call; no more than the product says. several: see HEADER.
         """
         assert self.rides or not beside[0], "this program's tiles do not make input projections"
+        steps, rows, start, delta, positions, counts = times
         words: list[Address] = [0] * self.layout.size
-        at, sums, sizes = self.layout.stage[0], 0, list[tuple[int, int]]()
+        at, sums, sizes, calls = self.layout.stage[0], 0, list[tuple[int, int]](), list[store.Kernel]()
         for k, (parts, before, unit) in enumerate(zip(products, self.before, units, strict=True)):
             whole = sum([p.depth for p in parts])
             piece = whole if dot else depth_part(whole, row_block + several)
-            if parts and (whole > piece or (row_block > 1 and not self.direct[k])):
+            if parts and (whole > piece or (row_block > 1 and (dot or not self.direct[k]))):
                 sums = max(sums, self._sums(k, row_block))
             sizes.append((unit, -(-whole // piece) if whole else 1))
             skip = sum([p.depth for p, b in zip(parts, before, strict=True) if b]) if skip_first else 0
-            words[at : at + len(STAGE_WORDS)] = unit, skip, whole if depth is None else depth, piece, dot
+            family = None if rows == 1 else self.family(k, dot)
+            tiles = [] if family is None else [tall(family, self.dtype, self.lanes)]
+            address = sum(kernel.address for kernel in tiles)  # 0: of none
+            words[at : at + len(STAGE_WORDS)] = unit, skip, whole if depth is None else depth, piece, dot, address
+            calls += tiles
             at += len(STAGE_WORDS)
         for name, at in self.layout.buffer.items():
             words[at : at + 5] = views[name]
@@ -227,9 +232,8 @@ class Runner:
             for part in parts:
                 words[at : at + len(part)] = part if depth is None else (depth, *part[1:])
                 at += len(part)
-        steps, rows, start, delta, positions, counts = times
         agenda = agenda_bytes(self.program, self.tilings, sizes, 1 if counts is None else 3, dot)
-        scratch = 2 * agenda + sums
+        scratch = 2 * agenda + rows_bytes(self.program) + sums
         words[: len(HEADER)] = (
             steps,
             rows,
@@ -253,7 +257,9 @@ class Runner:
             *beside,
         )
         arrivals = WORD["arrivals"] if split == "units" and threads > 1 and self.chained else None
-        script.launch(self.kernel, words, threads=threads, first=first, wait=wait, arrivals=arrivals, label=label)
+        script.launch(
+            self.kernel, words, threads=threads, first=first, wait=wait, arrivals=arrivals, label=label, calls=calls
+        )
 
     def panel(
         self,
@@ -315,6 +321,19 @@ class Runner:
         if transposed:
             return Product(depth, weight.at, self.vector, row, 0, k)
         return Product(depth, weight.at, self.lanes * row, row, block * row, k)
+
+
+@lru_cache
+def tall(family: Family, dtype: torch.dtype, lanes: int) -> store.Kernel:
+    """The kernel of a family of tiles."""
+
+    def make():
+        from .tall import make_tall
+
+        return make_tall(family, DTYPES[dtype], host().registers, lanes)
+
+    name = f"{'dots' if family.dot else 'tall'}_{family.accumulators}_{DTYPES[dtype]}"
+    return store.kernel(name, [repr(family), str(lanes)], make)
 
 
 @lru_cache

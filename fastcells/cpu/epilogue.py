@@ -13,7 +13,8 @@ from llvmlite import ir
 from ..expression import Node, is_reduction
 from ..program import Outputs, Pass, Program
 from .emitter import CONTEXT, Emitter, joined, switch
-from .geometry import WORD, Epilogue, Layout, Tiling, epilogues
+from .frame import WORD, Layout
+from .geometry import Epilogue, Tiling, epilogues
 from .order import Fused, between, fuse
 from .simd import I64, i64
 

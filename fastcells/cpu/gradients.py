@@ -14,7 +14,7 @@ from ..program import spread
 from .call import Prepared
 from .direction import Direction
 from .engine import Buffer, Product, add, plain, product, turn
-from .geometry import LINE
+from .frame import LINE
 from .host import host
 from .script import Address, ones, zeros
 

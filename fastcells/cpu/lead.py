@@ -17,8 +17,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .geometry import SCRIPT, TEAM
-from .loops import call, least, peek, poke
+from .frame import SCRIPT, TEAM
+from .intrinsics import call, least, peek, poke
 from .simd import I64, i64
 from .team import ALONE, CREDIT, MOST_CREDIT
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import store, team
 from .engine import Buffer, Times, View
-from .geometry import BUFFER_WORDS, HEADER
+from .frame import BUFFER_WORDS, HEADER
 from .script import Address, Script
 
 TABLES = (  # the frame of what fills tables in

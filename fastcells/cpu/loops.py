@@ -10,13 +10,13 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..program import Program
 from .beside import BESIDE, BESIDE_ARGUMENTS, emit_beside
 from .emitter import CONTEXT
 from .epilogue import EPILOGUE, emit_epilogues
+from .frame import ITEM, ITEM_BYTES, LAUNCH, LINE, SCRIPT, STAGE_WORDS, TALL, WORD, Layout, rows_bytes
 from .geometry import (
     ALONG,
     BESIDE_ROWS,
@@ -26,33 +26,36 @@ from .geometry import (
     EPILOGUES,
     FAR,
     HALF_ROWS,
-    ITEM,
-    ITEM_BYTES,
     LATE,
-    LAUNCH,
-    LINE,
     MAX_ROWS,
     MAX_WIDTHS,
     PARTIAL,
     REST_WIDTH,
-    SCRIPT,
     SEVERAL,
-    STAGE_WORDS,
     TOGETHER,
     WIDEST,
-    WORD,
-    Layout,
-    asking,
     epilogue_parts,
     halved,
+    is_direct,
     rest_of_block,
     rides,
     tiling_of,
 )
 from .host import host
-from .routine import routine, seldom
+from .intrinsics import call, copy_words, float_control, give_way, least, pause, peek, poke, tell, told
+from .routine import linked, routine, seldom
 from .simd import FORMATS, I64, i64
 from .store import Linked
+from .tall import (
+    STAGE_VARIANTS,
+    WEIGHTS,
+    WEIGHTS_ARGUMENTS,
+    WHERE,
+    WHERE_ARGUMENTS,
+    emit_operands,
+    height,
+    shares,
+)
 from .tile import TILE, TILE_ARGUMENTS, emit_tiles
 
 STEPS, ROWS, SHARES, THREADS = WORD["steps"], WORD["rows"], WORD["shares"], WORD["threads"]
@@ -65,8 +68,8 @@ SCRATCH, SCRATCH_THREAD, AGENDA_BYTES = WORD["scratch"], WORD["scratch_thread"],
 KIND, VARIANT, MOST, ROW, ROW_END, NEXT, TAKES_ALONG = (
     ITEM.index(name) for name in ("kind", "variant", "most", "row", "row_end", "next", "along")
 )
-ASKING, LACKING, _ = asking()
-DONE, TILES, EPILOGUES_OF, REST, BARRIER = range(5)
+KERNEL, BYTES = (ITEM_BYTES // 8 + TALL.index(name) for name in ("kernel", "bytes"))
+DONE, TILES, WHERE_ROWS, TALL_TILES, EPILOGUES_OF, REST, BARRIER = range(7)
 
 # Of the program, read from tables that are linked in: numbers, then one for each stage (widths: MAX_WIDTHS for each).
 TABLES = (
@@ -76,7 +79,8 @@ TABLES = (
     "stage_word",
     "by_row",
     "multiplies",  # 1: there are products
-    "finishes",  # so many parts of an epilogue follow them
+    "direct",  # 1: their tiles are results, but for several rows' dot products
+    "finishes",  # the parts of an epilogue
     "max_rows",
     "dot_rows",
     "widths",
@@ -87,79 +91,10 @@ TABLES = (
     "vector_sums",  # and of a vector of units
     "vector_bytes",
     "takes_along",  # 1: tiles of the first stage take input projections of later steps along
+    "rows_room",  # bytes of a table of rows
 )
 
 SPINS = 4000  # of a waiting thread, some 20 us, before it offers the processor to others
-
-
-@intrinsic
-def peek(typingctx, address, index):
-    """The 64-bit word `index` at an address."""
-
-    def emit(context, b, signature, args):
-        return b.load(b.inttoptr(b.add(args[0], b.mul(args[1], i64(8))), I64.as_pointer()))
-
-    return types.int64(types.int64, types.int64), emit
-
-
-@intrinsic
-def least(typingctx, a, b):
-    """The smaller of two integers."""
-
-    def emit(context, b, signature, args):
-        return b.select(b.icmp_signed("<", *args), *args)
-
-    return types.int64(types.int64, types.int64), emit
-
-
-@intrinsic
-def tell(typingctx, address, number):
-    """Set a word that other threads look at, after all that was written before."""
-
-    def emit(context, b, signature, args):
-        b.store_atomic(args[1], b.inttoptr(args[0], I64.as_pointer()), "release", 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), emit
-
-
-@intrinsic
-def told(typingctx, address):
-    """A word that another thread sets, before all that is read after."""
-
-    def emit(context, b, signature, args):
-        return b.load_atomic(b.inttoptr(args[0], I64.as_pointer()), "acquire", 8)
-
-    return types.int64(types.int64), emit
-
-
-@intrinsic
-def pause(typingctx):
-    """Tell the core that this is a spin loop, where the architecture has such a hint."""
-
-    def emit(context, b, signature, args):
-        triple = b.module.triple
-        void = ir.FunctionType(ir.VoidType(), [])
-        if triple.startswith(("x86", "i686", "amd64")):
-            b.call(cgutils.get_or_insert_function(b.module, void, "llvm.x86.sse2.pause"), [])
-        elif triple.startswith(("aarch64", "arm64")):
-            hint = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
-            name = "llvm.aarch64.hint"
-            b.call(cgutils.get_or_insert_function(b.module, hint, name), [ir.Constant(ir.IntType(32), 1)])
-        return context.get_dummy_value()
-
-    return types.void(), emit
-
-
-@intrinsic
-def give_way(typingctx, function):
-    """Offer the processor to others, by the address of the function that does so."""
-
-    def emit(context, b, signature, args):
-        b.call(b.inttoptr(args[0], ir.FunctionType(ir.IntType(32), []).as_pointer()), [])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), emit
 
 
 @routine
@@ -175,66 +110,6 @@ def barrier(arrivals, thread, team, times, yielding):
                 pause()
             else:
                 give_way(yielding)
-
-
-@intrinsic
-def poke(typingctx, address, index, value):
-    """Set the 64-bit word `index` at an address."""
-
-    def emit(context, b, signature, args):
-        b.store(args[2], b.inttoptr(b.add(args[0], b.mul(args[1], i64(8))), I64.as_pointer()))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), emit
-
-
-@intrinsic
-def copy_words(typingctx, to, source, count):
-    """Set so many 64-bit words to those at another address."""
-
-    def emit(context, b, signature, args):
-        to, source = (b.inttoptr(a, I64.as_pointer()) for a in args[:2])
-        cgutils.raw_memcpy(b, to, source, args[2], 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), emit
-
-
-@intrinsic
-def call(typingctx, kernel, frame, thread, team):
-    """Call a kernel by its address."""
-
-    def emit(context, b, signature, args):
-        kind = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
-        b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), emit
-
-
-FLUSH = 0x8040  # bits of MXCSR: results and operands below the normal range are zeros
-
-
-@intrinsic
-def float_control(typingctx, wanted):
-    """Set how tiny numbers are treated, and return how they were: -1 flushes them to zero, as states that decay would
-    otherwise slow every operation down; anything else is what an earlier call returned."""
-
-    def emit(context, b, signature, args):
-        if not b.module.triple.startswith("x86_64"):
-            return i64(0)
-        word = cgutils.alloca_once(b, ir.IntType(32))
-        at = b.bitcast(word, ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [at.type])
-        b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.sse.stmxcsr"), [at])
-        before = b.load(word)
-        given = b.trunc(args[0], ir.IntType(32))
-        flushing = b.or_(before, ir.Constant(ir.IntType(32), FLUSH))
-        b.store(b.select(b.icmp_signed("==", args[0], i64(-1)), flushing, given), word)
-        b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.x86.sse.ldmxcsr"), [at])
-        return b.zext(before, I64)
-
-    return types.int64(types.int64), emit
 
 
 def make_driver() -> Callable:
@@ -277,7 +152,7 @@ def make_driver() -> Callable:
     return member
 
 
-UNITS_AT, SKIP_AT, DEPTH_AT, PART_AT, DOT_AT = range(len(STAGE_WORDS))
+UNITS_AT, SKIP_AT, DEPTH_AT, PART_AT, DOT_AT, TALL_AT = range(len(STAGE_WORDS))
 
 
 def _table(name: str) -> Any:
@@ -299,9 +174,9 @@ def _table(name: str) -> Any:
 
 TABLE = "fastcells_{}"
 (
-    stages, lanes, looks_ahead, stage_word, by_row, multiplies, finishes,
+    stages, lanes, looks_ahead, stage_word, by_row, multiplies, direct, finishes,
     max_rows, dot_rows, widths, partial_width, whole_rest, half, row_sums, vector_sums, vector_bytes,
-    takes_along,
+    takes_along, rows_room,
 ) = map(_table, TABLES)  # fmt: skip
 
 
@@ -317,21 +192,24 @@ def make_recurrence(program: Program, dtype: str, registers: int, vector_lanes: 
         Layout(program).stage,
         [bool(s.passes) for s in program.stages],  # all units of a row at once, as if they were a vector
         [bool(s.segments) for s in program.stages],
+        [is_direct(s) for s in program.stages],
         [len(epilogue_parts(s)) for s in program.stages],
         [s.rows for s in tilings],
         [s.dot_rows for s in tilings],
         [w for s in tilings for w in (*s.widths, *[0] * (MAX_WIDTHS - len(s.widths)))],
         [len(s.widths) - 1 for s in tilings],
-        [rest_of_block(s, tiling) for s, tiling in zip(program.stages, tilings, strict=True)],
-        [vector_lanes // 2 * halved(s, tiling) for s, tiling in zip(program.stages, tilings, strict=True)],
+        [rest_of_block(tiling, is_direct(s)) for s, tiling in zip(program.stages, tilings, strict=True)],
+        [vector_lanes // 2 * halved(tiling) for tiling in tilings],
         [s.block * n for s, n in zip(tilings, sums, strict=True)],
         sums,
         [vector_lanes * FORMATS[dtype].bytes],
         [rides(program, tilings[0])],
+        [rows_bytes(program)],
     )
     module = ir.Module(program.name)
     module.triple = host().triple  # the loops are linked to it, and bring the layout of data
     emit_tiles(module, program, dtype, tilings)
+    emit_operands(module, program, dtype, tilings)
     emit_epilogues(module, program, dtype, tilings)
     emit_beside(module, dtype, vector_lanes, Layout(program), rides(program, tilings[0]))
     for name, numbers in zip(TABLES, tables, strict=True):
@@ -341,15 +219,11 @@ def make_recurrence(program: Program, dtype: str, registers: int, vector_lanes: 
     return Linked(over_time, str(module))
 
 
-def _linked(b, name: str, args) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [I64] * len(args))
-    b.call(cgutils.get_or_insert_function(b.module, kind, name), args)
-
-
-def _of_item(b, item, row) -> dict:
-    """What an item says, for some rows of it."""
+def _of_item(b, item, row=None) -> dict:
+    """What an item says, of its rows or from another one on."""
     said = {name: b.load(b.inttoptr(b.add(item, i64(8 * k)), I64.as_pointer())) for k, name in enumerate(ITEM)}
-    said["sums"] = b.add(said["sums"], b.mul(b.sub(row, said["row"]), said["row_bytes"]))
+    if row is not None:
+        said["sums"] = b.add(said["sums"], b.mul(b.sub(row, said["row"]), said["row_bytes"]))
     return said
 
 
@@ -361,10 +235,36 @@ def tile(typingctx, frame, item, variant, row, now, before, after, number, later
         names = ("frame", "item", "variant", "row", "now", "before", "after", "number", *BESIDE_ARGUMENTS)
         given = dict(zip(names, args, strict=True))
         known = _of_item(b, given["item"], given["row"]) | given
-        _linked(b, TILE, [known[name] for name in TILE_ARGUMENTS])
+        linked(b, TILE, [known[name] for name in TILE_ARGUMENTS])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * (8 + len(BESIDE_ARGUMENTS))), emit
+
+
+@intrinsic
+def weights_of(typingctx, frame, item):
+    """Go on with an item for a kernel of `tall`, by `WEIGHTS_ARGUMENTS`; where the next one goes."""
+
+    def emit(context, b, signature, args):
+        given = dict(zip(("frame", "item"), args, strict=True))
+        known = dict.fromkeys(WEIGHTS_ARGUMENTS, i64(0)) | _of_item(b, given["item"]) | given
+        linked(b, WEIGHTS, [known[name] for name in WEIGHTS_ARGUMENTS])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), emit
+
+
+@intrinsic
+def where_rows(typingctx, frame, item, now, before, after, table):
+    """Fill in a table of rows, by `WHERE_ARGUMENTS`."""
+
+    def emit(context, b, signature, args):
+        given = dict(zip(("frame", "item", "now", "before", "after", "table"), args, strict=True))
+        known = _of_item(b, given["item"]) | given
+        linked(b, WHERE, [known[name] for name in WHERE_ARGUMENTS])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), emit
 
 
 @intrinsic
@@ -372,7 +272,7 @@ def project(typingctx, frame, later, vector, panel, line):
     """An input projection of later steps by itself, by `BESIDE_ARGUMENTS`."""
 
     def emit(context, b, signature, args):
-        _linked(b, BESIDE, args)
+        linked(b, BESIDE, args)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * (1 + len(BESIDE_ARGUMENTS))), emit
@@ -385,7 +285,7 @@ def epilogue(typingctx, frame, item, variant, row, now, before, after):
     def emit(context, b, signature, args):
         given = dict(zip(("frame", "item", "variant", "row", "now", "before", "after"), args, strict=True))
         known = _of_item(b, given["item"], given["row"]) | given
-        _linked(b, EPILOGUE, [known[name] for name in CONTEXT])
+        linked(b, EPILOGUE, [known[name] for name in CONTEXT])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7), emit
@@ -445,6 +345,11 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
     most = max_rows(stage) if by_rows else dot_rows(stage) if dots else 0
     alone = peek(frame, words + UNITS_AT) - full * lanes(0) <= half(stage)  # the last vector, whatever rows there are
     narrow = alone and row_end - row >= HALF_ROWS
+    tall = multiplies(stage) == 1 and (dots or (by_rows and direct(stage) == 0))
+    if tall:
+        item = note(
+            item, WHERE_ROWS, stage * STAGE_VARIANTS, 0, row, row_end, 0, is_first, is_last, 0, 0, 0, 0, 0, 0, 0, 0
+        )
     piece, following = piece_of(frame, stage, single), 0
     if by_rows and peek(frame, FAR_AT) == 1:
         following = -piece if back else piece
@@ -468,23 +373,27 @@ def sweep(frame, item, stage, unit, unit_end, row, row_end, back, single, is_fir
                 if rest and width == 1:
                     width = whole_rest(stage)
             if dots:
-                width = DOTS + (1 if left <= 0 and finishes(stage) == 0 else 0)
+                width = DOTS
             variant = (stage * MAX_WIDTHS + width) * MAX_ROWS + (DOT if dot and single else 0)
             sums = scratch + (at - begin_unit) * vector_sums(stage)
             begin = start
             while True:
                 end = least(begin + part, depth)
                 takes = takes_along(0) == 1 and stage == 0 and single and not dot and width < BESIDE_WIDTHS
-                item = note(
-                    item, TILES, variant, most, row, row_end, at, is_first, is_last, sums,
+                noted = note(
+                    item, TALL_TILES if tall else TILES, variant, most, row, row_end, at, is_first, is_last, sums,
                     row_sums(stage), begin, end, begin == start, end >= depth,
                     following if width == 1 else 0, takes and begin == start,
                 )  # fmt: skip
+                if tall:
+                    weights_of(frame, item)
+                    noted = item + peek(item, BYTES)
+                item = noted
                 if end >= depth:
                     break
                 begin = end
             at += vectors
-        for late in range(finishes(stage) if by_rows or dots or multiplies(stage) == 0 else 0):
+        for late in range(finishes(stage) if tall or multiplies(stage) == 0 else 0):
             at = begin_unit
             while at < stop:
                 left = least(full, stop) - at
@@ -565,13 +474,8 @@ def do_tiles(frame, item, now, before, after, later, vector, vectors):
     while n < end:
         variant, tall = peek(item, VARIANT), 1
         if most > 0:
-            tall = end - n
-            if tall >= 2 * most:
-                tall = most
-            elif tall > most:
-                tall = (tall + 1) >> 1  # even: 4 rows are 2 + 2, not 3 + 1
-            asks = number < ASKING and tall + LACKING >= most and peek(item, NEXT) != 0
-            variant += FAR + tall if asks else tall
+            tall = height(end - n, most)
+            variant += FAR + tall if peek(item, NEXT) != 0 and shares(number, tall, most) else tall
         other, panel, line = -1, 0, 0
         if takes_along(0) == 1 and peek(item, TAKES_ALONG) == 1 and vector < vectors:
             other, width = vector, panel_width(frame, vector)
@@ -610,7 +514,8 @@ def over_time(frame, thread, team):
     steps, rows = peek(frame, STEPS), peek(frame, ROWS)
     by_units = peek(frame, SPLIT) == 1
     agendas = peek(frame, SCRATCH) + thread * peek(frame, SCRATCH_THREAD)
-    scratch = agendas + 2 * peek(frame, AGENDA_BYTES)
+    table = agendas + 2 * peek(frame, AGENDA_BYTES)
+    scratch = table + rows_room(0)
     row_begin, row_end = 0, rows
     shares = peek(frame, SHARES)
     if not by_units:
@@ -653,6 +558,11 @@ def over_time(frame, thread, team):
                 kind = peek(item, KIND)
                 if kind == TILES:
                     vector = do_tiles(frame, item, now, before, after, later, vector, vectors)
+                elif kind == WHERE_ROWS:
+                    where_rows(frame, item, now, before, after, table)
+                elif kind == TALL_TILES:
+                    call(peek(item, KERNEL), item, table, 0)
+                    item += peek(item, BYTES) - ITEM_BYTES
                 elif kind == EPILOGUES_OF:
                     do_epilogues(frame, item, now, before, after)
                 elif kind == REST:

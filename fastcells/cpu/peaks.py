@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .loops import peek
+from .intrinsics import peek
 from .simd import FORMATS, I64, Vector, i64
 
 

@@ -11,7 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .again import FRAMES_ROOM, LAYOUT, MADE, NOTHING, RECORD, ROOM
-from .loops import call, copy_words, peek, poke
+from .intrinsics import call, copy_words, peek, poke
 from .routine import routine
 from .simd import I64
 

@@ -6,7 +6,7 @@ takes a tenth of a second.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import Parameter, Signature, signature
 from typing import Any
 
@@ -43,3 +43,9 @@ def routine(function: Callable, calls: str = "alwaysinline") -> Any:
 def seldom(function: Callable) -> Any:
     """The same of what is called now and then, and long: it takes no registers from what is done all the time."""
     return routine(function, "noinline")
+
+
+def linked(b: ir.IRBuilder, name: str, arguments: Sequence[Any]) -> None:
+    """Call a function of integers by name, which is linked in later."""
+    kind = ir.FunctionType(ir.VoidType(), [I64] * len(arguments))
+    b.call(cgutils.get_or_insert_function(b.module, kind, name), arguments)

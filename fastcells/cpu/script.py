@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import store, team
-from .geometry import LAUNCH, LINE, SCRIPT
+from .frame import LAUNCH, LINE, SCRIPT
 
 
 class At(NamedTuple):
@@ -81,7 +81,7 @@ class Memory:
 
 class Launch(NamedTuple):
     """label: what it is for. threads: from `first` on, so many of the team take part. wait: for what earlier launches
-    do."""
+    do. calls: kernels that this one calls."""
 
     label: str
     kernel: store.Kernel
@@ -90,6 +90,7 @@ class Launch(NamedTuple):
     first: int
     threads: int
     wait: bool
+    calls: Sequence[store.Kernel]
 
 
 observer: Callable[[Launch, Callable[[], None]], None] | None = None
@@ -138,6 +139,7 @@ class Script:
         wait: bool = True,
         arrivals: int | None = None,
         label: str = "",
+        calls: Sequence[store.Kernel] = (),
     ) -> None:
         """Add a kernel with its frame. arrivals: the word that is to be the address of a line of zeros a thread."""
         if arrivals is not None:
@@ -146,7 +148,7 @@ class Script:
         at = self._take(8 * len(frame))
         if arrivals is not None:
             frame[arrivals] = at + lines * LINE
-        self.launches.append(Launch(label or kernel.name, kernel, frame, at, first, threads, wait))
+        self.launches.append(Launch(label or kernel.name, kernel, frame, at, first, threads, wait, calls))
         self.threads = max(self.threads, first + threads)
 
     def _finish(self, operands: int) -> Callable[..., bytes]:

@@ -20,7 +20,7 @@ import llvmlite.binding as llvm
 import torch
 
 from . import store
-from .geometry import TEAM
+from .frame import TEAM
 from .store import Kernel, _target_machine
 
 # Nanoseconds: what a team may lose that did well until then, what it may at first and after a pause, and a pause.

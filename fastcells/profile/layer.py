@@ -208,7 +208,7 @@ def _kernels(call: Callable[[], Any]) -> list[store.Kernel]:
     used: dict[str, store.Kernel] = {}
 
     def note(launch: script.Launch, run: Callable[[], None]) -> None:
-        used[launch.kernel.name] = launch.kernel
+        used.update({kernel.name: kernel for kernel in (launch.kernel, *launch.calls)})
         run()
 
     script.observer = note
