@@ -96,9 +96,8 @@ def wanted(
         for name in names
         for part in ("backward", "forward")
     ]
-    families = {
-        Wanted("tall", w.dtype, w.lanes, family=family): None for w in of_cells for family in _runner(w).families()
-    }
+    runners = [*map(_runner, of_cells), *(engine.plain(dtype)[0] for dtype in dtypes)]
+    families = {Wanted("tall", r.dtype, r.lanes, family=family): None for r in runners for family in r.families()}
     each = [
         Wanted(part, dtype, lanes)
         for dtype in dtypes

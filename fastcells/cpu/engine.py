@@ -332,8 +332,7 @@ def tall(family: Family, dtype: torch.dtype, lanes: int) -> store.Kernel:
 
         return make_tall(family, DTYPES[dtype], host().registers, lanes)
 
-    name = f"{'dots' if family.dot else 'tall'}_{family.accumulators}_{DTYPES[dtype]}"
-    return store.kernel(name, [repr(family), str(lanes)], make)
+    return store.kernel(f"{family.name}_{DTYPES[dtype]}", [repr(family), str(lanes)], make)
 
 
 @lru_cache

@@ -172,27 +172,32 @@ def dots(tiling: Tiling) -> list[Variant]:
 
 class Family(NamedTuple):
     """What the tiles of several rows that leave sums depend on, of all stages that have so many accumulators. groups:
-    the targets of the segments, one where they follow each other, and the weights' blocks of rows if these are read as
-    they are, for dot products."""
+    the targets of segments that follow each other, with the same ones; for dot products, which read weights as they
+    are, also these' blocks of rows, and how many segments there are."""
 
     accumulators: int
-    groups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    groups: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]
     dot: bool
+
+    @property
+    def name(self) -> str:
+        segments = [targets for targets, _, count in self.groups for _ in range(max(count, 1))]
+        return "_".join(["dots" if self.dot else "tall", *("".join(map(str, targets)) for targets in segments)])
 
     def variants(self, registers: int, lanes: int) -> list[Variant]:
         tiling = tiled(self.accumulators, registers, lanes)
         return dots(tiling) if self.dot else tall(tiling)
 
 
-def runs(stage: Stage, gates: tuple[str, ...]) -> list[tuple[tuple[tuple[int, ...], tuple[int, ...]], int]]:
+def runs(stage: Stage, gates: tuple[str, ...]) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
     """Targets and blocks of rows of the stage's segments, and how many follow each other that have the same."""
     found = groupby(stage.segments, lambda s: (s.targets, s.weights.blocks(gates)))
-    return [(key, len(list(some))) for key, some in found]
+    return [(*key, len(list(some))) for key, some in found]
 
 
 def family_of(stage: Stage, gates: tuple[str, ...], dot: bool) -> Family:
     """The family of a stage's tiles."""
-    found = [(targets, blocks if dot else ()) for (targets, blocks), _ in runs(stage, gates)]
+    found = [run if dot else (run[0], (), 0) for run in runs(stage, gates)]
     return Family(len(stage.accumulators), tuple(found), dot)
 
 

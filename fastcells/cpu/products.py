@@ -17,7 +17,7 @@ from .beside import Beside
 from .emitter import counted, joined
 from .frame import LINE
 from .geometry import LATENCY_CHAINS, UNROLL, UNROLLED_ROWS, Tiling, Variant, asking
-from .simd import Vector, i64
+from .simd import I64, Vector, i64
 
 ALONG_ROW = 4  # vectors of a row that a dot product reads one after the other, before those of the next row
 AHEAD = 4096  # bytes of weights that a tile asks for ahead: a page, where a processor that looks ahead itself stops
@@ -69,6 +69,8 @@ class Products:
         self.summed = sorted(summed)
         self.columns = [(m, w, a) for m in range(self.rows) for w in range(self.width) for a in self.summed]
         self.last_unit = None if units is None else b.sub(units, i64(1))
+        few = self.kind == "dots" and len(self.summed) == 1
+        self.narrow = b.icmp_signed("<", units, i64(v.lanes)) if few else None
         whole = self.width >= tiling.block and self.kind != "rest"
         self.panel = tiling.block if whole else 1  # vectors side by side in it
         self.unrolled = self.kind in ("rows", "far") and self.rows >= min(UNROLLED_ROWS, tiling.rows)
@@ -200,34 +202,41 @@ class Products:
         there = b.select(b.icmp_signed("<", there, i64(groups)), there, i64(groups))
 
         def found(number) -> list:
-            def some(group, _):
+            def some(group, _, ahead=False):
                 units = [b.add(b.mul(group, i64(count)), i64(i)) for i in range(count)]
                 keys = [(m, i) for m in rows for i in range(count)]
 
                 def add(operand: Operand, values: list) -> list:
                     pointers, end = self.weight_rows(number, operand, units)
-                    return self.dots_along(operand.rows, pointers, operand.begin, end, values)
+                    return self.dots_along(operand.rows, pointers, operand.begin, end, values, ahead)
 
                 dots = dict(zip(keys, each(add, [v.const(0.0)] * len(keys)), strict=True))
                 for m in rows:
                     b.store(v.sums([dots[m, i] for i in range(count)]), place(m, group))
                 return []
 
-            counted(b, i64(0), there, 1, [], some)
+            first = i64(0)
+            if (
+                self.narrow is not None
+            ):  # the rows of an input may be far: a first group reads them, others find them near
+                with b.if_then(self.narrow):
+                    some(first, [], ahead=True)
+                first = b.zext(self.narrow, I64)
+            counted(b, first, there, 1, [], some)
             return [v.sums([b.load(place(m, i64(group))) for group in range(groups)], count) for m in rows]
 
         return self.with_each_gate(sums, found)
 
-    def dots_along(self, rows: list, pointers: list, begin, end, sums: list) -> list:
-        """sums, of each row with each pointer, + row[begin:end] * the numbers that the pointer points to. The rows of
-        the next tile are asked for: an input of few columns may be far."""
+    def dots_along(self, rows: list, pointers: list, begin, end, sums: list, ahead: bool) -> list:
+        """sums, of each row with each pointer, + row[begin:end] * the numbers that the pointer points to. ahead: the
+        rows of the next tile are asked for."""
         b, v, keys = self.b, self.v, [(m, i) for m in range(len(rows)) for i in range(len(pointers))]
         height = b.mul(b.sub(rows[-1], rows[-2]), i64(len(rows))) if len(rows) > 1 else i64(0)
 
         def add(k, values, mask=None):
             at, out = b.mul(k, i64(self.bytes)), dict(zip(keys, values, strict=True))
             xs = [v.load(b.add(row, at), mask) for row in rows]
-            if mask is None:
+            if ahead and mask is None:
                 for row in rows:
                     v.prefetch(b.add(row, b.add(at, height)))
             for i, p in enumerate(pointers):

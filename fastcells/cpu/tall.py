@@ -64,7 +64,7 @@ class Tall:
         half, units = self.variant.kind == "half", self.word("units") if self.variant.kind == "dots" else None
         v = Vector(self.b, self.whole.fmt, self.tiling.lanes // 2) if half else self.whole
         self.sums = self.b.add(self.word("sums"), self.b.mul(self.arg["row"], self.word("row_bytes")))
-        summed = {a for targets, _ in self.family.groups for a in targets}
+        summed = {a for targets, *_ in self.family.groups for a in targets}
         ahead = self.word("next"), self.arg["number"]
         products = Products(self.b, v, self.tiling, self.variant, summed, self.sum_at, units, ahead)
         products.keep(products.sums(self.each, self.b.trunc(self.word("fresh"), I1)))
@@ -97,16 +97,21 @@ class Tall:
 
     def each(self, add: Callable, values: list) -> list:
         """values = add(operand, values) for one operand after the other: a loop over those of a group, since code for
-        each would be as much again."""
-        begin = i64(0)
-        for g, (targets, blocks) in enumerate(self.family.groups):
-            end = frame_word(self.b, self.arg["item"], AFTER + len(TALL) + g)
+        each would be as much again. Dot products have it: theirs are inside of loops."""
+        begin, first = i64(0), 0
+        for g, (targets, blocks, count) in enumerate(self.family.groups):
 
             def some(number, current, targets=targets, blocks=blocks):
                 return add(self.operand(number, targets, blocks), current)
 
-            _, values = counted(self.b, begin, end, 1, values, some)
-            begin = end
+            if self.family.dot:
+                for k in range(first, first + count):
+                    values = some(i64(k), values)
+                first += count
+            else:
+                end = frame_word(self.b, self.arg["item"], AFTER + len(TALL) + g)
+                _, values = counted(self.b, begin, end, 1, values, some)
+                begin = end
         return values
 
     def operand(self, number, targets: tuple[int, ...], blocks: tuple[int, ...]) -> Operand:
@@ -193,7 +198,7 @@ class Operands(Emitter):
             offset = b.add(offset, word["depth"])
             weights = b.add(word["weights"], b.mul(arg["unit"], word["vector"]))
             words += [weights, word["vector"], word["line"], word["grow"], *part]
-        at, ends = self.layout.stage[self.index], accumulate(n for _, n in runs(self.stage, self.program.gates))
+        at, ends = self.layout.stage[self.index], accumulate(n for *_, n in runs(self.stage, self.program.gates))
         units = b.sub(self.word(at), b.mul(arg["unit"], i64(self.v.lanes)))
         kernel = self.word(at + STAGE_WORDS.index("tall"))
         self.put(
