@@ -466,6 +466,7 @@ def test_weights_that_are_written_to_while_they_are_packed_are_packed_anew():
                 torch.mul(g, scale, out=p)
 
     with using_threads(1), ThreadPoolExecutor(1) as pool:
+        put(0.25)
         truth = [call() for _ in range(3)][-1]
         for _ in range(15):
             put(0.5)
@@ -473,7 +474,7 @@ def test_weights_that_are_written_to_while_they_are_packed_are_packed_anew():
             put(1)
             meanwhile = pool.submit(call)
             put(0.5)
-            put(1)
+            put(0.25)  # not what they were: a digest before and one after tell them apart from what was packed between
             meanwhile.result()
             assert torch.equal(call(), truth)
 

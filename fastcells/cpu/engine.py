@@ -219,7 +219,7 @@ class Runner:
                 sums = max(sums, self._sums(k, row_block))
             sizes.append((unit, -(-whole // piece) if whole else 1))
             skip = sum([p.depth for p, b in zip(parts, before, strict=True) if b]) if skip_first else 0
-            family = None if rows == 1 else self.family(k, dot)
+            family = None if rows == 1 and not several else self.family(k, dot)
             tiles = [] if family is None else [tall(family, self.dtype, self.lanes)]
             address = sum(kernel.address for kernel in tiles)  # 0: of none
             words[at : at + len(STAGE_WORDS)] = unit, skip, whole if depth is None else depth, piece, dot, address

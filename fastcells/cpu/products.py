@@ -29,20 +29,20 @@ class Operand:
 
     targets: the accumulators that take up their product. blocks: the weights' blocks of rows for these, if products may
     be dot products. rows: addresses. weights: address of the tile's first unit's; vector, line, grow: see frame's
-    SEGMENT_WORDS. step: from number to number of a row. beside: another product, to be done on the way.
+    SEGMENT_WORDS. step: from number to number of a row; None: these are adjacent. beside: another product, to be done
+    on the way.
     """
 
     targets: tuple[int, ...]
     blocks: tuple[int, ...]
-    strided: bool
     rows: list[Any]
     weights: Any
     vector: Any
     line: Any
     grow: Any
-    step: Any
     begin: Any
     end: Any
+    step: Any = None
     beside: Beside | None = None
 
 
@@ -63,14 +63,14 @@ class Products:
         ahead: tuple,
     ) -> None:
         self.b, self.v, self.sum_at, self.ahead = b, v, sum_at, ahead
-        self.kind, self.partial, self.rows, self.width = variant.kind, variant.partial, variant.rows, variant.width
+        self.kind, self.rows, self.width = variant.kind, variant.rows, variant.width
         self.bytes = v.fmt.bytes
         self.vector_bytes = tiling.lanes * self.bytes
         self.summed = sorted(summed)
         self.columns = [(m, w, a) for m in range(self.rows) for w in range(self.width) for a in self.summed]
         self.last_unit = None if units is None else b.sub(units, i64(1))
-        few = self.kind == "dots" and len(self.summed) == 1
-        self.narrow = b.icmp_signed("<", units, i64(v.lanes)) if few else None
+        alone = self.kind == "dots" and len(self.summed) == 1
+        self.narrow = b.icmp_signed("<", units, i64(v.lanes)) if alone else None  # whether few columns are all
         whole = self.width >= tiling.block and self.kind != "rest"
         self.panel = tiling.block if whole else 1  # vectors side by side in it
         self.unrolled = self.kind in ("rows", "far") and self.rows >= min(UNROLLED_ROWS, tiling.rows)
@@ -86,8 +86,11 @@ class Products:
         elif self.kind == "dots":
             sums = self.dots_of_rows(each, sums)
         else:
-            add = lambda operand, values: list(self.product(operand, dict(zip(sums, values, strict=True))).values())  # noqa: E731
-            sums = dict(zip(sums, each(add, list(sums.values())), strict=True))
+
+            def add(operand: Operand, values: list) -> list:
+                return list(self.product(operand, dict(zip(self.columns, values, strict=True))).values())
+
+            sums = dict(zip(self.columns, each(add, list(sums.values())), strict=True))
         return self.add_partial_sums(sums, fresh)
 
     def keep(self, sums: dict) -> None:
@@ -338,8 +341,9 @@ class Products:
     def multiplied(self, operand: Operand, panels: list, line, asked: tuple | None) -> Callable:
         """A function of k and sums: these with what step k of the depth adds. asked: see share_of_next."""
         b, v = self.b, self.v
-        rows, step = operand.rows, operand.step if operand.strided else i64(self.bytes)
-        if not operand.strided:
+        rows, step = operand.rows, operand.step
+        if step is None:
+            step = i64(self.bytes)
             first, *others = rows
             rows = [first, *(b.add(first, self.opaque(b.sub(r, first))) for r in others)]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import reduce
 from itertools import accumulate
+from typing import Any
 
 from llvmlite import ir
 from numba import types
@@ -121,7 +122,7 @@ class Tall:
         rows = [b.add(address, b.mul(self.arg["row"], row))]
         for _ in range(self.variant.rows - 1):
             rows.append(b.add(rows[-1], row))
-        return Operand(targets=targets, blocks=blocks, strided=False, rows=rows, step=None, **word)
+        return Operand(targets=targets, blocks=blocks, rows=rows, **word)
 
     def _entry(self, where: str, first: int, names: tuple[str, ...], number) -> dict:
         """One of the entries that begin with word `first`, by its number."""
@@ -191,7 +192,7 @@ class Operands(Emitter):
     """Emits what tells a kernel of `tall` of a stage."""
 
     def emit_weights(self) -> None:
-        b, arg, offset, words = self.b, self.arg, i64(0), list()
+        b, arg, offset, words = self.b, self.arg, i64(0), list[Any]()
         for j in range(len(self.stage.segments)):
             word = self.segment_words(j)
             part = self.part_of(word["depth"], offset)
