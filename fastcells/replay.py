@@ -240,11 +240,12 @@ class Training(Rest):
 
 def _ready(
     cell: Any, directions: int, given: bool, tensors: list, sequences: cpu.Sequences, training: bool
-) -> tuple[Callable[..., Sequence[Tensor]], list[Tensor | None]]:
-    """A layer's call made ready for such tensors, and those that it is given. given: whether there are states."""
+) -> tuple[Callable[..., Sequence[Tensor]], list[Tensor | None], Sequence[Tensor]]:
+    """A layer's call made ready for such tensors, those that it is given, and which are inputs besides x. given:
+    whether there are states."""
     x, states, inputs, parameters = split(cell, directions, given, tensors)
     forward, whole = cpu.prepared(cell, x, states, parameters, sequences, training, inputs)
-    return Invocation(cell, directions, given, again=forward) if training else forward.results, whole
+    return Invocation(cell, directions, given, again=forward) if training else forward.results, whole, inputs
 
 
 class Packed(Rest):
@@ -287,7 +288,7 @@ class Packed(Rest):
 
     def _made(self, k: int, given: list[Tensor | None], sequences: cpu.Sequences) -> Callable[..., Sequence[Tensor]]:
         """Make a layer's call ready."""
-        made, _ = _ready(self.call.cell, len(self.numbers[k]), bool(self.shapes), given, sequences, self.training)
+        made, *_ = _ready(self.call.cell, len(self.numbers[k]), bool(self.shapes), given, sequences, self.training)
         if len(self.known) >= KEPT:
             self.known.clear()
         self.known[(k, *sequences.few)] = made
@@ -362,10 +363,9 @@ class InLoop(Rest):
     def _made(self, k: int, cell: Cell, given: bool, taken: list) -> Callable[..., Sequence[Tensor]] | None:
         """Make a layer's call ready. given: whether there are states."""
         directions = len(self.numbers[k])
-        made, whole = _ready(cell, directions, given, taken, self.sequences, self.training)
+        made, whole, inputs = _ready(cell, directions, given, taken, self.sequences, self.training)
         if len(whole) != len(taken) or not all(map(same_memory, whole, taken)):
             return None
-        _, _, inputs, _ = split(cell, directions, given, taken)
         return None if self.training and any([t.requires_grad for t in inputs]) else made
 
 

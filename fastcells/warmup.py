@@ -97,7 +97,7 @@ def wanted(
         for part in ("backward", "forward")
     ]
     runners = [*map(_runner, of_cells), *(engine.plain(dtype)[0] for dtype in dtypes)]
-    families = {Wanted("tall", r.dtype, r.lanes, family=family): None for r in runners for family in r.families()}
+    families = dict.fromkeys(Wanted("tall", r.dtype, r.lanes, family=f) for r in runners for f in r.families())
     each = [
         Wanted(part, dtype, lanes)
         for dtype in dtypes

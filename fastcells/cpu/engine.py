@@ -220,10 +220,11 @@ class Runner:
             sizes.append((unit, -(-whole // piece) if whole else 1))
             skip = sum([p.depth for p, b in zip(parts, before, strict=True) if b]) if skip_first else 0
             family = None if rows == 1 and not several else self.family(k, dot)
-            tiles = [] if family is None else [tall(family, self.dtype, self.lanes)]
-            address = sum(kernel.address for kernel in tiles)  # 0: of none
+            address = 0
+            if family is not None:
+                calls.append(tall(family, self.dtype, self.lanes))
+                address = calls[-1].address
             words[at : at + len(STAGE_WORDS)] = unit, skip, whole if depth is None else depth, piece, dot, address
-            calls += tiles
             at += len(STAGE_WORDS)
         for name, at in self.layout.buffer.items():
             words[at : at + 5] = views[name]

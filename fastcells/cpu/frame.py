@@ -12,6 +12,13 @@ from ..program import Program, Stage
 from .geometry import PARTS, Tiling, is_direct
 
 LINE = 64  # bytes of a line of cache
+
+
+def _lines(words: int) -> int:
+    """Bytes of so many words, in whole lines."""
+    return -(-8 * words // LINE) * LINE
+
+
 HEADER = (
     "steps",  # time steps
     "rows",  # sequences at the fullest step
@@ -108,14 +115,13 @@ ITEM = (
     "next",  # vectors of units to those whose weights are multiplied next; 0: these are not asked for ahead
     "along",  # 1: a single row's tile takes input projections of later steps along
 )
-ITEM_BYTES = -(-8 * len(ITEM) // LINE) * LINE
+ITEM_BYTES = _lines(len(ITEM))
 # An item for a kernel of `tall` goes on with these words; the number of segments up to the end of each group, which are
 # those that go into the same accumulators; and WEIGHTS_WORDS of each segment.
 TALL = (
     "kernel",  # address
     "bytes",  # of the item
-    "unit_bytes",  # of the tile's first unit in a row
-    "units",  # from the first on
+    "units",  # from the tile's first on
 )
 WEIGHTS_WORDS = ("weights", "vector", "line", "grow", "begin", "end")  # see SEGMENT_WORDS, but at the tile's first unit
 # Before such items of a stage a table is made of where the rows of this step are: these words; ROWS_WORDS of each
@@ -171,11 +177,6 @@ def rows_bytes(program: Program) -> int:
     return max(_lines(words(stage)) for stage in program.stages)
 
 
-def _lines(words: int) -> int:
-    """Bytes of so many words, in whole lines."""
-    return -(-8 * words // LINE) * LINE
-
-
 # The frame of a packing kernel; then the offset in bytes of each gate. room: the depth that the panel has room for.
 # keeps: 1 where it is what an earlier run left of it; then `digests` has for each of so many shares, of the units or of
 # the depth, what it was packed from, and whether it was.
@@ -186,4 +187,4 @@ PACK = (
 TURN = ("target", "target_row", "source", "source_row", "rows", "columns")  # of what exchanges rows and columns: of the
 # source, whose columns become rows of the target, with room for whole vectors; strides in bytes
 DIGEST = 65  # words of a digest; the last is 1 once the panel is whole
-DIGEST_BYTES = -(-8 * DIGEST // LINE) * LINE
+DIGEST_BYTES = _lines(DIGEST)

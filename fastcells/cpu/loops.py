@@ -47,6 +47,7 @@ from .routine import linked, routine, seldom
 from .simd import FORMATS, I64, i64
 from .store import Linked
 from .tall import (
+    AFTER,
     STAGE_VARIANTS,
     WEIGHTS,
     WEIGHTS_ARGUMENTS,
@@ -68,7 +69,7 @@ SCRATCH, SCRATCH_THREAD, AGENDA_BYTES = WORD["scratch"], WORD["scratch_thread"],
 KIND, VARIANT, MOST, ROW, ROW_END, NEXT, TAKES_ALONG = (
     ITEM.index(name) for name in ("kind", "variant", "most", "row", "row_end", "next", "along")
 )
-KERNEL, BYTES = (ITEM_BYTES // 8 + TALL.index(name) for name in ("kernel", "bytes"))
+KERNEL, BYTES = (AFTER + TALL.index(name) for name in ("kernel", "bytes"))
 DONE, TILES, WHERE_ROWS, TALL_TILES, EPILOGUES_OF, REST, BARRIER = range(7)
 
 # Of the program, read from tables that are linked in: numbers, then one for each stage (widths: MAX_WIDTHS for each).
@@ -152,7 +153,7 @@ def make_driver() -> Callable:
     return member
 
 
-UNITS_AT, SKIP_AT, DEPTH_AT, PART_AT, DOT_AT, TALL_AT = range(len(STAGE_WORDS))
+UNITS_AT, SKIP_AT, DEPTH_AT, PART_AT, DOT_AT, _ = range(len(STAGE_WORDS))
 
 
 def _table(name: str) -> Any:
@@ -219,76 +220,23 @@ def make_recurrence(program: Program, dtype: str, registers: int, vector_lanes: 
     return Linked(over_time, str(module))
 
 
-def _of_item(b, item, row=None) -> dict:
-    """What an item says, of its rows or from another one on."""
-    said = {name: b.load(b.inttoptr(b.add(item, i64(8 * k)), I64.as_pointer())) for k, name in enumerate(ITEM)}
-    if row is not None:
-        said["sums"] = b.add(said["sums"], b.mul(b.sub(row, said["row"]), said["row_bytes"]))
-    return said
+def _of_item(b, said: dict) -> dict:
+    """What an item says, by ITEM: of all its rows, or from the row on that is said."""
+    item = said["item"]
+    known = {name: b.load(b.inttoptr(b.add(item, i64(8 * k)), I64.as_pointer())) for k, name in enumerate(ITEM)}
+    if "row" in said:
+        known["sums"] = b.add(known["sums"], b.mul(b.sub(said["row"], known["row"]), known["row_bytes"]))
+    return known
 
 
-@intrinsic
-def tile(typingctx, frame, item, variant, row, now, before, after, number, later, vector, panel, line):
-    """One tile of the program, by `TILE_ARGUMENTS`."""
-
-    def emit(context, b, signature, args):
-        names = ("frame", "item", "variant", "row", "now", "before", "after", "number", *BESIDE_ARGUMENTS)
-        given = dict(zip(names, args, strict=True))
-        known = _of_item(b, given["item"], given["row"]) | given
-        linked(b, TILE, [known[name] for name in TILE_ARGUMENTS])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * (8 + len(BESIDE_ARGUMENTS))), emit
-
-
-@intrinsic
-def weights_of(typingctx, frame, item):
-    """Go on with an item for a kernel of `tall`, by `WEIGHTS_ARGUMENTS`; where the next one goes."""
-
-    def emit(context, b, signature, args):
-        given = dict(zip(("frame", "item"), args, strict=True))
-        known = dict.fromkeys(WEIGHTS_ARGUMENTS, i64(0)) | _of_item(b, given["item"]) | given
-        linked(b, WEIGHTS, [known[name] for name in WEIGHTS_ARGUMENTS])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), emit
-
-
-@intrinsic
-def where_rows(typingctx, frame, item, now, before, after, table):
-    """Fill in a table of rows, by `WHERE_ARGUMENTS`."""
-
-    def emit(context, b, signature, args):
-        given = dict(zip(("frame", "item", "now", "before", "after", "table"), args, strict=True))
-        known = _of_item(b, given["item"]) | given
-        linked(b, WHERE, [known[name] for name in WHERE_ARGUMENTS])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 6), emit
-
-
-@intrinsic
-def project(typingctx, frame, later, vector, panel, line):
-    """An input projection of later steps by itself, by `BESIDE_ARGUMENTS`."""
-
-    def emit(context, b, signature, args):
-        linked(b, BESIDE, args)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * (1 + len(BESIDE_ARGUMENTS))), emit
-
-
-@intrinsic
-def epilogue(typingctx, frame, item, variant, row, now, before, after):
-    """What follows the products of some rows and units, by `CONTEXT`."""
-
-    def emit(context, b, signature, args):
-        given = dict(zip(("frame", "item", "variant", "row", "now", "before", "after"), args, strict=True))
-        known = _of_item(b, given["item"], given["row"]) | given
-        linked(b, EPILOGUE, [known[name] for name in CONTEXT])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 7), emit
+_OF_STEP = ("now", "before", "after")
+tile = linked(
+    TILE, TILE_ARGUMENTS, ("frame", "item", "variant", "row", *_OF_STEP, "number", *BESIDE_ARGUMENTS), _of_item
+)
+weights_of = linked(WEIGHTS, WEIGHTS_ARGUMENTS, ("frame", "item"), _of_item)
+where_rows = linked(WHERE, WHERE_ARGUMENTS, ("frame", "item", *_OF_STEP, "table"), _of_item)
+epilogue = linked(EPILOGUE, CONTEXT, ("frame", "item", "variant", "row", *_OF_STEP), _of_item)
+project = linked(BESIDE, ("frame", *BESIDE_ARGUMENTS))
 
 
 @routine

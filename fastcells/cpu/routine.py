@@ -6,7 +6,7 @@ takes a tenth of a second.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from inspect import Parameter, Signature, signature
 from typing import Any
 
@@ -26,18 +26,8 @@ def routine(function: Callable, calls: str = "alwaysinline") -> Any:
     calls: the attribute that tells LLVM what to do about calls."""
     symbol = f"fastcells_{function.__name__}_{len(ROUTINES)}"
     ROUTINES[symbol] = function, calls
-    parameters = list(signature(function).parameters.values())
-
-    def called(typingctx, *arguments):
-        def emit(context, b, signature, args):
-            kind = ir.FunctionType(I64, [I64] * len(args))
-            return b.call(cgutils.get_or_insert_function(b.module, kind, symbol), args)
-
-        return types.int64(*[types.int64] * len(parameters)), emit
-
-    first = Parameter("typingctx", Parameter.POSITIONAL_OR_KEYWORD)
-    called.__signature__ = Signature([first, *parameters])  # type: ignore[attr-defined]  # Numba asks for it
-    return intrinsic(called)
+    names = tuple(signature(function).parameters)
+    return of_integers(names, lambda b, given: _call(b, symbol, I64, given.values()), types.int64)
 
 
 def seldom(function: Callable) -> Any:
@@ -45,7 +35,34 @@ def seldom(function: Callable) -> Any:
     return routine(function, "noinline")
 
 
-def linked(b: ir.IRBuilder, name: str, arguments: Sequence[Any]) -> None:
-    """Call a function of integers by name, which is linked in later."""
-    kind = ir.FunctionType(ir.VoidType(), [I64] * len(arguments))
-    b.call(cgutils.get_or_insert_function(b.module, kind, name), arguments)
+def linked(symbol: str, arguments: Sequence[str], given: Sequence[str] = (), also: Callable | None = None) -> Any:
+    """A function that is linked in later, for kernels to call. given: what they say, if not all of the arguments; then
+    also(builder, what they said by name) returns the others by name."""
+
+    def emit(b: ir.IRBuilder, said: dict) -> None:
+        known = also(b, said) | said if also is not None else said
+        _call(b, symbol, ir.VoidType(), [known[name] for name in arguments])
+
+    return of_integers(given or arguments, emit)
+
+
+def of_integers(names: Sequence[str], emit: Callable, returns: types.Type = types.void) -> Any:
+    """An intrinsic of so many integers: emit(builder, the integers by name)."""
+
+    def called(typingctx, *arguments):
+        def generate(context, b, signature, args):
+            result = emit(b, dict(zip(names, args, strict=True)))
+            return context.get_dummy_value() if returns == types.void else result
+
+        return returns(*[types.int64] * len(names)), generate
+
+    parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("typingctx", *names)]
+    called.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # Numba asks for it
+    return intrinsic(called)
+
+
+def _call(b: ir.IRBuilder, symbol: str, returns: ir.Type, arguments: Iterable[Any]) -> Any:
+    """Call a function of integers by name."""
+    arguments = list(arguments)
+    kind = ir.FunctionType(returns, [I64] * len(arguments))
+    return b.call(cgutils.get_or_insert_function(b.module, kind, symbol), arguments)

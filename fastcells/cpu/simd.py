@@ -15,6 +15,8 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
+from .frame import LINE
+
 I1, I32, I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
 
 
@@ -152,6 +154,11 @@ class Vector:
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         function = cgutils.get_or_insert_function(self.b.module, kind, "llvm.prefetch.p0")
         self.b.call(function, [self.b.inttoptr(address, byte), ir.Constant(I32, 0), ir.Constant(I32, 4 - level), one])
+
+    def prefetch_all(self, address, size: int) -> None:
+        """Ask for so many bytes, from anywhere in a line of cache on."""
+        for byte in (*range(0, size, LINE), size - 1):
+            self.prefetch(self.b.add(address, i64(byte)))
 
     def first_lanes(self, count):
         """A mask of the lanes below `count` (i64)."""

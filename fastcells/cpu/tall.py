@@ -13,12 +13,10 @@ from itertools import accumulate
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from ..program import Program
 from .emitter import CONTEXT, Emitter, counted, frame_word, switch
-from .frame import ITEM, ITEM_BYTES, LINE, ROWS, ROWS_WORDS, STAGE_WORDS, TALL, WEIGHTS_WORDS, Layout, tall_bytes
+from .frame import ITEM, ITEM_BYTES, ROWS, ROWS_WORDS, STAGE_WORDS, TALL, WEIGHTS_WORDS, Layout, tall_bytes
 from .geometry import FAR, Family, Tiling, Variant, asking, leaves_sums, number_of, runs, tiled
 from .intrinsics import peek
 from .products import Operand, Products
@@ -72,15 +70,15 @@ class Tall:
 
     def ask(self) -> None:
         """Ask for what is to be read or written of the rows once there are their sums."""
-        b, unit, bytes = self.b, self.word("unit_bytes"), self.variant.width * self.tiling.lanes * self.whole.fmt.bytes
+        b, vector = self.b, self.tiling.lanes * self.whole.fmt.bytes
+        unit = b.mul(self.word("unit"), i64(vector))
         asks, end = (frame_word(b, self.arg["table"], k) for k in range(len(ROWS)))
 
         def some(at, _):
             address, row = (frame_word(b, at, k) for k in range(len(ROWS_WORDS)))
             address = b.add(b.add(address, unit), b.mul(self.arg["row"], row))
             for _ in range(self.variant.rows):
-                for byte in [*range(0, bytes, LINE), bytes - 1]:  # from anywhere in a line on
-                    self.whole.prefetch(b.add(address, i64(byte)))
+                self.whole.prefetch_all(address, self.variant.width * vector)
                 address = b.add(address, row)
             return []
 
@@ -130,15 +128,7 @@ class Tall:
         return {name: frame_word(self.b, at, first + k) for k, name in enumerate(names)}
 
 
-@intrinsic
-def tile(typingctx, variant, item, table, row, number):
-    """One tile of the family, by `TILE_ARGUMENTS`."""
-
-    def emit(context, b, signature, args):
-        linked(b, TILE, args)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * len(TILE_ARGUMENTS)), emit
+tile = linked(TILE, TILE_ARGUMENTS)
 
 
 @routine
@@ -169,7 +159,7 @@ def all_rows(item, table, _):
 
 # ---- what programs say ----
 WEIGHTS, WHERE = "fastcells_weights", "fastcells_rows"
-WEIGHTS_ARGUMENTS = (*CONTEXT, "begin", "end", "item")
+WEIGHTS_ARGUMENTS = ("frame", "variant", "unit", "begin", "end", "item")
 WHERE_ARGUMENTS = (*CONTEXT, "table")
 
 
@@ -204,7 +194,7 @@ class Operands(Emitter):
         kernel = self.word(at + STAGE_WORDS.index("tall"))
         self.put(
             b.add(arg["item"], i64(ITEM_BYTES)),
-            [kernel, i64(tall_bytes(self.stage)), self.unit_bytes, units, *map(i64, ends), *words],
+            [kernel, i64(tall_bytes(self.stage)), units, *map(i64, ends), *words],
         )
 
     def emit_rows(self) -> None:

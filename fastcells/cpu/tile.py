@@ -13,7 +13,7 @@ from llvmlite import ir
 from ..program import Program
 from .beside import BESIDE_ARGUMENTS, Beside
 from .emitter import CONTEXT, Emitter, switch
-from .frame import LINE, Layout
+from .frame import Layout
 from .geometry import BESIDE_WIDTHS, Tiling, Variant, rides, variants
 from .products import Operand, Products
 from .simd import Vector, i64
@@ -109,9 +109,7 @@ class Tile(Emitter):
 
     def look_ahead(self) -> None:
         """Ask for what is `asked`."""
-        lines = [*range(0, self.width * self.vector_bytes, LINE), self.width * self.vector_bytes - 1]  # from anywhere
         for wanted, place in self.asked() if self.variant.kind not in ("single", "dot") else []:
             with self.b.if_then(self.b.and_(wanted, self.true(self.arg["last"]))):
                 for m in range(self.rows):
-                    for byte in lines:
-                        self.v.prefetch(self.b.add(self.at(place, m, 0), i64(byte)))
+                    self.v.prefetch_all(self.at(place, m, 0), self.width * self.vector_bytes)
